@@ -1,0 +1,204 @@
+"""Training arguments of self-distillation: flat fields on top of [`~transformers.TrainingArguments`]."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Literal, get_args
+
+from transformers import TrainingArguments
+
+
+AlphaSchedule = Literal["linear", "constant", "cosine", "linear_step"]
+Teacher = Literal["auto", "history", "snapshot", "ema", "none"]
+HistoryDtype = Literal["auto", "float32", "float16", "bfloat16"]
+HistoryDevice = Literal["auto", "model", "cpu", "disk"]
+
+
+@dataclass
+class SelfKDConfig(TrainingArguments):
+    r"""
+    Arguments of [`SelfKDTrainer`]: all of [`~transformers.TrainingArguments`], with the same meaning and defaults, plus
+    the fields below. They are flat, so that `HfArgumentParser`, a YAML file and `hyperparameter_search` reach them.
+
+    The target of a row at epoch `t = 1..T` is `(1 - a_t) * onehot + a_t * past`, with `past` the model's own earlier
+    prediction (PS-KD, Kim et al., ICCV 2021). A row without a past prediction is trained with its hard label.
+
+    Args:
+        alpha (`float`, *optional*, defaults to `0.8`):
+            Weight of the past prediction at the end of training, in [0, 1]. 0 is plain training.
+        alpha_schedule (`str`, *optional*, defaults to `"linear"`):
+            How the weight grows: `"linear"` (`alpha * t / T`, per epoch, as published), `"constant"`, `"cosine"`
+            (`alpha * (1 - cos(pi * t / T)) / 2`) or `"linear_step"` (linear in optimizer steps).
+        teacher (`str`, *optional*, defaults to `"auto"`):
+            Where the past prediction comes from: `"history"` (the row stored when the sample was last trained on, in
+            an earlier epoch; no extra forward pass), `"snapshot"` (the weights at the end of the previous epoch, on
+            the same view), `"ema"` (a moving average of the weights, from epoch 2) or `"none"` (plain training with
+            the loss scaled correctly). `"auto"` is `"history"`.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of both sides of the soft term, which is multiplied by its square.
+        warm_start_history (`bool`, *optional*, defaults to `False`):
+            Give epoch 1 a past: one pass over the training set fills the history before training (`"snapshot"`: the
+            initial weights are the first teacher). For pretrained models and short fine-tunes.
+        seed_transforms (`bool`, *optional*, defaults to `False`):
+            Seed the random transforms of each sample by `(seed, epoch, sample id)`, so that a run with random
+            augmentation resumes bit for bit and does not depend on the number of workers.
+        history_trace (`bool`, *optional*, defaults to `False`):
+            Keep the probability of the true class of every sample in every epoch (float16), in
+            `trainer.teacher.trace`.
+        history_top_k (`int`, *optional*):
+            Entries kept per stored row; the rest of the mass is one bucket. `None` keeps whole rows while the history
+            is small (256 MiB in all) and 32 entries otherwise.
+        history_dtype (`str`, *optional*, defaults to `"auto"`):
+            Type of the stored log-probabilities: `"float32"`, `"float16"`, `"bfloat16"` or `"auto"` (`float32` while
+            the history is small, `float16` otherwise).
+        history_device (`str`, *optional*, defaults to `"auto"`):
+            Where the history lives: `"model"` (beside the model), `"cpu"`, `"disk"` (memory-mapped, one copy per node)
+            or `"auto"` (beside the model while small, on disk otherwise).
+        history_max_bytes (`int`, *optional*):
+            Refuse a history that needs more bytes than this. `None` takes half of what is free where it lives.
+        sample_id_column (`str`, *optional*):
+            Your own column of stable, unique, non-negative integer ids. Without it, ids are the row numbers of the
+            dataset given to the trainer.
+        ema_decay (`float`, *optional*, defaults to `0.999`):
+            Decay of the moving average for `teacher="ema"`, in [0, 1). During the first steps the plain mean of the
+            weights so far is used (Tarvainen & Valpola, NeurIPS 2017).
+
+    Raises:
+        ValueError: if a field is out of range or two fields contradict each other.
+    """
+
+    alpha: float = field(
+        default=0.8, metadata={"help": "Weight of the past prediction at the end of training, in [0, 1]."}
+    )
+    alpha_schedule: AlphaSchedule = field(
+        default="linear", metadata={"help": "How alpha grows: linear (per epoch), constant, cosine or linear_step."}
+    )
+    teacher: Teacher = field(
+        default="auto", metadata={"help": "Where the past prediction comes from: history, snapshot, ema or none."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of both sides of the soft term."})
+    warm_start_history: bool = field(
+        default=False, metadata={"help": "Give epoch 1 a past, with one pass over the data before training."}
+    )
+    seed_transforms: bool = field(
+        default=False, metadata={"help": "Seed the random transforms of each sample by (seed, epoch, sample id)."}
+    )
+    history_trace: bool = field(
+        default=False, metadata={"help": "Keep the true-class probability of every sample in every epoch."}
+    )
+    history_top_k: int | None = field(
+        default=None, metadata={"help": "Entries kept per stored row; whole rows while the history is small."}
+    )
+    history_dtype: HistoryDtype = field(
+        default="auto", metadata={"help": "Type of stored rows: auto, float32, float16 or bfloat16."}
+    )
+    history_device: HistoryDevice = field(
+        default="auto", metadata={"help": "Where the history lives: auto, model, cpu or disk."}
+    )
+    history_max_bytes: int | None = field(
+        default=None, metadata={"help": "Refuse a history that needs more bytes than this."}
+    )
+    sample_id_column: str | None = field(
+        default=None, metadata={"help": "Column of stable, unique, non-negative integer sample ids."}
+    )
+    ema_decay: float = field(default=0.999, metadata={"help": "Decay of the moving average for the ema teacher."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.validate()
+
+    @property
+    def teacher_kind(self) -> str:
+        """`str`: the teacher that `teacher` stands for (`"auto"` is `"history"`)."""
+        return "history" if self.teacher == "auto" else self.teacher
+
+    @property
+    def distils(self) -> bool:
+        """`bool`: whether past predictions can enter the loss at all."""
+        return self.alpha > 0 and self.teacher_kind != "none"
+
+    def validate(self) -> None:
+        """Check the fields of self-distillation (again, after `hyperparameter_search` has set some of them).
+
+        Raises:
+            ValueError: naming the field, its value and what to do.
+        """
+        for name, allowed in (
+            ("alpha_schedule", get_args(AlphaSchedule)),
+            ("teacher", get_args(Teacher)),
+            ("history_dtype", get_args(HistoryDtype)),
+            ("history_device", get_args(HistoryDevice)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha={self.alpha} is outside [0, 1]: it is the weight of the past prediction.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} is outside [0, 1): use for instance 0.999.")
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ValueError(
+                f"temperature={self.temperature} must be positive and finite: 1.0 is the published value."
+            )
+        for name in ("history_top_k", "history_max_bytes"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1: leave it out for the default.")
+        if self.label_smoothing_factor != 0 and self.distils:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} with alpha={self.alpha}: both soften the "
+                "targets. Set label_smoothing_factor=0, or alpha=0 for a label smoothing baseline."
+            )
+        for name, kinds in (("history_trace", ("history",)), ("warm_start_history", ("history", "snapshot"))):
+            if getattr(self, name) and self.teacher_kind not in kinds:
+                raise ValueError(
+                    f"{name}=True does nothing with teacher={self.teacher!r}: use teacher={' or '.join(map(repr, kinds))}."
+                )
+
+    @classmethod
+    def from_training_arguments(cls, args: TrainingArguments) -> SelfKDConfig:
+        """Upcast plain arguments, keeping every value as it is and giving the new fields their defaults.
+
+        Args:
+            args ([`~transformers.TrainingArguments`]): left unchanged.
+
+        Returns:
+            [`SelfKDConfig`]: `args` itself if it already is one.
+        """
+        if isinstance(args, cls):
+            return args
+        # A copy and not a new object: TrainingArguments rewrites some of its fields when it is built, so feeding them
+        # back would not always give the same arguments (nor keep tokens, which `to_dict` hides).
+        config = copy.copy(args)
+        config.__class__ = cls
+        for spec in fields(cls):
+            if not hasattr(args, spec.name):
+                setattr(config, spec.name, spec.default if spec.default is not MISSING else spec.default_factory())
+        config.validate()
+        return config
+
+
+def alpha_at(
+    alpha: float, schedule: str, epoch: int, num_epochs: int, step: int | None = None, num_steps: int | None = None
+) -> float:
+    """
+    Weight of the past prediction at one point of training.
+
+    Args:
+        alpha (`float`): the weight at the end of training, alpha_T.
+        schedule (`str`): as in [`SelfKDConfig`].
+        epoch (`int`): the epoch, counted from 0.
+        num_epochs (`int`): number of epochs T, the last one included even if it is cut short.
+        step (`int`, *optional*): the optimizer step, counted from 0; for `"linear_step"`.
+        num_steps (`int`, *optional*): number of optimizer steps; for `"linear_step"`.
+
+    Returns:
+        `float`: `alpha * t / T` with `t = epoch + 1` for `"linear"` (PS-KD, section 3: 0.8 over 300 epochs gives 0.0027
+        in the first epoch and 0.8 in the last).
+    """
+    if schedule == "constant":
+        return alpha
+    if schedule == "linear_step":
+        return alpha * (step + 1) / num_steps
+    share = (epoch + 1) / num_epochs
+    return alpha * (1 - math.cos(math.pi * share)) / 2 if schedule == "cosine" else alpha * share

@@ -1,0 +1,89 @@
+"""
+Corrections of the stock Trainer that a self-distillation run depends on, each with its upstream issue.
+
+What the other modules correct by being what they are: the loss inflated by accumulation steps and by processes for
+models that ignore `num_items_in_batch` (transformers#47688; here `SelfKDMixin.compute_loss` owns the scale), and random
+augmentation that does not resume because prefetched batches have used up random numbers by the time the generators are
+saved (accelerate#4191; here `seed_transforms`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+
+def load_renamed_weights(model: nn.Module, checkpoint: str | Path) -> None:
+    """
+    Load the weights of a checkpoint under the names that they have in memory.
+
+    transformers 5 renamed modules of many models (ViT among them) and saves under the old names; `from_pretrained`
+    converts them back, `Trainer` on resume and at `load_best_model_at_end` does not and silently leaves those weights
+    as they are (transformers#48805, #43701, #40187; PR #48822).
+
+    Args:
+        model (`nn.Module`): changed in place; anything but a bare [`~transformers.PreTrainedModel`] is left alone.
+        checkpoint (`str` or `Path`): a folder written by `save_pretrained`.
+    """
+    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    if not isinstance(model, PreTrainedModel) or not any(os.path.isfile(os.path.join(checkpoint, n)) for n in names):
+        return
+    loaded = type(model).from_pretrained(checkpoint, config=model.config, dtype=model.dtype)
+    model.load_state_dict(loaded.state_dict(), strict=False)
+
+
+class EpochLengthGroupedSampler(LengthGroupedSampler):
+    """
+    The length-grouped order of transformers, drawn from (seed, epoch) instead of the global generator.
+
+    The stock sampler draws before the generators are restored, so a resumed run trains on another permutation: some
+    samples twice, some never (transformers PR #48025 gave the evaluation sampler a generator, not this one).
+
+    Args:
+        seed (`int`): `data_seed`, or the seed of the run; the other arguments are those of the stock sampler.
+    """
+
+    def __init__(self, *args: Any, seed: int, **kwargs: Any):
+        super().__init__(*args, generator=torch.Generator(), **kwargs)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the epoch (`int`, counted from 0)."""
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator.manual_seed(self.seed + self.epoch)
+        yield from super().__iter__()
+
+
+def hub_copy(checkpoint: str | Path, output_dir: str | Path, private: str) -> Path:
+    """
+    A copy of a checkpoint without the folder that must not reach the Hub, for the asynchronous upload to read.
+
+    Args:
+        checkpoint (`str` or `Path`): the checkpoint.
+        output_dir (`str` or `Path`): of the run; the copy is hard links in its `_hub` folder.
+        private (`str`): name of the folder to leave out.
+
+    Returns:
+        `Path`: the copy, a folder of the same name.
+    """
+    copy = Path(output_dir) / "_hub" / Path(checkpoint).name
+    shutil.rmtree(copy, ignore_errors=True)
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:  # another file system, or one without hard links
+            shutil.copy2(source, target)
+
+    shutil.copytree(checkpoint, copy, copy_function=link, ignore=shutil.ignore_patterns(private))
+    return copy

@@ -1,0 +1,529 @@
+"""
+The prediction history: what the model said of every sample in an earlier epoch.
+
+One table, addressed by sample id (and position, for tokens), is read during an epoch and never written. New
+predictions go to a journal; between two epochs the processes exchange their journals once and the table takes the
+first prediction of each sample. So what is read never depends on the order of steps or processes, a sample that is
+replayed to fill a batch changes nothing, and a sample that was not visited keeps what it had.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from .config import SelfKDConfig
+from .losses import Past
+from .samples import SampleKeys
+
+
+NEVER, WARM_START = -2, -1  # epoch stamps of samples without a prediction, and of those made before training
+SMALL = 256 * 2**20  # bytes up to which a history is kept whole, in float32, beside the model
+EXCHANGE_ROWS = 65536  # rows sent at a time between processes
+
+
+@dataclass
+class Codec:
+    """
+    How a row of log-probabilities is stored.
+
+    Args:
+        num_classes (`int`): C.
+        dtype (`torch.dtype`): of the stored log-probabilities.
+        top_k (`int`, *optional*): entries kept; `None` keeps all.
+    """
+
+    num_classes: int
+    dtype: torch.dtype
+    top_k: int | None = None
+
+    @property
+    def index_dtype(self) -> torch.dtype:
+        """`torch.dtype`: the smallest that holds a class."""
+        return torch.int16 if self.num_classes <= 2**15 else torch.int32
+
+    @property
+    def widths(self) -> dict[str, tuple[int, torch.dtype]]:
+        """`dict`: columns and type of each stored part."""
+        if self.top_k is None:
+            return {"log_probs": (self.num_classes, self.dtype)}
+        return {"log_probs": (self.top_k, self.dtype), "index": (self.top_k, self.index_dtype)}
+
+    @property
+    def row_bytes(self) -> int:
+        """`int`: bytes of a stored row."""
+        return sum(width * dtype.itemsize for width, dtype in self.widths.values())
+
+    def encode(self, log_probs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Rows `[R, C]` of float32 log-probabilities as stored parts; NaN stays NaN."""
+        if self.top_k is None:
+            return {"log_probs": log_probs.to(self.dtype)}
+        values, index = log_probs.topk(self.top_k, dim=-1)
+        return {"log_probs": values.to(self.dtype), "index": index.to(self.index_dtype)}
+
+    def decode(self, parts: dict[str, torch.Tensor], mask: torch.Tensor) -> Past:
+        """Stored parts as [`~hf_selfkd.losses.Past`]; rounding never leaves more than the whole mass."""
+        log_probs = parts["log_probs"].float()
+        if self.dtype != torch.float32:
+            total = torch.logsumexp(log_probs, dim=-1, keepdim=True)
+            log_probs = log_probs - (total if self.top_k is None else total.clamp_min(0))
+        return Past(log_probs, mask, parts["index"].long() if self.top_k is not None else None)
+
+
+@dataclass
+class Plan:
+    """Codec and place of a history; see [`plan_history`]."""
+
+    codec: Codec
+    place: str
+    num_bytes: int
+
+
+def plan_history(
+    config: SelfKDConfig, num_rows: int, num_classes: int, device: torch.device, folder: str | Path
+) -> Plan:
+    """
+    Choose how and where to keep a history, or refuse it.
+
+    Args:
+        config ([`SelfKDConfig`]): its `history_*` fields.
+        num_rows (`int`): rows of all samples together.
+        num_classes (`int`): classes of a row.
+        device (`torch.device`): where the model is.
+        folder (`str` or `Path`): where `history_device="disk"` keeps its files.
+
+    Returns:
+        [`Plan`]: with `num_bytes` for both the table and the journals of one epoch.
+
+    Raises:
+        ValueError: if `history_top_k` exceeds the classes, or more bytes are needed than allowed.
+    """
+    if config.history_top_k is not None and config.history_top_k > num_classes:
+        raise ValueError(
+            f"history_top_k={config.history_top_k} exceeds the {num_classes} classes of the model: set at most "
+            f"{num_classes}, or leave it out."
+        )
+    generations = 2  # the table and the journals
+    small = generations * num_rows * num_classes * 4 <= SMALL
+    top_k = config.history_top_k
+    if top_k is None and not small and num_classes > 64:
+        top_k = 32
+    dtype = config.history_dtype
+    if dtype == "auto":
+        dtype = "float32" if small else "float16"
+    codec = Codec(num_classes, getattr(torch, dtype), None if top_k == num_classes else top_k)
+    num_bytes = generations * num_rows * codec.row_bytes
+    place = config.history_device
+    if place == "auto":
+        place = "model" if num_bytes <= SMALL else "disk"
+    limit = (
+        config.history_max_bytes if config.history_max_bytes is not None else _free_bytes(place, device, folder) // 2
+    )
+    if num_bytes > limit:
+        fitting = limit // (generations * num_rows * (2 + codec.index_dtype.itemsize))
+        remedy = (
+            f"set history_top_k={min(fitting, num_classes)} with history_dtype='float16'"
+            if fitting >= 1
+            else "use teacher='snapshot', which stores no rows"
+        )
+        raise ValueError(
+            f"the history of {num_rows} rows x {num_classes} classes needs {num_bytes} bytes on {place!r} and may take "
+            f"{limit} (history_max_bytes): {remedy}, or raise history_max_bytes."
+        )
+    return Plan(codec, place, num_bytes)
+
+
+def _free_bytes(place: str, device: torch.device, folder: str | Path) -> int:
+    if place == "disk":
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(folder).free
+    if place == "model" and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """starts[0] .. starts[0] + counts[0] - 1, starts[1] .. and so on, in one array."""
+    ends = np.cumsum(counts)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.repeat(starts - (ends - counts), counts) + np.arange(total)
+
+
+def _to(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Move without making the host wait for the device."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+class PredictionHistory:
+    """
+    Past predictions of every sample; see the head of this module.
+
+    Args:
+        size (`int`): number of samples.
+        ids (`np.ndarray` of `int64`, *optional*): their ids, sorted; `0..size - 1` by default.
+        place (`str`): `"model"`, `"cpu"` or `"disk"`.
+        device (`torch.device`): where the model is.
+        folder (`str` or `Path`): for `"disk"`.
+        codec ([`Codec`]): how rows are stored.
+        ragged (`bool`): whether samples have several rows each.
+        trace_epochs (`int`, *optional*, defaults to 0): epochs for which to keep the true-class probabilities.
+        writes (`bool`, *optional*, defaults to `True`):
+            whether this process writes the files of `"disk"`, which the processes of a node share.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        codec: Codec,
+        place: str,
+        device: torch.device,
+        folder: str | Path,
+        ids: np.ndarray | None = None,
+        ragged: bool = False,
+        trace_epochs: int = 0,
+        writes: bool = True,
+    ):
+        self.size, self.ids, self.codec, self.ragged = size, ids, codec, ragged
+        self.place, self.folder, self.writes = place, Path(folder), writes
+        self.device = torch.device(device) if place == "model" else torch.device("cpu")
+        self.stamps = np.full(size, NEVER, dtype=np.int32)
+        self.hashes = np.zeros(size, dtype=np.int64)
+        self.counts = np.zeros(size, dtype=np.int32) if ragged else None
+        self.starts = np.full(size, -1, dtype=np.int64) if ragged else None
+        self.table: dict[str, torch.Tensor] = {}
+        self.trace = torch.full((size, trace_epochs), math.nan, dtype=torch.float16) if trace_epochs else None
+        self.journal: list[tuple[np.ndarray, dict[str, torch.Tensor]]] = []
+        self.visits = 0  # micro-batches of this epoch so far, the order in which predictions were made
+
+    # Reading
+
+    def slots(self, ids: np.ndarray) -> np.ndarray:
+        """Where the samples of these ids are kept.
+
+        Raises:
+            ValueError: if an id is unknown.
+        """
+        if self.ids is None:
+            slots, known = ids, (ids >= 0) & (ids < self.size)
+        else:
+            slots = np.minimum(np.searchsorted(self.ids, ids), self.size - 1)
+            known = self.ids[slots] == ids
+        if not known.all():
+            raise ValueError(
+                f"sample_id={ids[~known][0]} is out of range: the history was made for {self.size} samples"
+                f"{' with ids 0 to ' + str(self.size - 1) if self.ids is None else ''}; give the trainer the whole "
+                "training set, or set sample_id_column."
+            )
+        return slots
+
+    def read(self, keys: SampleKeys, num_rows: int, device: torch.device) -> Past | None:
+        """
+        The most recent predictions of earlier epochs.
+
+        Args:
+            keys ([`~hf_selfkd.samples.SampleKeys`]): of the batch.
+            num_rows (`int`): rows of the batch, padding included.
+            device (`torch.device`): where to put them.
+
+        Returns:
+            [`~hf_selfkd.losses.Past`]: or `None` if no sample of the batch has one.
+
+        Raises:
+            ValueError: if an id is unknown, or a sample's labels are not those of the stored prediction.
+        """
+        slots = self.slots(keys.ids)
+        known = self.stamps[slots] != NEVER
+        if not known.any():
+            return None
+        changed = known & (self.hashes[slots] != keys.label_hash)
+        if changed.any():
+            where = np.flatnonzero(changed)[0]
+            raise ValueError(
+                f"the labels of sample_id={keys.ids[where]} are not those its stored prediction was made for (hash "
+                f"{keys.label_hash[where]} now, {self.hashes[slots[where]]} stored): the training set was shuffled, "
+                "filtered or relabelled since. Give the same dataset, or name a stable id in sample_id_column."
+            )
+        if self.ragged:
+            source = _ranges(self.starts[slots[known]], self.counts[slots[known]])
+            target = keys.rows[np.repeat(known, keys.counts)]
+        else:
+            source, target = slots[known], np.flatnonzero(known)
+        index = torch.from_numpy(source)
+        if self.device.type != "cpu":
+            index = _to(index, self.device)
+        parts = {name: _to(part.index_select(0, index), device) for name, part in self.table.items()}
+        if len(target) == num_rows:
+            return self.codec.decode(parts, torch.ones(num_rows, dtype=torch.bool, device=device))
+        target = _to(torch.from_numpy(target), device)
+        mask = torch.zeros(num_rows, dtype=torch.bool, device=device).index_fill_(0, target, True)
+        past = self.codec.decode(parts, mask)
+        past.log_probs = past.log_probs.new_zeros(num_rows, past.log_probs.shape[1]).index_copy_(
+            0, target, past.log_probs
+        )
+        if past.index is not None:
+            past.index = past.index.new_zeros(num_rows, past.index.shape[1]).index_copy_(0, target, past.index)
+        return past
+
+    def probabilities(self, ids: np.ndarray) -> torch.Tensor:
+        """
+        What is stored for these samples.
+
+        Args:
+            ids (`np.ndarray` of `int64`, shape `[n]`): sample ids.
+
+        Returns:
+            `torch.FloatTensor` of shape `[n, C]` (with several rows a sample: `[rows of all, C]`), on the CPU: NaN
+            where there is none; with top-k rows the rest of the mass is spread evenly over the other classes.
+        """
+        slots = self.slots(np.asarray(ids, dtype=np.int64))
+        known = self.stamps[slots] != NEVER
+        if self.ragged:
+            counts = np.where(known, self.counts[slots], 1)
+            source = _ranges(np.where(known, self.starts[slots], 0), counts)
+            known = np.repeat(known, counts)
+        else:
+            source = slots
+        result = torch.full((len(source), self.codec.num_classes), math.nan)
+        if known.any():
+            index = torch.from_numpy(source[known]).to(self.device)
+            parts = {name: part.index_select(0, index).cpu() for name, part in self.table.items()}
+            past = self.codec.decode(parts, torch.ones(len(index), dtype=torch.bool))
+            probs = past.log_probs.exp()
+            if past.index is not None:
+                rest = (1 - probs.sum(-1, keepdim=True)).clamp_min(0)
+                even = rest / max(self.codec.num_classes - self.codec.top_k, 1)
+                probs = even.expand(-1, self.codec.num_classes).scatter(-1, past.index, probs)
+            result[torch.from_numpy(known)] = probs
+        return result
+
+    # Writing
+
+    def write(self, keys: SampleKeys, log_probs: torch.Tensor, labels: torch.Tensor) -> None:
+        """
+        Note the predictions of a batch, to be read from the next epoch on.
+
+        Args:
+            keys ([`~hf_selfkd.samples.SampleKeys`]): of the batch.
+            log_probs (`torch.FloatTensor` of shape `[R, C]`): float32, detached.
+            labels (`torch.LongTensor` of shape `[R]`): for the trace.
+        """
+        if self.ragged:
+            rows = _to(torch.from_numpy(keys.rows), log_probs.device)
+            log_probs, labels = log_probs.index_select(0, rows), labels.index_select(0, rows)
+        parts = self.codec.encode(log_probs)
+        if self.trace is not None:
+            true = log_probs.gather(-1, labels.clamp_min(0).unsqueeze(-1)).exp()
+            parts["true_probs"] = true.to(torch.float16)
+        parts = {name: part.to(self.device, non_blocking=True) for name, part in parts.items()}
+        counts = keys.counts if self.ragged else np.ones_like(keys.counts)
+        order = np.full(len(keys.ids), self.visits, dtype=np.int64)
+        samples = np.stack((self.slots(keys.ids), order, keys.label_hash, counts), axis=1)
+        self.journal.append((samples[counts > 0], parts))
+        self.visits += 1
+
+    @property
+    def _columns(self) -> dict[str, tuple[int, torch.dtype]]:
+        return self.codec.widths | ({"true_probs": (1, torch.float16)} if self.trace is not None else {})
+
+    def _take_journal(self) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
+        """The journal as one piece: `[n, 4]` of (slot, order, label hash, rows), and the stored parts of their rows."""
+        if len(self.journal) > 1:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # copies to the host may be under way; once an epoch, not once a step
+            samples = np.concatenate([samples for samples, _ in self.journal])
+            parts = {name: torch.cat([parts[name] for _, parts in self.journal]) for name in self._columns}
+            self.journal = [(samples, parts)]
+        if self.journal:
+            return self.journal[0]
+        columns = self._columns.items()
+        parts = {name: torch.zeros(0, width, dtype=dtype, device=self.device) for name, (width, dtype) in columns}
+        return np.zeros((0, 4), dtype=np.int64), parts
+
+    def end_epoch(
+        self, stamp: int, gather: Callable[[torch.Tensor], torch.Tensor] | None = None, rank: int = 0
+    ) -> None:
+        """
+        Move the journals of all processes into the table. Every process must call this.
+
+        Args:
+            stamp (`int`): the epoch in which the predictions were made.
+            gather (`Callable`, *optional*):
+                concatenates a tensor of the same shape from all processes; `None` for one process.
+            rank (`int`, *optional*, defaults to 0): of this process.
+        """
+        samples, parts = self._take_journal()
+        samples, rows = _only_finite(samples, torch.isfinite(parts["log_probs"]).all(dim=-1).cpu().numpy())
+        everyone, owners, local = _gather_samples(samples, gather)
+        first = _first_of_each(everyone)
+        everyone, owners, local = everyone[first], owners[first], local[first]
+        destination = self._allocate(everyone[:, 0], everyone[:, 3], gather)
+        starts = np.cumsum(samples[:, 3]) - samples[:, 3]
+        mine = local[owners == rank]
+        rows = torch.from_numpy(rows[_ranges(starts[mine], samples[mine, 3])]).to(self.device)
+        parts = {name: part.index_select(0, rows) for name, part in parts.items()}
+        row_owners = np.repeat(owners, everyone[:, 3])
+        self._store(parts, lambda owner: torch.from_numpy(destination[row_owners == owner]), gather)
+        self.stamps[everyone[:, 0]] = stamp
+        self.hashes[everyone[:, 0]] = everyone[:, 2]
+        if self.trace is not None and 0 <= stamp < self.trace.shape[1]:
+            true = self.table["true_probs"].index_select(0, torch.from_numpy(destination).to(self.device)).float()
+            sums = np.add.reduceat(true.cpu().numpy()[:, 0], np.cumsum(everyone[:, 3]) - everyone[:, 3])
+            self.trace[everyone[:, 0], stamp] = torch.from_numpy(sums / everyone[:, 3]).to(torch.float16)
+        self.journal, self.visits = [], 0
+
+    def _allocate(self, slots: np.ndarray, counts: np.ndarray, gather: Callable | None) -> np.ndarray:
+        """Rows of the table for these samples, one after the other; makes room for those that have none yet."""
+        if not self.ragged:
+            self._grow(self.size, gather)
+            return slots
+        new = self.starts[slots] < 0
+        held = int(self.counts.sum())
+        self.starts[slots[new]] = held + np.cumsum(counts[new]) - counts[new]
+        self.counts[slots[new]] = counts[new]
+        self._grow(int(self.counts.sum()), gather)
+        return _ranges(self.starts[slots], counts)
+
+    def _grow(self, num_rows: int, gather: Callable | None = None) -> None:
+        """Make the table at least this long, keeping what it holds."""
+        held = len(self.table["log_probs"]) if self.table else 0
+        if held >= num_rows:
+            return
+        if self.place == "disk":
+            if self.writes:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for name, (width, dtype) in self._columns.items():
+                    path = self.folder / f"{name}.bin"
+                    if not held:
+                        path.unlink(missing_ok=True)  # of an earlier run, which may still hold it open
+                    with open(path, "ab") as file:
+                        file.truncate(num_rows * width * dtype.itemsize)
+            if gather is not None:
+                gather(torch.zeros(1))  # nobody maps a file before it is long enough
+        for name, (width, dtype) in self._columns.items():
+            if self.place == "disk":
+                path = str(self.folder / f"{name}.bin")
+                part = torch.from_file(path, shared=True, size=num_rows * width, dtype=dtype).view(num_rows, width)
+            else:
+                part = torch.zeros(num_rows, width, dtype=dtype, device=self.device)
+                part[:held] = self.table[name] if held else 0
+            self.table[name] = part
+
+    def _store(
+        self,
+        parts: dict[str, torch.Tensor],
+        rows_of: Callable[[int], torch.Tensor],
+        gather: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> None:
+        """Write this process's rows, and those of the others, where they belong; `rows_of(rank)` are their places."""
+        if gather is None:
+            rows = rows_of(0).to(self.device)
+            for name, part in parts.items():
+                self.table[name].index_copy_(0, rows, part)
+            return
+        lengths = gather(torch.tensor([len(parts["log_probs"])])).tolist()
+        places = [rows_of(owner) for owner in range(len(lengths))]
+        for start in range(0, max(lengths), EXCHANGE_ROWS):
+            size = min(EXCHANGE_ROWS, max(lengths) - start)
+            for name, part in parts.items():
+                piece = part[start : start + size].contiguous().view(torch.uint8)  # not every backend sends int16
+                sent = piece.new_zeros(size, piece.shape[1])
+                sent[: len(piece)] = piece
+                received = gather(sent).view(len(lengths), size, -1).to(self.device)
+                if self.place == "disk" and not self.writes:
+                    continue
+                for owner, rows in enumerate(places):
+                    rows = rows[start : start + size].to(self.device)
+                    values = received[owner, : len(rows)].contiguous().view(part.dtype)
+                    self.table[name].index_copy_(0, rows, values)
+        if self.place == "disk":
+            gather(torch.zeros(1))  # nobody reads before the writer of the node is done
+
+    # Saving
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Everything that all processes agree on, as tensors and metadata."""
+        tensors = {f"table.{name}": part for name, part in self.table.items()}
+        for name in ("stamps", "hashes", "counts", "starts", "ids"):
+            if getattr(self, name) is not None:
+                tensors[name] = torch.from_numpy(getattr(self, name))
+        if self.trace is not None:
+            tensors["trace"] = self.trace
+        metadata = {
+            "size": str(self.size),
+            "num_classes": str(self.codec.num_classes),
+            "dtype": str(self.codec.dtype).removeprefix("torch."),
+            "top_k": str(self.codec.top_k),
+            "ragged": str(self.ragged),
+        }
+        return tensors, metadata
+
+    def load_state(self, tensors: dict[str, torch.Tensor], gather: Callable | None = None) -> None:
+        """Take over what [`~PredictionHistory.state`] gave. Every process must call this."""
+        for name in ("stamps", "hashes", "counts", "starts"):
+            if name in tensors:
+                setattr(self, name, tensors[name].numpy().copy())
+        if "trace" in tensors and self.trace is not None:
+            epochs = min(self.trace.shape[1], tensors["trace"].shape[1])
+            self.trace[:, :epochs] = tensors["trace"][:, :epochs]
+        stored = {name: tensors[f"table.{name}"] for name in self._columns if f"table.{name}" in tensors}
+        if stored:
+            self._grow(len(stored["log_probs"]), gather)
+            if self.place != "disk" or self.writes:
+                for name, part in stored.items():
+                    self.table[name].copy_(part)
+            if self.place == "disk" and gather is not None:
+                gather(torch.zeros(1))
+
+    def journal_state(self) -> dict[str, torch.Tensor]:
+        """The predictions of this epoch so far, which each process has for itself."""
+        samples, parts = self._take_journal()
+        return {"samples": torch.from_numpy(samples), "visits": torch.tensor([self.visits]), **parts}
+
+    def add_journal(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take over a journal; several may follow one another when the number of processes changed."""
+        samples = tensors["samples"].numpy()
+        if len(samples):
+            self.journal.append((samples, {name: tensors[name].to(self.device) for name in self._columns}))
+        self.visits = max(self.visits, int(tensors["visits"]))
+
+
+def _only_finite(samples: np.ndarray, finite: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Drop the samples with a prediction that is not finite (a step that overflowed): they keep what they had.
+
+    Returns the samples left and where their rows stand among all rows of the journal.
+    """
+    rows = np.arange(len(finite))
+    if finite.all():
+        return samples, rows
+    keep = np.ones(len(samples), dtype=bool)
+    keep[np.repeat(np.arange(len(samples)), samples[:, 3])[~finite]] = False
+    return samples[keep], rows[np.repeat(keep, samples[:, 3])]
+
+
+def _gather_samples(samples: np.ndarray, gather: Callable | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The journals' samples of all processes, whose each is, and its number there."""
+    if gather is None:
+        return samples, np.zeros(len(samples), dtype=np.int64), np.arange(len(samples))
+    lengths = gather(torch.tensor([len(samples)])).tolist()
+    sent = torch.zeros(max(lengths), 4, dtype=torch.int64)
+    sent[: len(samples)] = torch.from_numpy(samples)
+    received = gather(sent).view(len(lengths), -1, 4).numpy()
+    everyone = np.concatenate([received[owner, :length] for owner, length in enumerate(lengths)])
+    owners = np.repeat(np.arange(len(lengths)), lengths)
+    return everyone, owners, np.concatenate([np.arange(length) for length in lengths])
+
+
+def _first_of_each(samples: np.ndarray) -> np.ndarray:
+    """Where the first prediction of each sample stands, by step and then by process; grouped by process."""
+    order = np.lexsort((samples[:, 1], samples[:, 0]))  # stable: equal steps stay in the order of processes
+    slots = samples[order, 0]
+    return np.sort(order[np.append(True, slots[1:] != slots[:-1])]) if len(slots) else order

@@ -1,0 +1,194 @@
+"""Reliability diagrams and risk-coverage curves, several methods side by side (matplotlib, the extra `plots`).
+
+Figures are built through matplotlib's object interface: no `pyplot`, no global state, no display needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .metrics import ReliabilityCurve, reliability_curve, risk_coverage_curve
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by colour-blind readers too.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_GREY = "#555555"
+_GAP: dict[str, Any] = {"facecolor": "none", "edgecolor": _GREY, "linewidth": 0.6, "hatch": "////"}
+_DIAGONAL: dict[str, Any] = {"color": "black", "linewidth": 1, "linestyle": "--"}
+_COLUMNS = 4  # at most this many panels in a row
+
+
+def reliability_diagram(
+    results: Mapping[str, tuple[Any, Any]],
+    path: str | Path | None = None,
+    title: str | None = None,
+    bins: int = 10,
+    from_logits: bool = True,
+) -> Figure:
+    """Accuracy against confidence, one panel per method, with the share of samples per bin below it.
+
+    Bars are accuracies; the hatched part is the gap to the bin's mean confidence, whose mean over samples is the ECE
+    in the legend. A well calibrated model's bars end on the dashed diagonal; over-confidence leaves them below it.
+
+    Args:
+        results (`dict[str, tuple]`):
+            Method name -> `(predictions, labels)`, as [`~hf_selfkd.metrics.calibration_metrics`] takes them.
+        path (`str` or `Path`, *optional*): Where to save the figure; the ending gives the format (png, pdf, svg).
+        title (`str`, *optional*): Title above all panels.
+        bins (`int`, *optional*, defaults to 10): Number of equal, right-closed confidence bins.
+        from_logits (`bool`, *optional*, defaults to `True`): `False` if the predictions are probabilities.
+
+    Returns:
+        `matplotlib.figure.Figure`
+
+    Raises:
+        `ImportError`: matplotlib is missing.
+        `ValueError`: no results, or results that `reliability_curve` refuses.
+
+    Example:
+        ```python
+        reliability_diagram({"baseline": (logits_a, labels), "PS-KD": (logits_b, labels)}, path="reliability.png")
+        ```
+    """
+    _require_results(results)
+    rows = -(-len(results) // _COLUMNS)
+    columns = -(-len(results) // rows)
+    figure = _figure(2.9 * columns + 0.5, 4.2 * rows + (0.7 if title else 0.3), title)
+    curves = {name: reliability_curve(*result, bins, from_logits) for name, result in results.items()}
+    grid = figure.add_gridspec(2 * rows, columns, height_ratios=[3.4, 1] * rows)
+    tallest = max(curve.count.max() / curve.count.sum() for curve in curves.values())
+    for place, (name, curve) in enumerate(curves.items()):
+        row, column = divmod(place, columns)
+        upper = figure.add_subplot(grid[2 * row, column])
+        lower = figure.add_subplot(grid[2 * row + 1, column], sharex=upper)
+        colour = _COLOURS[place % len(_COLOURS)]
+        _draw_reliability(upper, curve, colour)
+        _draw_counts(lower, curve, colour, tallest)
+        upper.set_title(name, pad=21)  # leaves a line for the panel's legend
+        if column == 0:
+            upper.set_ylabel("Accuracy")
+            lower.set_ylabel("Samples")
+    _explain(figure)
+    return _saved(figure, path)
+
+
+def risk_coverage_plot(
+    results: Mapping[str, tuple[Any, Any]],
+    path: str | Path | None = None,
+    title: str | None = None,
+    from_logits: bool = True,
+) -> Figure:
+    """Error rate among the most confident samples against the fraction kept, one line per method.
+
+    The lower and the further right a line stays low, the better the model ranks its own mistakes; the area under it is
+    the AURC in the legend, and its right end is the plain error rate.
+
+    Args:
+        results, path, title, from_logits: As for [`reliability_diagram`], with the same errors.
+
+    Returns:
+        `matplotlib.figure.Figure`
+    """
+    _require_results(results)
+    figure = _figure(5.6, 4.0, title)
+    curves = {name: risk_coverage_curve(*result, from_logits) for name, result in results.items()}
+    axes = figure.add_subplot()
+    for place, (name, curve) in enumerate(curves.items()):
+        # More methods than colours: the next round is dashed, the one after dotted.
+        style = ("-", "--", ":")[place // len(_COLOURS) % 3]
+        axes.plot(
+            100 * curve.coverage,
+            100 * curve.risk,
+            style,
+            color=_COLOURS[place % len(_COLOURS)],
+            label=f"{name} (AURC {curve.aurc:.1f})",
+        )
+    axes.set(xlabel="Coverage: most confident samples kept (%)", ylabel="Error rate among them (%)", xlim=(0, 100))
+    axes.set_ylim(bottom=0)
+    axes.grid(color="#e6e6e6")
+    axes.legend(frameon=False, loc="upper left")
+    _bare(axes)
+    return _saved(figure, path)
+
+
+def _draw_reliability(axes: Axes, curve: ReliabilityCurve, colour: str) -> None:
+    filled = curve.count > 0
+    left, width = curve.edges[:-1][filled], np.diff(curve.edges)[filled]
+    accuracy, confidence = curve.accuracy[filled], curve.confidence[filled]
+    bars = axes.bar(left, accuracy, width, align="edge", color=colour, alpha=0.75, edgecolor="white")
+    axes.bar(left, confidence - accuracy, width, bottom=accuracy, align="edge", **_GAP)
+    axes.plot([0, 1], [0, 1], **_DIAGONAL)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.tick_params(labelbottom=False)
+    # Above the axes: inside, it would hide the bars of an under-confident model.
+    axes.legend([bars], [f"ECE {curve.ece:.1f} %"], loc="lower center", bbox_to_anchor=(0.5, 0.98), frameon=False)
+    _bare(axes)
+
+
+def _explain(figure: Figure) -> None:
+    """One legend for what all panels share."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    accuracy = Patch(color="#aaaaaa", label="Accuracy")
+    gap = Patch(**_GAP, label="Gap to confidence")
+    figure.legend(
+        handles=[accuracy, gap, Line2D([], [], **_DIAGONAL, label="Calibrated")],
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        fontsize="small",
+        handlelength=1.4,
+        columnspacing=1.0,
+    )
+
+
+def _draw_counts(axes: Axes, curve: ReliabilityCurve, colour: str, tallest: float) -> None:
+    share = curve.count / curve.count.sum()
+    axes.bar(curve.edges[:-1], 100 * share, np.diff(curve.edges), align="edge", color=colour, edgecolor="white")
+    axes.set(xlabel="Confidence", ylim=(0, 108 * tallest))
+    axes.yaxis.set_major_formatter("{x:.0f} %")
+    axes.yaxis.set_major_locator(_ticks(3))
+    _bare(axes)
+
+
+def _require_results(results: Mapping[str, tuple[Any, Any]]) -> None:
+    if not results:
+        raise ValueError("results: empty; pass at least one {name: (predictions, labels)}.")
+
+
+def _figure(width: float, height: float, title: str | None) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib; install it with `pip install hf_selfkd[plots]`.") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def _ticks(count: int) -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(count)
+
+
+def _bare(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+
+
+def _saved(figure: Figure, path: str | Path | None) -> Figure:
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    return figure

@@ -1,0 +1,164 @@
+"""Rows: one prediction over the classes with its label, whatever the task. One adapter per kind of task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.auto import modeling_auto
+
+
+@dataclass
+class Rows:
+    """
+    The predictions of a batch.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `[R, C]`): class scores.
+        labels (`torch.LongTensor` of shape `[R]`): classes, -100 for a row that does not count.
+    """
+
+    logits: torch.Tensor
+    labels: torch.Tensor
+
+
+def sample_rows(logits: torch.Tensor, labels: torch.Tensor) -> Rows:
+    """One row per sample: sequence, image and audio classification.
+
+    Raises:
+        ValueError: if `logits` are not `[B, C]` or `labels` not `[B]`.
+    """
+    if logits.dim() != 2 or labels.numel() != logits.shape[0]:
+        raise ValueError(
+            f"logits of shape {list(logits.shape)} with labels of shape {list(labels.shape)}: single-label "
+            "classification needs [batch, classes] and [batch]."
+        )
+    return Rows(logits, labels.reshape(-1))
+
+
+def token_rows(logits: torch.Tensor, labels: torch.Tensor) -> Rows:
+    """One row per position: token classification. Padding stays in place, with label -100.
+
+    Raises:
+        ValueError: if `logits` are not `[B, L, C]` or `labels` not `[B, L]`.
+    """
+    if logits.dim() != 3 or labels.shape != logits.shape[:2]:
+        raise ValueError(
+            f"logits of shape {list(logits.shape)} with labels of shape {list(labels.shape)}: token classification "
+            "needs [batch, length, classes] and [batch, length]."
+        )
+    return Rows(logits.flatten(0, 1), labels.reshape(-1))
+
+
+_SAMPLE_TASKS = ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "VIDEO_CLASSIFICATION")
+_SAMPLE_SUFFIXES = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")
+_TOKEN_SUFFIXES = ("ForTokenClassification",)
+SUPPORTED = "single-label sequence, image, audio and video classification, and token classification"
+
+
+def _classes_of(*tasks: str) -> set[str]:
+    names: set[str] = set()
+    for task in tasks:
+        mapping = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {})
+        for value in mapping.values():
+            names.update((value,) if isinstance(value, str) else value)
+    return names
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def adapter_for(model: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], Rows]:
+    """
+    Choose the rows adapter of a model from its class, before any batch is seen.
+
+    Args:
+        model (`nn.Module`): a transformers model, PEFT-wrapped or not, or any module that returns logits.
+
+    Returns:
+        `Callable`: [`sample_rows`] or [`token_rows`]; for a class that transformers does not know, a function that
+        decides by the shapes.
+
+    Raises:
+        ValueError: if the task or the problem type is not supported.
+    """
+    model = base_model(model)
+    config, names = getattr(model, "config", None), [cls.__name__ for cls in type(model).__mro__]
+    problem = getattr(config, "problem_type", None)
+    if problem in ("regression", "multi_label_classification"):
+        raise ValueError(
+            f"problem_type={problem!r} is not supported: self-distillation needs one class per row "
+            "(problem_type='single_label_classification')."
+        )
+    if _matches(names, _classes_of("TOKEN_CLASSIFICATION"), _TOKEN_SUFFIXES):
+        return token_rows
+    if _matches(names, _classes_of(*_SAMPLE_TASKS), _SAMPLE_SUFFIXES):
+        if getattr(config, "num_labels", 2) == 1:
+            raise ValueError(
+                "num_labels=1 is regression, which is not supported: self-distillation needs num_labels of at least 2."
+            )
+        return sample_rows
+    if type(model).__module__.startswith("transformers."):
+        raise ValueError(f"{names[0]} is of a task that is not supported yet: supported are {SUPPORTED}.")
+    return _rows_by_shape
+
+
+def _matches(names: list[str], known: set[str], suffixes: tuple[str, ...]) -> bool:
+    return any(name in known or name.endswith(suffixes) for name in names)
+
+
+def _rows_by_shape(logits: torch.Tensor, labels: torch.Tensor) -> Rows:
+    return token_rows(logits, labels) if logits.dim() == 3 else sample_rows(logits, labels)
+
+
+def logits_of(outputs: Any, has_loss: bool) -> torch.Tensor:
+    """
+    Take the logits out of a model's outputs.
+
+    Args:
+        outputs: a `ModelOutput`, a dictionary or a tuple.
+        has_loss (`bool`): whether a tuple starts with the loss.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if isinstance(outputs, dict):
+        logits = outputs.get("logits")
+        found = ", ".join(outputs.keys())
+    elif isinstance(outputs, (tuple, list)):
+        logits = outputs[int(has_loss)] if len(outputs) > int(has_loss) else None
+        found = f"a tuple of {len(outputs)}"
+    else:
+        logits, found = getattr(outputs, "logits", None), type(outputs).__name__
+    if not isinstance(logits, torch.Tensor):
+        raise ValueError(f"the model returned no logits but {found}: self-distillation needs outputs.logits.")
+    return logits
+
+
+def check_labels(labels: Any, num_classes: int | None = None) -> None:
+    """
+    Check the labels of the first batch; with the number of classes, this waits for the device.
+
+    Raises:
+        ValueError: if they are missing, not integers, or not among the classes.
+    """
+    if not isinstance(labels, torch.Tensor):
+        raise ValueError(f"labels are a {type(labels).__name__}: self-distillation needs a tensor of classes.")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"labels are {labels.dtype}: regression and multi-label targets are not supported, only integer classes "
+            f"({SUPPORTED})."
+        )
+    if num_classes is None:
+        return
+    valid = labels[labels != -100]
+    if valid.numel() and (int(valid.min()) < 0 or int(valid.max()) >= num_classes):
+        raise ValueError(
+            f"labels run from {int(valid.min())} to {int(valid.max())} but the model has {num_classes} classes: set "
+            "num_labels of the model, or -100 for rows to ignore."
+        )

@@ -1,0 +1,296 @@
+"""Which sample is which: stable ids on the way from the dataset to the loss, seeded transforms, mixed images."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset
+
+
+SAMPLE_ID = "sample_id"
+SAMPLE_KEYS = "sample_keys"
+MIX_PARTNER = "mix_partner"
+MIX_LAMBDA = "mix_lambda"
+IGNORE_INDEX = -100
+
+
+@dataclass
+class SampleKeys:
+    """
+    What the host knows about the rows of a batch, so that a history on the CPU or on disk needs no device sync.
+
+    Args:
+        ids (`np.ndarray` of `int64`, shape `[B]`): sample ids.
+        label_hash (`np.ndarray` of `int64`, shape `[B]`):
+            a hash of each sample's labels; equal to the label itself where a sample has one.
+        counts (`np.ndarray` of `int64`, shape `[B]`): number of labelled rows of each sample.
+        rows (`np.ndarray` of `int64`, shape `[counts.sum()]`, *optional*):
+            where the labelled rows stand among the flattened rows of the batch; `None` when sample `b` is row `b`.
+    """
+
+    ids: np.ndarray
+    label_hash: np.ndarray
+    counts: np.ndarray
+    rows: np.ndarray | None = None
+
+
+def sample_keys(ids: torch.Tensor, labels: torch.Tensor) -> SampleKeys:
+    """
+    Make the host-side keys of a batch.
+
+    Args:
+        ids (`torch.LongTensor` of shape `[B]`): sample ids, on the CPU.
+        labels (`torch.LongTensor` of shape `[B]` or `[B, L]`): labels, -100 where there is none, on the CPU.
+
+    Returns:
+        [`SampleKeys`]: the hash of a sample does not depend on where its padding stands.
+    """
+    ids = ids.numpy().astype(np.int64)
+    labels = labels.numpy()
+    if labels.ndim < 2 or labels.size == len(ids):
+        labels = labels.reshape(len(ids)).astype(np.int64)
+        return SampleKeys(ids, labels, (labels != IGNORE_INDEX).astype(np.int64))
+    labels = labels.reshape(len(ids), -1).astype(np.int64)
+    valid = labels != IGNORE_INDEX
+    position = np.cumsum(valid, axis=1)
+    with np.errstate(over="ignore"):  # a hash: wrapping around is meant
+        mixed = (labels + 1) * (position * np.int64(0x9E3779B97F4A7C15 - 2**64) | 1)
+        mixed ^= mixed >> 29
+        hashes = np.where(valid, mixed * np.int64(0x2545F4914F6CDD1D), 0).sum(axis=1)
+    return SampleKeys(ids, hashes, valid.sum(axis=1), np.flatnonzero(valid))
+
+
+@contextmanager
+def seeded(*entropy: int):
+    """Seed Python, NumPy and torch (CPU) by non-negative integers, and put their states back at the end."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = np.random.SeedSequence(entropy).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.default_generator.manual_seed(int(words[2]))  # not torch.manual_seed, which also reseeds the accelerators
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class SampleIdDataset(Dataset):
+    """
+    A map-style dataset whose items carry `sample_id`; made by [`with_sample_ids`].
+
+    Args:
+        dataset: a map-style dataset of dictionaries.
+        ids (`np.ndarray` of `int64`, *optional*): one id per row; row numbers by default.
+        id_column (`str`, *optional*): take the id from this key of each item instead.
+    """
+
+    def __init__(self, dataset: Any, ids: np.ndarray | None = None, id_column: str | None = None):
+        self.dataset, self.ids, self.id_column = dataset, ids, id_column
+        self.transform_seed: int | None = None
+        # In shared memory, so that worker processes that outlive an epoch see the next one.
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the epoch that seeds the transforms (`int`, counted from 0; -1 before training)."""
+        self.epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def _with_id(self, index: int, item: Any) -> dict[str, Any]:
+        if not isinstance(item, Mapping):
+            raise TypeError(
+                f"train_dataset[{index}] is a {type(item).__name__}: self-distillation needs items that are "
+                "dictionaries, to add their sample_id."
+            )
+        if self.id_column is not None:
+            if self.id_column not in item:
+                raise ValueError(
+                    f"sample_id_column={self.id_column!r} is not among the keys of train_dataset[{index}]: "
+                    f"{', '.join(map(str, item))}."
+                )
+            return {**item, SAMPLE_ID: int(item[self.id_column])}
+        return {**item, SAMPLE_ID: index if self.ids is None else int(self.ids[index])}
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = int(index)
+        if self.transform_seed is None:
+            return self._with_id(index, self.dataset[index])
+        sample_id = index if self.ids is None else int(self.ids[index])
+        with seeded(self.transform_seed, int(self.epoch) + 1, sample_id):
+            return self._with_id(index, self.dataset[index])
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        if self.transform_seed is None and hasattr(self.dataset, "__getitems__"):
+            items = self.dataset.__getitems__(indices)
+            return [self._with_id(int(index), item) for index, item in zip(indices, items, strict=True)]
+        return [self[index] for index in indices]
+
+
+def is_hf_dataset(dataset: Any) -> bool:
+    """Whether this is a `datasets.Dataset` (without importing the library for those who use none)."""
+    import datasets
+
+    return isinstance(dataset, datasets.Dataset)
+
+
+def with_sample_ids(dataset: Any, id_column: str | None = None) -> SampleIdDataset:
+    """
+    Give every item of a map-style dataset a stable `sample_id`.
+
+    The trainer does this by itself, with row numbers, for the dataset it is given. Call it yourself to fix the ids
+    before you wrap the dataset further.
+
+    Args:
+        dataset (`datasets.Dataset` or `torch.utils.data.Dataset`):
+            A map-style dataset of dictionaries; shuffled, selected and `with_transform` datasets keep working.
+        id_column (`str`, *optional*):
+            A column of unique, non-negative integers to take as ids. Without it the ids are the row numbers.
+
+    Returns:
+        [`SampleIdDataset`]: a thin wrapper; the data are neither copied nor rewritten.
+
+    Raises:
+        ValueError: if the ids are missing, not integers, negative or not unique.
+        TypeError: if the dataset is iterable only.
+    """
+    if isinstance(dataset, SampleIdDataset):
+        return dataset
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise TypeError(
+            f"with_sample_ids needs a map-style dataset, not {type(dataset).__name__}: let an iterable dataset yield an "
+            "id itself and name it in sample_id_column."
+        )
+    if id_column is None or not is_hf_dataset(dataset):
+        return SampleIdDataset(dataset, id_column=id_column)
+    if id_column not in dataset.column_names:
+        raise ValueError(
+            f"sample_id_column={id_column!r} is not a column of the dataset: choose among "
+            f"{', '.join(dataset.column_names)}."
+        )
+    return SampleIdDataset(dataset, ids=checked_ids(dataset.with_format(None)[id_column][:], id_column))
+
+
+def checked_ids(values: Any, name: str) -> np.ndarray:
+    """Return `values` as `int64` ids.
+
+    Raises:
+        ValueError: if they are not unique non-negative integers; `name` is the column to blame.
+    """
+    ids = np.asarray(values)
+    if ids.dtype.kind not in "iu":
+        raise ValueError(f"sample_id_column={name!r} holds {ids.dtype}: ids must be integers without gaps in type.")
+    if len(ids) and ids.min() < 0:
+        raise ValueError(f"sample_id_column={name!r} holds {ids.min()}: ids must not be negative.")
+    unique, counts = np.unique(ids, return_counts=True)
+    if len(unique) != len(ids):
+        raise ValueError(
+            f"sample_id_column={name!r} holds {unique[counts.argmax()]} {counts.max()} times: ids must be unique."
+        )
+    return ids.astype(np.int64)
+
+
+class SelfKDDataCollator:
+    """
+    Wrap a data collator: carry the sample ids through it and, if asked, mix images (mixup, CutMix).
+
+    A mixed batch trains on `lambda * loss(own label) + (1 - lambda) * loss(partner's label)`, and past predictions
+    follow the same partner and the same lambda. Mixing is seeded by the sample ids and the epoch, so it resumes
+    exactly. One lambda per batch, as in the authors' code of both methods.
+
+    Args:
+        collator (`Callable`, *optional*): the collator to wrap; [`~transformers.default_data_collator`] by default.
+        mixup_alpha (`float`, *optional*, defaults to `0.0`):
+            Parameter of the Beta distribution of lambda for mixup (Zhang et al., ICLR 2018); 0 is off.
+        cutmix_alpha (`float`, *optional*, defaults to `0.0`):
+            The same for CutMix (Yun et al., ICCV 2019). With both, each mixed batch draws one of the two.
+        mix_probability (`float`, *optional*, defaults to `1.0`):
+            Share of the batches that are mixed, in [0, 1].
+        id_column (`str`, *optional*): name of the id in the features; set by the trainer.
+
+    Raises:
+        ValueError: if a parameter is out of range, or images to mix are missing.
+    """
+
+    def __init__(
+        self,
+        collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
+        mix_probability: float = 1.0,
+        id_column: str = SAMPLE_ID,
+    ):
+        for name, value in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
+            if value < 0:
+                raise ValueError(f"{name}={value} must not be negative: 0 turns it off.")
+        if not 0 <= mix_probability <= 1:
+            raise ValueError(f"mix_probability={mix_probability} is outside [0, 1].")
+        if collator is None:
+            from transformers import default_data_collator as collator
+        self.collator = collator
+        self.mixup_alpha, self.cutmix_alpha, self.mix_probability = mixup_alpha, cutmix_alpha, mix_probability
+        self.id_column = id_column
+        self.host_keys = True  # off where batches travel between processes, which takes tensors only
+        self.seed, self.epoch = 0, None  # set by the trainer: args.seed and the epoch in shared memory
+
+    @property
+    def mixes(self) -> bool:
+        """`bool`: whether any batch can be mixed."""
+        return (self.mixup_alpha > 0 or self.cutmix_alpha > 0) and self.mix_probability > 0
+
+    def __call__(self, features: list[Any]) -> dict[str, Any]:
+        ids = [feature[self.id_column] for feature in features if self._has_id(feature)]
+        if ids and len(ids) == len(features):
+            features = [{key: value for key, value in f.items() if key != self.id_column} for f in features]
+        batch = self.collator(features)
+        if ids and len(ids) == len(features):
+            batch[SAMPLE_ID] = torch.as_tensor([int(i) for i in ids], dtype=torch.int64)
+            if self.host_keys and isinstance(batch.get("labels"), torch.Tensor):
+                batch[SAMPLE_KEYS] = sample_keys(batch[SAMPLE_ID], batch["labels"])
+        if self.mixes:
+            self._mix(batch)
+        return batch
+
+    def _has_id(self, feature: Any) -> bool:
+        return isinstance(feature, Mapping) and self.id_column in feature
+
+    def _mix(self, batch: dict[str, Any]) -> None:
+        images = batch.get("pixel_values")
+        if images is None:
+            raise ValueError(
+                f"mixup_alpha={self.mixup_alpha}, cutmix_alpha={self.cutmix_alpha}: the batch has no pixel_values to "
+                f"mix, only {', '.join(batch)}. Set both to 0."
+            )
+        if SAMPLE_ID in batch:
+            epoch = 0 if self.epoch is None else int(self.epoch) + 1
+            rng = np.random.default_rng((self.seed, epoch, *batch[SAMPLE_ID].tolist()))
+        else:  # nothing tells two batches apart, so the global generator must
+            rng = np.random.default_rng(int(torch.randint(2**62, ())))
+        if rng.random() >= self.mix_probability:
+            return
+        methods = [a for a in ((self.mixup_alpha, False), (self.cutmix_alpha, True)) if a[0] > 0]
+        alpha, cut = methods[rng.integers(len(methods))]
+        lam = float(rng.beta(alpha, alpha))
+        partner = torch.from_numpy(rng.permutation(len(images)))
+        if cut:
+            height, width = images.shape[-2:]
+            half_h, half_w = (int(size * (1 - lam) ** 0.5) // 2 for size in (height, width))
+            y, x = rng.integers(height), rng.integers(width)
+            top, bottom = max(y - half_h, 0), min(y + half_h, height)
+            left, right = max(x - half_w, 0), min(x + half_w, width)
+            images = images.clone()
+            images[..., top:bottom, left:right] = batch["pixel_values"][partner][..., top:bottom, left:right]
+            lam = 1 - (bottom - top) * (right - left) / (height * width)
+        else:
+            images = lam * images + (1 - lam) * images[partner]
+        batch["pixel_values"] = images
+        batch[MIX_PARTNER] = partner
+        batch[MIX_LAMBDA] = torch.full((len(images),), lam, dtype=torch.float32)

@@ -1,0 +1,657 @@
+"""`SelfKDTrainer`: `Trainer` with progressive self-distillation. It wires; loss, storage and rows live elsewhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast
+from torch.utils.data import Dataset, IterableDataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import has_length
+
+from .config import SelfKDConfig, alpha_at
+from .files import load_tensors, save_tensors
+from .fixes import EpochLengthGroupedSampler, hub_copy, load_renamed_weights
+from .losses import Past, cross_entropy_sum, progressive_cross_entropy, target_entropy
+from .rows import Rows, adapter_for, check_labels, logits_of
+from .samples import (
+    IGNORE_INDEX,
+    MIX_LAMBDA,
+    MIX_PARTNER,
+    SAMPLE_ID,
+    SAMPLE_KEYS,
+    SampleIdDataset,
+    SampleKeys,
+    SelfKDDataCollator,
+    checked_ids,
+    is_hf_dataset,
+    sample_keys,
+    seeded,
+    with_sample_ids,
+)
+from .teachers import EMATeacher, HistoryTeacher, SnapshotTeacher, Teacher
+
+
+logger = logging.getLogger(__name__)
+
+STATE_FOLDER = "_selfkd"  # in a checkpoint and, for a history on disk, in the output folder
+
+
+@dataclass
+class Mix:
+    """How the images of a batch were mixed: partners `[B]` and the weight of the own label, a scalar tensor."""
+
+    partner: torch.Tensor
+    weight: torch.Tensor
+
+
+@dataclass
+class Batch:
+    """A batch, split into what the model sees and what is ours."""
+
+    inputs: dict[str, Any]
+    labels: torch.Tensor
+    keys: SampleKeys | None
+    mix: Mix | None
+
+
+@dataclass
+class Side:
+    """Labels `[R]` and past rows to learn from; `weight` is a scalar tensor for mixed images."""
+
+    labels: torch.Tensor
+    past: Past | None
+    weight: torch.Tensor | None
+
+
+class _Epochs(TrainerCallback):
+    """Tells the trainer what the loop does."""
+
+    def __init__(self, trainer: SelfKDMixin):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._begin_training()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.trainer._begin_epoch()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.teacher.after_step()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.teacher.begin_epoch(self.trainer.teacher.epoch + 1)
+
+
+class RunningMeans:
+    """Sums on the device, so that logging waits for it once; see [`~SelfKDMixin.log`]."""
+
+    names = ("hard_loss", "soft_loss", "target_entropy", "past_agreement", "rows_with_history", "alpha")
+
+    def __init__(self):
+        self.sums: torch.Tensor | None = None  # [names, (sum, weight)]
+
+    def add(self, pairs: dict[str, tuple[torch.Tensor | float, torch.Tensor | float]], device: torch.device) -> None:
+        """Add `name: (sum, weight)` pairs; names that are left out keep their mean."""
+        zero = torch.zeros((), device=device)
+        values = [value for name in self.names for value in pairs.get(name, (zero, zero))]
+        values = [v if isinstance(v, torch.Tensor) else torch.full_like(zero, v) for v in values]
+        sums = torch.stack([value.detach().float() for value in values])
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def take(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """The means since the last call, of all processes; this waits for the device."""
+        if self.sums is None:
+            return {}
+        pairs = reduce(self.sums).view(-1, 2).tolist()
+        self.sums = None
+        return {name: total / weight for name, (total, weight) in zip(self.names, pairs, strict=True) if weight > 0}
+
+
+class SelfKDMixin:
+    """
+    Progressive self-distillation for [`~transformers.Trainer`] and its subclasses: put it before the trainer class.
+
+    ```python
+    class MyTrainer(SelfKDMixin, MyOwnTrainer): ...
+    ```
+
+    Attributes:
+        teacher ([`~hf_selfkd.teachers.Teacher`]): the live teacher; its `stored(sample_ids)` gives what it holds.
+    """
+
+    # `compute_loss` divides by the rows of the whole step: the Trainer must not divide by accumulation steps again.
+    loss_is_scaled_for_ga = True
+    _config_class = SelfKDConfig
+
+    def __init__(self, model=None, args: TrainingArguments | None = None, *arguments: Any, **keywords: Any):
+        args = self._config_class("tmp_trainer") if args is None else self._config_class.from_training_arguments(args)
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process (nn.DataParallel) are not supported: start with `torchrun` or "
+                "`accelerate launch`, or make one GPU visible with CUDA_VISIBLE_DEVICES."
+            )
+        self.teacher: Teacher = Teacher()
+        self._means = RunningMeans()
+        self._passes, self._resumed = -1, False
+        self._ours: bool | None = None  # whether our cross-entropy is the hard loss; None until a batch tells
+        super().__init__(model, args, *arguments, **keywords)
+        self._rows: Callable[[torch.Tensor, torch.Tensor], Rows] = adapter_for(self.model)
+        self._check_setup()
+        self.add_callback(_Epochs(self))
+
+    def _check_setup(self) -> None:
+        sharded = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else None
+        if sharded and self.args.teacher_kind in ("snapshot", "ema"):
+            raise ValueError(
+                f"teacher={self.args.teacher!r} keeps whole weights, which {sharded} shards: use teacher='history'."
+            )
+        if self.args.use_liger_kernel:
+            raise ValueError("use_liger_kernel=True hides the logits that self-distillation needs: set it to False.")
+        self._check_dataset()
+
+    def _check_dataset(self) -> None:
+        dataset, column = self.train_dataset, self.args.sample_id_column
+        collator = self.data_collator if isinstance(self.data_collator, SelfKDDataCollator) else None
+        needs_ids = self.args.distils and self.args.teacher_kind == "history" or self.args.history_trace
+        if collator is not None and collator.mixes and needs_ids and collator.mix_probability == 1:
+            raise ValueError(
+                "mix_probability=1.0 with teacher='history': a mixed image has no row of its own to store. Use "
+                "teacher='snapshot', or mix_probability below 1."
+            )
+        if not isinstance(dataset, IterableDataset):
+            return
+        if needs_ids and column is None:
+            raise ValueError(
+                f"{type(dataset).__name__} has no sample ids for teacher='history': use teacher='snapshot' or "
+                "teacher='ema', or name a column of ids 0..len-1 in sample_id_column."
+            )
+        if needs_ids and not has_length(dataset):
+            raise ValueError(
+                f"{type(dataset).__name__} with teacher='history' must declare its size: give it a __len__ that counts "
+                "the samples, or use teacher='snapshot'."
+            )
+        if self.args.distils and not has_length(dataset) and self.args.alpha_schedule in ("linear", "cosine"):
+            raise ValueError(
+                f"alpha_schedule={self.args.alpha_schedule!r} needs a known number of epochs, which "
+                f"{type(dataset).__name__} without __len__ does not have: use 'linear_step' or 'constant'."
+            )
+        if self.args.seed_transforms:
+            raise ValueError(
+                "seed_transforms=True needs a map-style dataset: seed inside the iterable dataset instead."
+            )
+
+    # Data
+
+    def _get_dataloader(self, dataset: Any, description: str, *arguments: Any, **keywords: Any):
+        collator = self.data_collator
+        training = keywords.get("is_training", False)
+        inner = collator.collator if isinstance(collator, SelfKDDataCollator) else collator
+        try:
+            if training:
+                dataset, inner = self._identified(dataset, inner, description)
+                self.data_collator = self._training_collator(collator, inner, dataset)
+            else:
+                self.data_collator = inner  # evaluation sees neither ids nor mixed images
+            return super()._get_dataloader(dataset, description, *arguments, **keywords)
+        finally:
+            self.data_collator = collator
+
+    def _identified(self, dataset: Any, collator: Callable, description: str) -> tuple[Any, Callable]:
+        """The dataset with ids, unused columns removed, and the user's collator as the stock Trainer would wrap it."""
+        column = self.args.sample_id_column
+        if isinstance(dataset, IterableDataset):
+            return dataset, super()._get_collator_with_removed_columns(collator, description)
+        wrapped = dataset if isinstance(dataset, SampleIdDataset) else with_sample_ids(dataset, column)
+        inner = wrapped.dataset
+        if is_hf_dataset(inner):
+            ids = np.arange(len(inner)) if wrapped.ids is None else wrapped.ids
+            wrapped = SampleIdDataset(self._remove_unused_columns(inner, description), ids)
+        else:
+            wrapped = SampleIdDataset(inner, wrapped.ids, wrapped.id_column)
+            collator = super()._get_collator_with_removed_columns(collator, description)
+        if self.args.seed_transforms:
+            wrapped.transform_seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        self._train_samples = wrapped
+        return wrapped, collator
+
+    def _training_collator(self, outer: Callable, inner: Callable, dataset: Any) -> SelfKDDataCollator:
+        iterable = isinstance(dataset, IterableDataset)
+        collator = SelfKDDataCollator(inner, id_column=self.args.sample_id_column if iterable else SAMPLE_ID)
+        if isinstance(outer, SelfKDDataCollator):
+            for name in ("mixup_alpha", "cutmix_alpha", "mix_probability"):
+                setattr(collator, name, getattr(outer, name))
+        # Accelerate sends the batches of an iterable dataset from process to process, as tensors only.
+        dispatched = iterable and self.args.accelerator_config.dispatch_batches is not False
+        collator.host_keys = not (dispatched and self.args.world_size > 1)
+        collator.seed = self.args.seed
+        collator.epoch = None if iterable else dataset.epoch
+        return collator
+
+    def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
+        if isinstance(data_collator, SelfKDDataCollator):
+            return data_collator  # made by `_training_collator`: columns are removed inside it
+        return super()._get_collator_with_removed_columns(data_collator, description)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None):
+        if isinstance(train_dataset, SampleIdDataset):
+            train_dataset = train_dataset.dataset
+        sampler = None
+        if self.args.train_sampling_strategy == "group_by_length" and has_length(train_dataset or self.train_dataset):
+            sampler = self._length_sampler(train_dataset)
+        return sampler if sampler is not None else super()._get_train_sampler(train_dataset)
+
+    def _length_sampler(self, train_dataset: Any) -> EpochLengthGroupedSampler:
+        args, lengths, source = self.args, None, self.train_dataset
+        source = source.dataset if isinstance(source, SampleIdDataset) else source
+        if is_hf_dataset(source) and args.length_column_name in source.column_names:
+            lengths = source.with_format(None)[args.length_column_name][:]  # before unused columns are removed
+        names = getattr(self.processing_class, "model_input_names", None)
+        return EpochLengthGroupedSampler(
+            args.train_batch_size * args.gradient_accumulation_steps,
+            dataset=train_dataset,
+            lengths=lengths,
+            model_input_name=names[0] if names else None,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+        )
+
+    # The run
+
+    def _begin_training(self) -> None:
+        if self.state.global_step == 0:
+            self._ours = None
+            self.teacher = self._make_teacher()
+            self._passes = -1
+            self._resumed = False
+            if self.args.warm_start_history and self.args.distils and self.args.teacher_kind == "history":
+                self._warm_start()
+        self._means = RunningMeans()
+
+    def _make_teacher(self) -> Teacher:
+        args = self.args
+        args.validate()  # again: hyperparameter search sets fields
+        self._check_dataset()
+        has_epochs = has_length(self.train_dataset)
+        if args.distils and has_epochs and self.state.num_train_epochs < 2 and not args.warm_start_history:
+            raise ValueError(
+                f"{self.state.num_train_epochs} epoch with teacher={args.teacher_kind!r}: there is no earlier epoch to "
+                "learn from. Train at least 2 epochs, set warm_start_history=True (history, snapshot) or alpha=0."
+            )
+        if args.teacher_kind == "none" or not (args.distils or args.history_trace):
+            return Teacher()
+        several = args.world_size > 1
+        if args.teacher_kind == "history":
+            size, ids = self._size_and_ids()
+            return HistoryTeacher(
+                args,
+                size,
+                ids,
+                args.device,
+                Path(args.output_dir) / STATE_FOLDER / f"node{os.environ.get('GROUP_RANK', '0')}",
+                self.state.num_train_epochs,
+                gather=self._gather if several else None,
+                rank=args.process_index,
+                writes=args.local_process_index == 0,
+            )
+        share = broadcast if several else None
+        if args.teacher_kind == "snapshot":
+            return SnapshotTeacher(self.model, self._predict, share, args.warm_start_history)
+        return EMATeacher(self.model, self._predict, args.ema_decay, share)
+
+    def _size_and_ids(self) -> tuple[int, np.ndarray | None]:
+        dataset, column = self.train_dataset, self.args.sample_id_column
+        if isinstance(dataset, SampleIdDataset):
+            return len(dataset), dataset.ids
+        if column is not None and is_hf_dataset(dataset):
+            return len(dataset), checked_ids(dataset.with_format(None)[column][:], column)
+        return len(dataset), None
+
+    def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.gather(tensor.to(self.accelerator.device)).cpu()
+
+    def _predict(self, outputs: Any) -> torch.Tensor:
+        logits = logits_of(outputs, has_loss=False)
+        return logits if logits.dim() == 2 else logits.flatten(0, -2)
+
+    def _begin_epoch(self) -> None:
+        if has_length(self.train_dataset):
+            epoch = int(self.state.epoch or 0)
+        else:  # the Trainer's epoch of a stream without length counts steps, not passes
+            self._passes += not self._resumed
+            epoch = self._passes
+        self._resumed = False
+        self.teacher.begin_epoch(epoch)
+        if isinstance(getattr(self, "_train_samples", None), SampleIdDataset):
+            self._train_samples.set_epoch(epoch)
+        sampler = self.callback_handler.train_dataloader
+        while sampler is not None:  # accelerate forwards the epoch through some wrappers only
+            if isinstance(sampler, EpochLengthGroupedSampler):
+                sampler.set_epoch(epoch)
+            sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
+
+    @torch.no_grad()
+    def _warm_start(self) -> None:
+        """Fill the history with the predictions of the initial weights, in evaluation mode."""
+        logger.info("Filling the history with the predictions of the initial weights.")
+        samples = getattr(self, "_train_samples", None)
+        with seeded(self.args.seed):  # training draws the same random numbers with and without this pass
+            dataloader = self._get_dataloader(
+                self.train_dataset,
+                description="Warm start",
+                batch_size=self.args.eval_batch_size,
+                sampler_fn=torch.utils.data.SequentialSampler,
+                is_training=True,
+            )
+            if samples is not None:
+                self._train_samples.set_epoch(-1)
+            self.model.eval()
+            for inputs in dataloader:
+                batch = self._take(self._prepare_inputs(inputs))
+                if batch.mix is None:
+                    with self.compute_loss_context_manager():
+                        outputs = self.model(**batch.inputs)
+                    self.teacher.observe(batch.keys, self._rows(logits_of(outputs, has_loss=False), batch.labels))
+            self.model.train()
+        self._train_samples = samples
+        self.teacher.begin_epoch(0)
+
+    # The loss
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        # The stock Trainer counts only for models that ask for it; our loss divides by the count for every model.
+        accepts = self.model_accepts_loss_kwargs
+        self.model_accepts_loss_kwargs = True
+        try:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        finally:
+            self.model_accepts_loss_kwargs = accepts
+
+    def _take(self, inputs: dict[str, Any]) -> Batch:
+        """Split a batch into what the model sees and what is ours."""
+        inputs = dict(inputs)
+        ids, keys = inputs.pop(SAMPLE_ID, None), inputs.pop(SAMPLE_KEYS, None)
+        partner, weight = inputs.pop(MIX_PARTNER, None), inputs.pop(MIX_LAMBDA, None)
+        if "labels" not in inputs:
+            raise ValueError(
+                f"the batch has no 'labels', only {', '.join(inputs)}: name the label column 'label' or 'labels', or "
+                "let the data collator do so."
+            )
+        labels = inputs.pop("labels")
+        if keys is None and ids is not None and self.teacher.needs_ids:
+            keys = sample_keys(ids.cpu(), labels.cpu())
+        if keys is None and self.teacher.needs_ids:
+            raise ValueError(
+                "the batch has no sample_id for teacher='history': let the trainer build the dataloader, or carry "
+                f"{self.args.sample_id_column or SAMPLE_ID!r} through your own."
+            )
+        return Batch(inputs, labels, keys, None if partner is None else Mix(partner, weight[0]))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """
+        The loss of a batch; in training, that of progressive self-distillation, over the rows of the whole step.
+
+        Raises:
+            ValueError: at the first batch that shows a fault (labels, logits, ids), before any optimizer step.
+        """
+        if not (self.is_in_train and model.training):
+            inputs = {key: value for key, value in inputs.items() if key not in (SAMPLE_ID, SAMPLE_KEYS)}
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        batch = self._take(inputs)
+        if self._ours is None:
+            check_labels(batch.labels)
+        outputs = model(**batch.inputs, labels=batch.labels) if self._asks_model else model(**batch.inputs)
+        rows = self._rows(logits_of(outputs, has_loss=self._asks_model), batch.labels)
+        if self._ours is None:
+            self._inspect(outputs, rows)
+        alpha = self._alpha()
+        past = self.teacher.targets(batch.keys, batch.inputs, rows) if alpha > 0 else None
+        sides = self._sides(rows.labels, past, batch.mix)
+        loss, sums = self._scaled_loss(outputs, rows, sides, alpha, num_items_in_batch)
+        if batch.mix is None:
+            self.teacher.observe(batch.keys, rows)
+        self._means.add(self._measures(rows, sides, alpha, sums), loss.device)
+        if return_outputs and isinstance(outputs, dict):
+            outputs.setdefault("loss", loss)
+        return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _asks_model(self) -> bool:
+        """Whether the model must compute its own loss: until it is known, or if it is more than cross-entropy."""
+        return self.compute_loss_func is None and self.label_smoother is None and not self._ours
+
+    def _alpha(self) -> float:
+        args, state = self.args, self.state
+        if not args.distils:
+            return 0.0
+        return alpha_at(
+            args.alpha,
+            args.alpha_schedule,
+            self.teacher.epoch,
+            state.num_train_epochs,
+            state.global_step,
+            state.max_steps,
+        )
+
+    def _inspect(self, outputs: Any, rows: Rows) -> None:
+        """Find out whether the model's own loss is plain cross-entropy: then ours replaces it, in one pass."""
+        check_labels(rows.labels, rows.logits.shape[-1])
+        if not self._asks_model:
+            self._ours = self.compute_loss_func is None and self.label_smoother is None
+            return
+        own = outputs.get("loss") if isinstance(outputs, dict) else outputs[0]
+        labels = rows.labels[rows.labels != IGNORE_INDEX]
+        spread = (rows.logits - rows.logits.mean(dim=-1, keepdim=True)).abs().max() if len(labels) else 0
+        if own is not None and (labels.unique().numel() < 2 or spread < 1e-2):
+            return  # here a weighted or smoothed loss would look the same: wait for a batch that can tell
+        with torch.no_grad():
+            ours = cross_entropy_sum(rows.logits, rows.labels) / len(labels)
+        self._ours = own is None or bool(torch.isclose(own.detach().float(), ours, rtol=1e-5, atol=0))
+        logger.info(
+            "The model's loss is plain cross-entropy: hard and soft part are computed together."
+            if self._ours
+            else "The model has a loss of its own: it is kept as the hard part, with weight 1 - alpha."
+        )
+
+    def _sides(self, labels: torch.Tensor, past: Past | None, mix: Mix | None) -> list[Side]:
+        """The labels and past rows to learn from: the sample's own and, for mixed images, its partner's."""
+        if mix is None:
+            return [Side(labels, past, None)]
+        # A stored row belongs to an unmixed image; other teachers have looked at the mixed image itself.
+        partners = past.select(mix.partner) if past is not None and self.teacher.needs_ids else past
+        return [Side(labels, past, mix.weight), Side(labels[mix.partner], partners, 1 - mix.weight)]
+
+    def _scaled_loss(
+        self, outputs: Any, rows: Rows, sides: list[Side], alpha: float, num_items: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss, divided by the rows of the whole step, and the sums of its parts over the rows of this batch."""
+        world = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        sums = {}
+        parts = [
+            progressive_cross_entropy(rows.logits, side.labels, side.past, alpha, self.args.temperature)
+            for side in sides
+            if side.past is not None
+        ]
+        if parts:
+            sums["soft_loss"] = _weighted([part.soft.sum() for part in parts], sides)
+        if self._ours:
+            if parts:
+                total = _weighted([part.total.sum() for part in parts], sides)
+                sums["hard_loss"] = _weighted([part.hard.sum() for part in parts], sides)
+            else:
+                total = _weighted([cross_entropy_sum(rows.logits, side.labels) for side in sides], sides)
+                sums["hard_loss"] = total.detach()
+            loss = total / num_items
+            return (loss * world if world > 1 else loss), sums
+        hard = _weighted([self._hard_loss(outputs, rows, side.labels, num_items) for side in sides], sides)
+        hard = hard * world if world > 1 else hard
+        sums["hard_loss"] = hard.detach() * num_items / world
+        if not parts:
+            return hard, sums
+        # One number for all rows cannot be weighted row by row: it gives way by the share of rows with a past.
+        soft = _weighted([part.soft.sum() for part in parts], sides) / num_items * world
+        share = _weighted([_learning(side).sum() for side in sides], sides) / _labelled(rows.labels).sum()
+        return (1 - alpha * share) * hard + alpha * soft, sums
+
+    def _hard_loss(self, outputs: Any, rows: Rows, labels: torch.Tensor, num_items: torch.Tensor) -> torch.Tensor:
+        """The user's or the model's own loss, over the rows of the whole step."""
+        if self.compute_loss_func is not None:
+            return self.compute_loss_func(outputs, labels, num_items_in_batch=num_items)
+        if self.label_smoother is not None:
+            return self.label_smoother(outputs, labels, num_items_in_batch=num_items)
+        if labels is not rows.labels:
+            raise ValueError(
+                "mixed images need a loss for two labels, and this model's own loss is not plain cross-entropy: pass "
+                "it as compute_loss_func, or turn mixing off."
+            )
+        mean = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
+        return mean * (_labelled(labels).sum() / num_items)
+
+    def _measures(self, rows: Rows, sides: list[Side], alpha: float, sums: dict[str, torch.Tensor]) -> dict[str, Any]:
+        count = _labelled(rows.labels).sum()
+        measures = {"hard_loss": (sums["hard_loss"], count), "alpha": (alpha, 1.0)}
+        past = sides[0].past
+        if not self.args.distils:
+            return measures
+        if past is None:
+            return measures | {"rows_with_history": (0.0, count)}
+        learning = _learning(sides[0])
+        learners = learning.sum()
+        guess = past.log_probs.argmax(dim=-1)
+        guess = guess if past.index is None else past.index.gather(-1, guess.unsqueeze(-1)).squeeze(-1)
+        measures["soft_loss"] = (sums["soft_loss"], learners)
+        measures["past_agreement"] = (((guess == rows.labels) & learning).sum(), learners)
+        measures["rows_with_history"] = (learners, count)
+        if len(sides) == 1:
+            entropy = target_entropy(past, rows.labels, alpha)
+            measures["target_entropy"] = (torch.where(learning, entropy, 0.0).sum(), count)
+        return measures
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the means of self-distillation since the last time beside the training loss."""
+        if "loss" in logs and self.is_in_train:
+            several = self.args.world_size > 1
+            reduce = (lambda sums: self.accelerator.reduce(sums, "sum")) if several else (lambda sums: sums)
+            logs |= self._means.take(reduce)
+        super().log(logs, start_time)
+
+    # Checkpoints
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        folder = Path(output_dir) / STATE_FOLDER
+        if self.args.should_save:
+            tensors, metadata = self.teacher.state()
+            own = {
+                "version": "1",
+                "teacher": self.teacher.kind,
+                "epoch": str(self.teacher.epoch),
+                "passes": str(self._passes),
+                "cross_entropy": json.dumps(self._ours),
+                "processes": str(self.args.world_size),
+            }
+            save_tensors(folder / "teacher.safetensors", tensors, metadata | own)
+        journal = self.teacher.process_state()
+        if journal:
+            save_tensors(folder / f"journal_{self.args.process_index}.safetensors", journal, {})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self.teacher = self._make_teacher()
+        self._passes, self._resumed = -1, True
+        folder = Path(checkpoint) / STATE_FOLDER
+        if not (folder / "teacher.safetensors").is_file():
+            if self.teacher.kind == "none":
+                return
+            raise ValueError(
+                f"{checkpoint} has no self-distillation state for teacher={self.teacher.kind!r} (plain Trainer, "
+                "save_only_model or a download from the Hub): resume a run of SelfKDTrainer, or start a new run from "
+                "these weights with from_pretrained."
+            )
+        tensors, metadata = load_tensors(folder / "teacher.safetensors")
+        if metadata["teacher"] != self.teacher.kind:
+            raise ValueError(
+                f"{checkpoint} was written with teacher={metadata['teacher']!r}, this run has "
+                f"teacher={self.teacher.kind!r}: resume with the same teacher."
+            )
+        written, now = int(metadata["processes"]), self.args.world_size
+        ranks = range(self.args.process_index, written, now) if self.teacher.needs_ids and tensors else ()
+        journals = [load_tensors(folder / f"journal_{rank}.safetensors")[0] for rank in ranks]
+        self.teacher.load(tensors, metadata, journals)
+        self.teacher.epoch = int(metadata["epoch"])
+        self._passes = int(metadata["passes"])
+        self._ours = json.loads(metadata["cross_entropy"])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            load_renamed_weights(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            load_renamed_weights(self.model, self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Stored predictions never reach the Hub; with hub_strategy="checkpoint" the whole folder would.
+        if (Path(checkpoint_folder) / STATE_FOLDER).is_dir() and self.is_world_process_zero():
+            checkpoint_folder = str(hub_copy(checkpoint_folder, self.args.output_dir, STATE_FOLDER))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        if self.is_world_process_zero():
+            shutil.rmtree(Path(self.args.output_dir) / "_hub", ignore_errors=True)
+
+
+def _labelled(labels: torch.Tensor) -> torch.Tensor:
+    return labels != IGNORE_INDEX
+
+
+def _learning(side: Side) -> torch.Tensor:
+    """Which rows have both a label and a past prediction."""
+    return side.past.mask & _labelled(side.labels)
+
+
+def _weighted(values: list[torch.Tensor], sides: list[Side]) -> torch.Tensor:
+    if len(values) == 1:
+        return values[0]
+    return sum(side.weight * value for side, value in zip(sides, values, strict=True))
+
+
+class SelfKDTrainer(SelfKDMixin, Trainer):
+    """
+    [`~transformers.Trainer`] with progressive self-distillation (PS-KD): change the class name in a working script.
+
+    Every argument keeps its meaning. A plain [`~transformers.TrainingArguments`] is accepted and takes the defaults of
+    [`SelfKDConfig`]. Evaluation, saving and inference are those of the bare model.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or `nn.Module`, *optional*):
+            A model for sequence, image, audio or token classification, PEFT-wrapped or not.
+        args ([`SelfKDConfig`] or [`~transformers.TrainingArguments`], *optional*): the arguments.
+        *arguments, **keywords: as for [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: if the task, the data or the arguments do not allow self-distillation; the message names the
+            field, its value and the remedy.
+
+    Example:
+
+    ```python
+    from hf_selfkd import SelfKDConfig, SelfKDTrainer
+
+    trainer = SelfKDTrainer(model, SelfKDConfig("out", num_train_epochs=30), train_dataset=data)
+    trainer.train()
+    ```
+    """
