@@ -11,11 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    crc = 0
-    for name in sorted(tensors):
-        crc = zlib.crc32(name.encode(), crc)
-        crc = zlib.crc32(tensors[name].contiguous().view(-1).view(torch.uint8).numpy(), crc)
+def _checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    crc = zlib.crc32(repr(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy(), crc)
     return f"{crc:08x}"
 
 
@@ -32,7 +32,7 @@ def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: d
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={**metadata, "crc32": _checksum(tensors)})
+    save_file(tensors, partial, metadata={**metadata, "crc32": _checksum(tensors, metadata)})
     os.replace(partial, path)
 
 
@@ -55,6 +55,6 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error}): {remedy}") from error
-    if metadata.pop("crc32", None) != _checksum(tensors):
+    if metadata.pop("crc32", None) != _checksum(tensors, metadata):
         raise ValueError(f"{path} is corrupted, its checksum does not match: {remedy}")
     return tensors, metadata

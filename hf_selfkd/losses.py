@@ -18,7 +18,7 @@ class Past:
 
     Args:
         log_probs (`torch.FloatTensor` of shape `[R, C]`, or `[R, k]` with `index`): float32; where `mask` is false the
-            values are arbitrary (but finite).
+            values are arbitrary.
         mask (`torch.BoolTensor` of shape `[R]`): which rows have a past prediction.
         index (`torch.LongTensor` of shape `[R, k]`, *optional*):
             classes of the entries; the mass that they lack belongs to the other classes together.
@@ -67,8 +67,8 @@ def soft_cross_entropy(logits: torch.Tensor, past: Past, temperature: float = 1.
             softens both sides; the result is multiplied by its square (Hinton et al., 2015).
 
     Returns:
-        `torch.FloatTensor` of shape `[R]`: in nats, float32; arbitrary but finite where `past.mask` is false. With
-        `past.index`, the classes outside the stored entries are one bucket, compared by their total mass.
+        `torch.FloatTensor` of shape `[R]`: in nats, float32; 0 where `past.mask` is false. With `past.index`, the
+        classes outside the stored entries are one bucket, compared by their total mass.
     """
     return _soft(F.log_softmax(logits.float() / temperature, dim=-1), past, temperature)
 
@@ -83,8 +83,9 @@ def _soft(log_probs: torch.Tensor, past: Past, temperature: float) -> torch.Tens
     if rest:
         log_probs = torch.cat((log_probs, _log_rest(log_probs).unsqueeze(-1)), dim=-1)
         past_log_probs = torch.cat((past_log_probs, _log_rest(past_log_probs).unsqueeze(-1)), dim=-1)
-    past_log_probs = _soften(past_log_probs, temperature, rest)
-    return -(past_log_probs.exp() * log_probs).sum(dim=-1) * temperature**2
+    target = _soften(past_log_probs, temperature, rest).exp()
+    target.masked_fill_(~past.mask.unsqueeze(-1), 0.0)  # and not only the result: its gradient would be 0 * NaN
+    return -(target * log_probs).sum(dim=-1) * temperature**2
 
 
 def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -120,9 +121,11 @@ def progressive_cross_entropy(
     Returns:
         [`RowLosses`]: in nats.
     """
-    log_probs = F.log_softmax(logits.float(), dim=-1)
+    logits = logits.float()  # once, so that both parts of the gradient are added in float32
+    log_probs = F.log_softmax(logits, dim=-1)
     hard = F.nll_loss(log_probs, labels, reduction="none")
-    mask = past.mask & (labels != -100)
+    mask = past.mask & (labels != -100) & (alpha > 0)
+    past = Past(past.log_probs, mask, past.index)
     soft = _soft(log_probs, past, 1.0) if temperature == 1.0 else soft_cross_entropy(logits, past, temperature)
     soft = torch.where(mask, soft, 0.0)
     total = torch.where(mask, (1 - alpha) * hard + alpha * soft, hard)
@@ -139,8 +142,8 @@ def target_entropy(past: Past, labels: torch.Tensor, alpha: float) -> torch.Tens
         alpha (`float`): weight of the past.
 
     Returns:
-        `torch.FloatTensor` of shape `[R]`: in nats; with stored top-k entries the bucket counts as one class, which
-        makes it a lower bound.
+        `torch.FloatTensor` of shape `[R]`: in nats; with stored top-k entries the bucket (and the label, if it is not
+        among the entries) counts as one class, which makes it a lower bound.
     """
     labels = labels.clamp_min(0).unsqueeze(-1)
     target = alpha * past.log_probs.exp()
@@ -148,7 +151,7 @@ def target_entropy(past: Past, labels: torch.Tensor, alpha: float) -> torch.Tens
         target = target.scatter_add(-1, labels, torch.full_like(target[..., :1], 1 - alpha))
     else:
         hit = past.index == labels
-        rest = alpha - target.sum(dim=-1, keepdim=True)
-        alone = (1 - alpha) * (~hit.any(dim=-1, keepdim=True)).to(target.dtype)
-        target = torch.cat((target + (1 - alpha) * hit, rest.clamp_min(0), alone), dim=-1)
+        rest = (alpha - target.sum(dim=-1, keepdim=True)).clamp_min(0)
+        rest = rest + (1 - alpha) * ~hit.any(dim=-1, keepdim=True)
+        target = torch.cat((target + (1 - alpha) * hit, rest), dim=-1)
     return torch.special.entr(target).sum(dim=-1)

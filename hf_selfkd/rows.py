@@ -103,9 +103,14 @@ def adapter_for(model: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], Rows
                 "num_labels=1 is regression, which is not supported: self-distillation needs num_labels of at least 2."
             )
         return sample_rows
-    if type(model).__module__.startswith("transformers."):
+    if type(model).__module__.startswith("transformers.") or any(_has_head(cls) for cls in type(model).__mro__):
         raise ValueError(f"{names[0]} is of a task that is not supported yet: supported are {SUPPORTED}.")
     return _rows_by_shape
+
+
+def _has_head(cls: type) -> bool:
+    """Whether this is a model of transformers for a certain task (`...ForX`, `...LMHeadModel`), not a mere backbone."""
+    return cls.__module__.startswith("transformers.models.") and ("For" in cls.__name__ or "Head" in cls.__name__)
 
 
 def _matches(names: list[str], known: set[str], suffixes: tuple[str, ...]) -> bool:

@@ -106,7 +106,7 @@ class SampleIdDataset(Dataset):
         return len(self.dataset)
 
     def _with_id(self, index: int, item: Any) -> dict[str, Any]:
-        if not isinstance(item, Mapping):
+        if not isinstance(item, (dict, Mapping)):  # dict first: asking the abstract class is slow
             raise TypeError(
                 f"train_dataset[{index}] is a {type(item).__name__}: self-distillation needs items that are "
                 "dictionaries, to add their sample_id."
@@ -129,10 +129,11 @@ class SampleIdDataset(Dataset):
             return self._with_id(index, self.dataset[index])
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        if self.transform_seed is None and hasattr(self.dataset, "__getitems__"):
-            items = self.dataset.__getitems__(indices)
-            return [self._with_id(int(index), item) for index, item in zip(indices, items, strict=True)]
-        return [self[index] for index in indices]
+        if self.transform_seed is not None:
+            return [self[index] for index in indices]
+        fetch = getattr(self.dataset, "__getitems__", None)
+        items = [self.dataset[index] for index in indices] if fetch is None else fetch(indices)
+        return [self._with_id(int(index), item) for index, item in zip(indices, items, strict=True)]
 
 
 def is_hf_dataset(dataset: Any) -> bool:
@@ -247,20 +248,18 @@ class SelfKDDataCollator:
         return (self.mixup_alpha > 0 or self.cutmix_alpha > 0) and self.mix_probability > 0
 
     def __call__(self, features: list[Any]) -> dict[str, Any]:
-        ids = [feature[self.id_column] for feature in features if self._has_id(feature)]
-        if ids and len(ids) == len(features):
+        ids = None
+        if isinstance(features[0], Mapping) and self.id_column in features[0]:
+            ids = [feature[self.id_column] for feature in features]
             features = [{key: value for key, value in f.items() if key != self.id_column} for f in features]
         batch = self.collator(features)
-        if ids and len(ids) == len(features):
+        if ids is not None:
             batch[SAMPLE_ID] = torch.as_tensor([int(i) for i in ids], dtype=torch.int64)
             if self.host_keys and isinstance(batch.get("labels"), torch.Tensor):
                 batch[SAMPLE_KEYS] = sample_keys(batch[SAMPLE_ID], batch["labels"])
         if self.mixes:
             self._mix(batch)
         return batch
-
-    def _has_id(self, feature: Any) -> bool:
-        return isinstance(feature, Mapping) and self.id_column in feature
 
     def _mix(self, batch: dict[str, Any]) -> None:
         images = batch.get("pixel_values")

@@ -140,6 +140,12 @@ class SelfKDMixin:
                 f"{args.n_gpu} GPUs in one process (nn.DataParallel) are not supported: start with `torchrun` or "
                 "`accelerate launch`, or make one GPU visible with CUDA_VISIBLE_DEVICES."
             )
+        launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+        if launched > 1 and args.world_size == 1:
+            raise ValueError(
+                f"the launcher started {launched} processes, but without an accelerator each of them would train alone, "
+                "into the same output_dir: set use_cpu=True to train on the CPU together."
+            )
         self.teacher: Teacher = Teacher()
         self._means = RunningMeans()
         self._passes, self._resumed = -1, False
@@ -404,6 +410,9 @@ class SelfKDMixin:
         """
         if not (self.is_in_train and model.training):
             inputs = {key: value for key, value in inputs.items() if key not in (SAMPLE_ID, SAMPLE_KEYS)}
+            if self.args.world_size > 1 and self.compute_loss_func is None and self.label_smoother is None:
+                # Many models ignore the count, and the stock Trainer then multiplies their mean by the processes.
+                num_items_in_batch = None
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = self._take(inputs)
         if self._ours is None:
@@ -415,7 +424,7 @@ class SelfKDMixin:
         alpha = self._alpha()
         past = self.teacher.targets(batch.keys, batch.inputs, rows) if alpha > 0 else None
         sides = self._sides(rows.labels, past, batch.mix)
-        loss, sums = self._scaled_loss(outputs, rows, sides, alpha, num_items_in_batch)
+        loss, sums = self._scaled_loss(outputs, rows, sides, alpha, num_items_in_batch, batch.labels.shape)
         if batch.mix is None:
             self.teacher.observe(batch.keys, rows)
         self._means.add(self._measures(rows, sides, alpha, sums), loss.device)
@@ -470,7 +479,13 @@ class SelfKDMixin:
         return [Side(labels, past, mix.weight), Side(labels[mix.partner], partners, 1 - mix.weight)]
 
     def _scaled_loss(
-        self, outputs: Any, rows: Rows, sides: list[Side], alpha: float, num_items: torch.Tensor
+        self,
+        outputs: Any,
+        rows: Rows,
+        sides: list[Side],
+        alpha: float,
+        num_items: torch.Tensor,
+        label_shape: torch.Size,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss, divided by the rows of the whole step, and the sums of its parts over the rows of this batch."""
         world = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -491,7 +506,7 @@ class SelfKDMixin:
                 sums["hard_loss"] = total.detach()
             loss = total / num_items
             return (loss * world if world > 1 else loss), sums
-        hard = _weighted([self._hard_loss(outputs, rows, side.labels, num_items) for side in sides], sides)
+        hard = _weighted([self._hard_loss(outputs, rows, side.labels, num_items, label_shape) for side in sides], sides)
         hard = hard * world if world > 1 else hard
         sums["hard_loss"] = hard.detach() * num_items / world
         if not parts:
@@ -501,12 +516,14 @@ class SelfKDMixin:
         share = _weighted([_learning(side).sum() for side in sides], sides) / _labelled(rows.labels).sum()
         return (1 - alpha * share) * hard + alpha * soft, sums
 
-    def _hard_loss(self, outputs: Any, rows: Rows, labels: torch.Tensor, num_items: torch.Tensor) -> torch.Tensor:
+    def _hard_loss(
+        self, outputs: Any, rows: Rows, labels: torch.Tensor, num_items: torch.Tensor, label_shape: torch.Size
+    ) -> torch.Tensor:
         """The user's or the model's own loss, over the rows of the whole step."""
         if self.compute_loss_func is not None:
-            return self.compute_loss_func(outputs, labels, num_items_in_batch=num_items)
+            return self.compute_loss_func(outputs, labels.view(label_shape), num_items_in_batch=num_items)
         if self.label_smoother is not None:
-            return self.label_smoother(outputs, labels, num_items_in_batch=num_items)
+            return self.label_smoother(outputs, labels.view(label_shape), num_items_in_batch=num_items)
         if labels is not rows.labels:
             raise ValueError(
                 "mixed images need a loss for two labels, and this model's own loss is not plain cross-entropy: pass "

@@ -1,0 +1,271 @@
+"""
+Plain training, label smoothing and PS-KD with each teacher, side by side, with the same budget and several seeds.
+
+Every finished run appends one JSON line to `--results`; runs that are already there are not repeated, so the command
+can be stopped and started again. `--table` prints the Markdown table of what is there and trains nothing.
+
+    python benchmarks/classification.py cifar100 --train_files "train-00000*.parquet" --test_files "test-*.parquet"
+    python benchmarks/classification.py ag_news --train_files "train*.parquet" --test_files "test*.parquet"
+
+Without files the data come from the Hub (`uoft-cs/cifar100`, `fancyzhx/ag_news`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset, load_dataset
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerFast,
+    ResNetConfig,
+    ResNetForImageClassification,
+    set_seed,
+)
+
+from hf_selfkd import SelfKDConfig, SelfKDTrainer
+from hf_selfkd.metrics import compute_classification_metrics
+
+
+METHODS = {
+    "plain": {"alpha": 0.0},
+    "label smoothing 0.1": {"alpha": 0.0, "label_smoothing_factor": 0.1},
+    "PS-KD history": {"teacher": "history"},
+    "PS-KD snapshot": {"teacher": "snapshot"},
+    "PS-KD ema": {"teacher": "ema"},
+}
+FIGURES = {"error": "error %", "nll": "NLL", "ece": "ECE %", "aurc": "AURC x1000", "train_seconds": "training s"}
+REPORTED = ("accuracy", "top5_accuracy", "nll", "brier", "ece", "ece_15", "aurc", "eaurc")
+MEAN, STD = torch.tensor((0.5071, 0.4865, 0.4409)), torch.tensor((0.2673, 0.2564, 0.2762))
+
+
+class Images(torch.utils.data.Dataset):
+    """Decoded images; for training with the usual CIFAR augmentation (crop from a border of 4, flip)."""
+
+    def __init__(self, dataset: Dataset, image_column: str, label_column: str, augment: bool):
+        stacked = np.stack([np.asarray(image.convert("RGB")) for image in dataset[image_column]])
+        pixels = torch.from_numpy(stacked).permute(0, 3, 1, 2).float().div_(255)
+        pixels = (pixels - MEAN[:, None, None]) / STD[:, None, None]
+        self.size, self.augment = pixels.shape[-1], augment
+        self.pixels = nn.functional.pad(pixels, (4, 4, 4, 4)) if augment else pixels
+        self.labels = list(dataset[label_column])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict:
+        image = self.pixels[index]
+        if self.augment:
+            top, left, flip = torch.randint(0, 9, (2,)).tolist() + [bool(torch.rand(()) < 0.5)]
+            image = image[:, top : top + self.size, left : left + self.size]
+            image = image.flip(-1) if flip else image
+        return {"pixel_values": image, "labels": self.labels[index]}
+
+
+def cifar_resnet(name: str, num_labels: int) -> ResNetForImageClassification:
+    """A ResNet with the stem that CIFAR needs: `resnet8` for a CPU, `resnet18` as in the papers for a GPU."""
+    sizes = {"resnet8": ([32, 64, 128], [1, 1, 1], 2), "resnet18": ([64, 128, 256, 512], [2, 2, 2, 2], 1)}
+    widths, depths, stride = sizes[name]
+    config = ResNetConfig(
+        embedding_size=widths[0], hidden_sizes=widths, depths=depths, layer_type="basic", num_labels=num_labels
+    )
+    model = ResNetForImageClassification(config)
+    stem = nn.Conv2d(3, widths[0], 3, stride=stride, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    model.resnet.embedder = nn.Sequential(stem, nn.BatchNorm2d(widths[0]), nn.ReLU())
+    return model
+
+
+def load(files: list[str] | None, name: str, split: str, limit: int | None) -> Dataset:
+    """A split from local parquet files, or from the Hub."""
+    if files:
+        dataset = load_dataset("parquet", data_files={split: files}, split=split)
+    else:
+        dataset = load_dataset(name, split=split)
+    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+
+
+def cifar100(args: argparse.Namespace) -> dict:
+    """What the trainer needs for CIFAR-100."""
+    train, test = (
+        load(getattr(args, f"{split}_files"), "uoft-cs/cifar100", split, getattr(args, f"max_{split}_samples"))
+        for split in ("train", "test")
+    )
+    image, label = ("image", "label") if "label" in train.column_names else ("img", "fine_label")
+    classes = train.features[label].num_classes
+    return {
+        "make_model": lambda: cifar_resnet(args.model or "resnet8", classes),
+        "train_dataset": Images(train, image, label, augment=True),
+        "eval_dataset": Images(test, image, label, augment=False),
+        "arguments": {
+            "per_device_train_batch_size": 128,
+            "learning_rate": 0.1,
+            "optim": "sgd",
+            "optim_args": "momentum=0.9,nesterov=True",
+            "weight_decay": 5e-4,
+            "lr_scheduler_type": "cosine",
+            "num_train_epochs": args.epochs or 30,
+        },
+    }
+
+
+def ag_news(args: argparse.Namespace) -> dict:
+    """What the trainer needs for AG News: a small BERT from scratch and a tokenizer trained on the training texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    train, test = (
+        load(getattr(args, f"{split}_files"), "fancyzhx/ag_news", split, getattr(args, f"max_{split}_samples"))
+        for split in ("train", "test")
+    )
+    raw = Tokenizer(models.BPE(unk_token="[UNK]"))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
+    raw.train_from_iterator(
+        train["text"], trainers.BpeTrainer(vocab_size=8000, special_tokens=["[PAD]", "[UNK]"], show_progress=False)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]")
+
+    def encode(batch: dict) -> dict:
+        return {"input_ids": tokenizer(batch["text"], truncation=True, max_length=64)["input_ids"]}
+
+    config = BertConfig(
+        vocab_size=8000,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=256,
+        max_position_embeddings=64,
+        num_labels=4,
+    )
+    return {
+        "make_model": lambda: BertForSequenceClassification(config),
+        "train_dataset": train.map(encode, batched=True),
+        "eval_dataset": test.map(encode, batched=True),
+        "data_collator": DataCollatorWithPadding(tokenizer),
+        "arguments": {
+            "per_device_train_batch_size": 64,
+            "learning_rate": 1e-3,
+            "warmup_steps": 100,
+            "weight_decay": 0.01,
+            "num_train_epochs": args.epochs or 8,
+        },
+    }
+
+
+def run(task: dict, method: str, seed: int) -> dict:
+    """Train once and evaluate the last epoch on the test set."""
+    task = dict(task)
+    make_model, arguments = task.pop("make_model"), task.pop("arguments")
+    set_seed(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        config = SelfKDConfig(
+            folder,
+            seed=seed,
+            per_device_eval_batch_size=256,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            log_level="error",
+            logging_strategy="epoch",
+            **arguments,
+            **METHODS[method],
+        )
+        trainer = SelfKDTrainer(make_model(), config, compute_metrics=compute_classification_metrics, **task)
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+        metrics = trainer.evaluate()
+    figures = {key.removeprefix("eval_"): value for key, value in metrics.items()}
+    return {
+        "method": method,
+        "seed": seed,
+        "epochs": arguments["num_train_epochs"],
+        "train_samples": len(task["train_dataset"]),
+        "error": 100 * (1 - figures["accuracy"]),
+        **{
+            key: figures[key]
+            for key in ("accuracy", "top5_accuracy", "nll", "brier", "ece", "ece_15", "aurc", "eaurc")
+        },
+        "train_seconds": seconds,
+        "train_loss_by_epoch": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    }
+
+
+def machine() -> dict:
+    """What the figures were measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def table(results: list[dict]) -> str:
+    """The Markdown table: mean and standard deviation over seeds of every figure."""
+    lines = [
+        "| method | seeds | " + " | ".join(FIGURES.values()) + " |",
+        "|---|---|" + "---|" * len(FIGURES),
+    ]
+    for method in METHODS:
+        rows = [row for row in results if row["method"] == method]
+        if not rows:
+            continue
+        cells = []
+        for name in FIGURES:
+            values = [row[name] for row in rows]
+            digits = 3 if name == "nll" else 0 if name == "train_seconds" else 2
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
+        lines.append(f"| {method} | {len(rows)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=("cifar100", "ag_news"))
+    parser.add_argument("--train_files", nargs="+", help="local parquet files; the Hub otherwise")
+    parser.add_argument("--test_files", nargs="+")
+    parser.add_argument("--max_train_samples", type=int)
+    parser.add_argument("--max_test_samples", type=int)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--model", choices=("resnet8", "resnet18"))
+    parser.add_argument("--results", type=Path, help="JSON lines; results_TASK.jsonl by default")
+    parser.add_argument("--table", action="store_true", help="print the table of the results and stop")
+    args = parser.parse_args()
+    path = args.results or Path(f"results_{args.task}.jsonl")
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    if args.table:
+        print(table(done))
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    task = {"cifar100": cifar100, "ag_news": ag_news}[args.task](args)
+    for seed in args.seeds:
+        for method in args.methods:
+            if any((row["method"], row["seed"]) == (method, seed) for row in done):
+                continue
+            result = run(task, method, seed) | machine()
+            done.append(result)
+            with path.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            print({key: result[key] for key in ("method", "seed", *FIGURES)}, flush=True)
+    print(table(done))
+
+
+if __name__ == "__main__":
+    main()

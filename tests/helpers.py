@@ -1,0 +1,253 @@
+"""Tiny models, datasets and runs that the tests share: random weights, CPU, no network."""
+
+import atexit
+import gc
+import random
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    PrinterCallback,
+    ResNetConfig,
+    ResNetForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
+    set_seed,
+)
+
+from hf_selfkd import SelfKDTrainer
+
+
+gc.freeze()  # every Trainer.train() collects garbage: it need not walk what was imported, which takes half a second
+atexit.register(gc.unfreeze)
+torch.set_num_threads(1)
+
+CLASSES = 5
+_TEXT = {"vocab_size": 30, "max_position_embeddings": 16, "num_labels": CLASSES}
+_BERT = _TEXT | {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_VIT = {"image_size": 8, "patch_size": 4, "num_labels": CLASSES, "hidden_size": 16, "intermediate_size": 16}
+
+# name: (class, configuration, kind of data); with dropout where the architecture has it, unless "plain"
+_MODELS = {
+    "vit": (
+        ViTForImageClassification,
+        lambda: ViTConfig(
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            hidden_dropout_prob=0.1,
+            attention_probs_dropout_prob=0.1,
+            **_VIT,
+        ),
+        "images",
+    ),
+    "plain_vit": (
+        ViTForImageClassification,
+        lambda: ViTConfig(num_hidden_layers=1, num_attention_heads=2, **_NO_DROPOUT, **_VIT),
+        "images",
+    ),
+    "resnet": (
+        ResNetForImageClassification,
+        lambda: ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=CLASSES
+        ),
+        "images",
+    ),
+    "convnext": (
+        ConvNextForImageClassification,
+        lambda: ConvNextConfig(
+            patch_size=2, hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, drop_path_rate=0.1, num_labels=CLASSES
+        ),
+        "images",
+    ),
+    "swin": (
+        SwinForImageClassification,
+        lambda: SwinConfig(
+            image_size=8, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2, num_labels=CLASSES
+        ),
+        "images",
+    ),
+    "mobilenet": (
+        MobileNetV2ForImageClassification,
+        lambda: MobileNetV2Config(image_size=8, depth_multiplier=0.1, num_labels=CLASSES),
+        "images",
+    ),
+    "timm": (
+        TimmWrapperForImageClassification,
+        lambda: TimmWrapperConfig.from_dict({"architecture": "test_resnet", "num_classes": CLASSES}),
+        "images",
+    ),
+    "bert": (BertForSequenceClassification, lambda: BertConfig(**_BERT), "texts"),
+    "plain_bert": (BertForSequenceClassification, lambda: BertConfig(**_BERT, **_NO_DROPOUT), "texts"),
+    "distilbert": (
+        DistilBertForSequenceClassification,
+        lambda: DistilBertConfig(**_TEXT, dim=16, hidden_dim=16, n_layers=1, n_heads=2),
+        "texts",
+    ),
+    "bert_tokens": (BertForTokenClassification, lambda: BertConfig(**_BERT), "tokens"),
+    "plain_bert_tokens": (BertForTokenClassification, lambda: BertConfig(**_BERT, **_NO_DROPOUT), "tokens"),
+    "wav2vec2": (
+        Wav2Vec2ForSequenceClassification,
+        lambda: Wav2Vec2Config(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            conv_dim=[8, 8],
+            conv_kernel=[5, 3],
+            conv_stride=[5, 2],
+            num_feat_extract_layers=2,
+            num_conv_pos_embeddings=4,
+            num_conv_pos_embedding_groups=2,
+            mask_time_prob=0.2,
+            mask_time_length=2,
+            classifier_proj_size=8,
+            num_labels=CLASSES,
+        ),
+        "sounds",
+    ),
+}
+
+
+def make_model(name, seed=0):
+    """A model of `_MODELS` with random weights that depend on the seed only."""
+    model_class, config, _ = _MODELS[name]
+    set_seed(seed)
+    return model_class(config())
+
+
+class Samples(Dataset):
+    """A map-style dataset of dictionaries, with a transform if one is given."""
+
+    def __init__(self, items, transform=None):
+        self.items, self.transform = items, transform
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        item = dict(self.items[index])
+        return item if self.transform is None else self.transform(item)
+
+
+def add_noise(item):
+    """Random augmentation that draws from every generator there is."""
+    noise = torch.randn(item["pixel_values"].shape) * random.uniform(0.1, 0.3) + float(np.random.normal(scale=0.1))
+    return item | {"pixel_values": item["pixel_values"] + noise}
+
+
+def make_samples(kind, size=22, transform=None, seed=0):
+    """Samples for the model of that name (or of that kind: images, texts, tokens, sounds); the classes can be told."""
+    kind = _MODELS[kind][2] if kind in _MODELS else kind
+    rng = np.random.default_rng(seed)
+    items = []
+    for label in rng.integers(CLASSES, size=size).tolist():
+        if kind == "images":
+            pixels = rng.normal(size=(3, 8, 8)) + np.linspace(-1, 1, 8) * (label - 2)
+            item = {"pixel_values": torch.tensor(pixels, dtype=torch.float32), "labels": label}
+        elif kind == "sounds":
+            wave = np.sin(np.arange(160) * (label + 1) / 5) + rng.normal(size=160)
+            item = {"input_values": torch.tensor(wave, dtype=torch.float32), "labels": label}
+        else:
+            words = rng.integers(3, 30, size=int(rng.integers(3, 10)))
+            words[0] = 3 + label
+            labels = label if kind == "texts" else [-100, *(words[1:] % CLASSES).tolist()]
+            item = {"input_ids": words.tolist(), "labels": labels}
+        items.append(item)
+    return Samples(items, transform)
+
+
+def collate(items):
+    """Stack images and sounds, pad words with 0 and their labels with -100."""
+    if "input_ids" not in items[0]:
+        return {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in items[0]}
+    length = max(len(item["input_ids"]) for item in items)
+
+    def pad(values, filler):
+        return torch.tensor([list(v) + [filler] * (length - len(v)) for v in values])
+
+    batch = {"input_ids": pad([item["input_ids"] for item in items], 0)}
+    batch["attention_mask"] = (batch["input_ids"] != 0).long()
+    labels = [item["labels"] for item in items]
+    batch["labels"] = pad(labels, -100) if isinstance(labels[0], list) else torch.tensor(labels)
+    return batch
+
+
+def make_trainer(output_dir, model, dataset, trainer=SelfKDTrainer, callbacks=None, **options):
+    """
+    A trainer for a short run on the CPU: 3 epochs of batches of 4, every step logged, nothing saved.
+
+    `options` are fields of the arguments or parameters of the trainer; `model` is a model or a name of `_MODELS`.
+    """
+    parameters = ("eval_dataset", "compute_loss_func", "compute_metrics", "optimizers", "processing_class")
+    parameters += ("model_init", "preprocess_logits_for_metrics", "optimizer_cls_and_kwargs")
+    own = {name: options.pop(name) for name in parameters if name in options}
+    own["data_collator"] = options.pop("data_collator", collate)
+    config = options.pop("config_class", None) or getattr(trainer, "_config_class", TrainingArguments)
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 3,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    model = make_model(model) if isinstance(model, str) else model
+    args = config(str(output_dir), **(defaults | options))
+    made = trainer(model, args, train_dataset=dataset, callbacks=callbacks, **own)
+    made.remove_callback(PrinterCallback)
+    return made
+
+
+def train(output_dir, model, dataset, resume=None, **options):
+    """[`make_trainer`], trained, from checkpoint `resume` of its output folder (a step or a path) if given."""
+    trainer = make_trainer(output_dir, model, dataset, **options)
+    if isinstance(resume, int):
+        resume = f"{output_dir}/checkpoint-{resume}"
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return trainer
+
+
+def state_of(model):
+    """Copies of all parameters and buffers of a model, or of a trainer's model."""
+    model = model if isinstance(model, torch.nn.Module) else model.model
+    return {name: tensor.detach().clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def difference(one, other):
+    """The largest difference of two models, trainers or [`state_of`], which must have the same names."""
+    one, other = (part if isinstance(part, dict) else state_of(part) for part in (one, other))
+    assert one.keys() == other.keys()
+    return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
+
+
+def logged(trainer, name, after=0):
+    """The logged values of `name` after a step, in order."""
+    return [entry[name] for entry in trainer.state.log_history if name in entry and entry["step"] > after]
+
+
+class Recording(SelfKDTrainer):
+    """Notes what each micro-batch of training was, as `(step, inputs)`."""
+
+    def compute_loss(self, model, inputs, *arguments, **keywords):
+        if model.training:
+            self.__dict__.setdefault("visits", []).append((self.state.global_step, dict(inputs)))
+        return super().compute_loss(model, inputs, *arguments, **keywords)

@@ -1,0 +1,474 @@
+"""Losses against closed forms, hand-computed vectors and a float64 reference written row by row."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_selfkd.losses import (
+    LOG_ZERO,
+    Past,
+    cross_entropy_sum,
+    log_softmax,
+    progressive_cross_entropy,
+    soft_cross_entropy,
+    target_entropy,
+)
+
+
+ROWS, CLASSES = 7, 11
+
+
+def draw(rows=ROWS, classes=CLASSES, seed=0, sharpness=2.0):
+    """Logits, labels and past probabilities, float32."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = sharpness * torch.randn(rows, classes, generator=generator)
+    past = (sharpness * torch.randn(rows, classes, generator=generator)).double().softmax(-1).float()
+    return logits, torch.randint(classes, (rows,), generator=generator), past
+
+
+def dense(past_probs, mask=None):
+    mask = torch.ones(len(past_probs), dtype=torch.bool) if mask is None else mask
+    return Past(past_probs.log().clamp_min(LOG_ZERO), mask)
+
+
+def top(past_probs, k, mask=None):
+    values, index = past_probs.topk(k, dim=-1)
+    whole = dense(past_probs, mask)
+    return Past(values.log().clamp_min(LOG_ZERO), whole.mask, index)
+
+
+def soften(probs, tau):
+    powered = probs ** (1 / tau)
+    return powered / powered.sum()
+
+
+def reference_soft(row, past_row, tau, kept=None):
+    """Soft cross-entropy of one float64 row; with `kept`, the other classes are one bucket of evenly spread mass."""
+    present, classes = (row / tau).softmax(0), len(row)
+    if kept is None or len(kept) == classes:
+        return -(soften(past_row, tau) * present.log()).sum() * tau**2
+    others = [c for c in range(classes) if c not in kept]
+    past_row = past_row.clone()
+    past_row[others] = (1 - past_row[kept].sum()) / len(others)
+    past_row = soften(past_row, tau)
+    soft = -(past_row[kept] * present[kept].log()).sum() - past_row[others].sum() * present[others].sum().log()
+    return soft * tau**2
+
+
+def reference(logits, labels, past_probs, mask, alpha, tau=1.0, kept=None):
+    """Total loss of each row and the gradient of their sum, float64, without any code of the package."""
+    logits = logits.detach().double().requires_grad_()
+    losses = []
+    for r, label in enumerate(labels.tolist()):
+        if label == -100:
+            losses.append(logits[r].sum() * 0)
+            continue
+        hard = -logits[r].softmax(0)[label].log()
+        if mask[r]:
+            soft = reference_soft(logits[r], past_probs[r].double(), tau, None if kept is None else kept[r].tolist())
+            losses.append((1 - alpha) * hard + alpha * soft)
+        else:
+            losses.append(hard)
+    losses = torch.stack(losses)
+    return losses.detach(), torch.autograd.grad(losses.sum(), logits)[0]
+
+
+def run(logits, labels, past, alpha, tau=1.0):
+    """Row losses and the gradient of their sum."""
+    logits = logits.detach().clone().requires_grad_()
+    losses = progressive_cross_entropy(logits, labels, past, alpha, tau)
+    return losses, torch.autograd.grad(losses.total.sum(), logits)[0]
+
+
+def plain(logits, labels):
+    logits = logits.detach().clone().requires_grad_()
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    return loss.detach(), torch.autograd.grad(loss.sum(), logits)[0]
+
+
+def close(actual, expected, atol=2e-6):
+    torch.testing.assert_close(actual.detach().double(), expected.double(), atol=atol, rtol=2e-6)
+
+
+# The published target
+
+
+def test_hand_computed_vector():
+    """Invariant 5: alpha 4/15, label 1, logits (2, 1, 0, -1)."""
+    logits, label = torch.tensor([[2.0, 1.0, 0.0, -1.0]]), torch.tensor([1])
+    past = torch.tensor([[0.1, 0.6, 0.2, 0.1]])
+    losses, gradient = run(logits, label, dense(past), 4 / 15)
+    assert losses.total.item() == pytest.approx(1.5201897, abs=5e-7)
+    close(gradient, torch.tensor([[0.617248, -0.656451, 0.033811, 0.005392]]), atol=1e-6)
+    close(logits.softmax(-1) - gradient, torch.tensor([[0.0266667, 0.8933333, 0.0533333, 0.0266667]]), atol=1e-6)
+    other, _ = run(logits, label, dense(past), 0.3)
+    assert abs(other.total.item() - 1.5201897) > 1e-2
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.8, 1.0])
+def test_dense_equals_float64_reference(alpha):
+    """Values and gradients of rows with a past, without one and without a label."""
+    logits, labels, past = draw()
+    labels[2], mask = -100, torch.tensor([True, False, True, True, False, True, True])
+    losses, gradient = run(logits, labels, dense(past, mask), alpha)
+    total, expected = reference(logits, labels, past, mask, alpha)
+    close(losses.total, total)
+    close(gradient, expected)
+    assert (total - reference(logits, labels, past, mask, alpha * 0.9)[0]).abs().max() > 1e-2
+
+
+def test_gradient_is_present_minus_target_and_never_reaches_the_past():
+    """Invariant 6, with the mean over the batch."""
+    logits, labels, probs = draw()
+    past = Past(probs.log().requires_grad_(), torch.ones(ROWS, dtype=torch.bool))
+    logits = logits.requires_grad_()
+    progressive_cross_entropy(logits, labels, past, 0.7).total.mean().backward()
+    target = 0.3 * F.one_hot(labels, CLASSES) + 0.7 * probs
+    close(logits.grad, (logits.softmax(-1) - target) / ROWS)
+    assert past.log_probs.grad is None
+
+
+def test_parts_add_up():
+    """total = (1 - alpha) * hard + alpha * soft where there is a past; soft is 0 elsewhere."""
+    logits, labels, past = draw()
+    labels[0], mask = -100, torch.arange(ROWS) != 3
+    losses, _ = run(logits, labels, dense(past, mask), 0.6)
+    learning = mask & (labels != -100)
+    close(losses.total[learning], 0.4 * losses.hard[learning] + 0.6 * losses.soft[learning])
+    assert losses.soft[~learning].tolist() == [0, 0] and (losses.soft[learning] > 0).all()
+    assert losses.hard[0] == 0 and torch.equal(losses.total[~learning], losses.hard[~learning])
+
+
+# Reductions to plain cross-entropy
+
+
+@pytest.mark.parametrize("tau", [1.0, 3.0])
+@pytest.mark.parametrize("k", [None, 4])
+def test_rows_without_a_past_are_bit_equal_to_cross_entropy(k, tau):
+    """Invariant 2, beside rows that do have one; label -100 included."""
+    logits, labels, past = draw(64, 100)
+    labels[5] = -100
+    mask = torch.arange(64) % 2 == 0
+    made = dense(past, mask) if k is None else top(past, k, mask)
+    losses, gradient = run(logits, labels, made, 0.8, tau)
+    hard, expected = plain(logits, labels)
+    assert torch.equal(losses.total[~mask], hard[~mask]) and torch.equal(gradient[~mask], expected[~mask])
+    assert torch.equal(losses.hard, hard)
+    assert not torch.isclose(losses.total[mask], hard[mask]).any()
+
+
+@pytest.mark.parametrize("poison", [0.0, math.nan, math.inf, 1e30])
+def test_alpha_zero_is_bit_equal_whatever_is_stored(poison):
+    """Invariant 1."""
+    logits, labels, past = draw(64, 100)
+    stored = dense(past)
+    stored.log_probs[::3] = poison
+    losses, gradient = run(logits, labels, stored, 0.0)
+    hard, expected = plain(logits, labels)
+    assert torch.equal(losses.total, hard) and torch.equal(gradient, expected)
+    assert not torch.equal(run(logits, labels, dense(past), 1e-3)[0].total, hard)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+def test_past_equal_to_the_label_is_cross_entropy(alpha):
+    """Invariant 10."""
+    logits, labels, past = draw()
+    hard, expected = plain(logits, labels)
+    losses, gradient = run(logits, labels, dense(F.one_hot(labels, CLASSES).float()), alpha)
+    close(losses.total, hard)
+    close(gradient, expected)
+    assert (run(logits, labels, dense(past), alpha)[0].total - hard).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 1.0])
+def test_uniform_past_is_label_smoothing(alpha):
+    """Invariant 9."""
+    logits, labels, _ = draw()
+    losses, gradient = run(logits, labels, dense(torch.full((ROWS, CLASSES), 1 / CLASSES)), alpha)
+    logits = logits.requires_grad_()
+    smoothed = F.cross_entropy(logits, labels, reduction="none", label_smoothing=alpha)
+    close(losses.total, smoothed)
+    close(gradient, torch.autograd.grad(smoothed.sum(), logits)[0])
+    assert (smoothed - F.cross_entropy(logits, labels, reduction="none", label_smoothing=alpha / 2)).abs().max() > 0.1
+
+
+def test_kl_divergence_has_the_same_gradient_and_lacks_the_target_entropy():
+    """Invariant 8."""
+    logits, labels, past = draw()
+    alpha = 0.65
+    losses, gradient = run(logits, labels, dense(past), alpha)
+    target = (1 - alpha) * F.one_hot(labels, CLASSES) + alpha * past
+    logits = logits.requires_grad_()
+    divergence = F.kl_div(logits.log_softmax(-1), target, reduction="none").sum(-1)
+    close(gradient, torch.autograd.grad(divergence.sum(), logits)[0])
+    close(losses.total - divergence, -(target * target.log()).sum(-1))
+    close(target_entropy(dense(past), labels, alpha), losses.total - divergence)
+    assert ((losses.total - divergence) > 0.1).all()
+
+
+def test_gradient_rescaling_factor():
+    """Invariant 7: the L1 norm shrinks by 1 - alpha * g_past / g_now while alpha <= min of the probability ratios."""
+    logits, labels, past = draw(300, 6, seed=1)
+    now = logits.double().softmax(-1)
+    wrong = F.one_hot(labels, 6) == 0
+    ratio = torch.where(wrong, now / past, math.inf).amin(-1).clamp_max(1.0)
+    gap_now, gap_past = (1 - p.double().gather(1, labels[:, None]).squeeze(1) for p in (now, past))
+    for share in (0.2, 0.999, 1.5):
+        for row in range(300):
+            one, alpha = slice(row, row + 1), float(share * ratio[row])
+            if alpha > 1:
+                continue
+            norm = run(logits[one], labels[one], dense(past[one]), alpha)[1].abs().sum().item()
+            predicted = 2 * gap_now[row] * (1 - alpha * gap_past[row] / gap_now[row])
+            if share <= 1:
+                assert norm == pytest.approx(predicted.item(), abs=3e-6)
+            else:  # beyond the bound some class changes its sign: the norm is strictly larger
+                assert norm > predicted.item() - 3e-6
+    bounded = [float(1.5 * r) <= 1 for r in ratio]
+    assert sum(bounded) > 100
+
+
+# Temperature
+
+
+@pytest.mark.parametrize("tau", [0.5, 2.0, 4.0])
+def test_temperature_is_the_usual_distillation_term(tau):
+    """tau^2 * (KLDivLoss of the softened sides + entropy of the softened past)."""
+    logits, _, past = draw()
+    logits = logits.requires_grad_()
+    softened = (past.log() / tau).softmax(-1)
+    expected = tau**2 * torch.nn.KLDivLoss(reduction="none")((logits / tau).log_softmax(-1), softened).sum(-1)
+    soft = soft_cross_entropy(logits, dense(past), tau)
+    close(soft - expected, tau**2 * torch.special.entr(softened).sum(-1), atol=2e-5)
+    close(torch.autograd.grad(soft.sum(), logits)[0], torch.autograd.grad(expected.sum(), logits)[0], atol=5e-6)
+    assert (soft - soft_cross_entropy(logits, dense(past), 1.0)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("k", [1, 4, CLASSES - 1, CLASSES])
+def test_top_k_bucket_equals_the_collapsed_dense_computation(k, tau):
+    """Stored entries keep their classes, the others are one bucket on both sides."""
+    logits, labels, past = draw()
+    mask = torch.arange(ROWS) != 1
+    stored = top(past, k, mask)
+    losses, gradient = run(logits, labels, stored, 0.8, tau)
+    total, expected = reference(logits, labels, past, mask, 0.8, tau, kept=stored.index)
+    close(losses.total, total, atol=1e-4)  # the last classes' mass is a difference of float32 numbers
+    close(gradient, expected, atol=1e-4)
+    if k == 4:  # a bucket is not the whole row
+        assert (total - reference(logits, labels, past, mask, 0.8, tau)[0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_top_k_of_all_classes_is_dense(tau):
+    """Invariant 24, in another order of the classes."""
+    logits, labels, past = draw()
+    many, gradient = run(logits, labels, top(past, CLASSES), 0.8, tau)
+    whole, expected = run(logits, labels, dense(past), 0.8, tau)
+    close(many.total, whole.total)
+    close(gradient, expected)
+    assert (run(logits, labels, top(past, CLASSES - 3), 0.8, tau)[0].total - whole.total).abs().max() > 1e-4
+
+
+def test_no_gradient_inside_the_bucket():
+    """Classes outside the stored entries share the bucket's gradient in proportion to their probability."""
+    logits, labels, past = draw()
+    _, gradient = run(logits, labels, top(past, 3), 1.0)
+    outside = torch.ones_like(past).scatter(1, top(past, 3).index, 0).bool()
+    for row, free in enumerate(outside):
+        ratio = gradient[row, free] / logits.softmax(-1)[row, free]
+        close(ratio, ratio.mean().expand_as(ratio), atol=1e-4)
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+@pytest.mark.parametrize("k", [None, 3])
+def test_gradcheck(k, tau):
+    """Finite differences (of the float32 inside, hence the wide step)."""
+    logits, labels, past = draw(4, 6, sharpness=1.0)
+    labels[1] = -100
+    stored = dense(past) if k is None else top(past, k)
+
+    def loss(z):
+        return progressive_cross_entropy(z, labels, stored, 0.7, tau).total.double()
+
+    inputs = logits.double().requires_grad_()
+    assert torch.autograd.gradcheck(loss, inputs, eps=1e-2, atol=1e-3, rtol=1e-3)
+
+    def broken(z):
+        return loss(z.detach() + 0.95 * (z - z.detach()))
+
+    assert not torch.autograd.gradcheck(broken, inputs, eps=1e-2, atol=1e-3, rtol=1e-3, raise_exception=False)
+
+
+# Number formats and values that are not finite
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_half_precision_logits_are_computed_in_float32(dtype, tau):
+    """Invariant 19: the value is that of the same logits in float32; the gradient has the type of the logits."""
+    logits, labels, past = draw()
+    half = logits.to(dtype)
+    losses, gradient = run(half, labels, dense(past), 0.5, tau)
+    expected, wide = run(half.float(), labels, dense(past), 0.5, tau)
+    assert losses.total.dtype == losses.soft.dtype == losses.hard.dtype == torch.float32
+    assert torch.equal(losses.total, expected.total)
+    assert gradient.dtype == dtype and torch.equal(gradient, wide.to(dtype))
+    assert soft_cross_entropy(half, dense(past), tau).dtype == torch.float32
+    in_half = F.cross_entropy(half, labels, reduction="none").float()
+    assert (in_half - expected.hard).abs().max() > 1e-5
+    assert torch.equal(cross_entropy_sum(half, labels), F.cross_entropy(half.float(), labels, reduction="sum"))
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+@pytest.mark.parametrize("k", [None, 3])
+@pytest.mark.parametrize("garbage", [0.0, 7.0, 1e30, -1e30, math.nan, math.inf, -math.inf])
+def test_garbage_in_rows_without_a_past_reaches_nothing(garbage, k, tau):
+    """Neither the value nor the gradient of any row."""
+    logits, labels, past = draw()
+    labels[4], mask = -100, torch.tensor([True, False, True, False, True, True, True])
+    clean = dense(past, mask) if k is None else top(past, k, mask)
+    dirty = Past(clean.log_probs.clone(), mask, clean.index)
+    dirty.log_probs[~mask] = garbage
+    dirty.log_probs[4] = garbage  # has a past, but no label
+    (a, da), (b, db) = run(logits, labels, clean, 0.8, tau), run(logits, labels, dirty, 0.8, tau)
+    for name in ("total", "hard", "soft"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert torch.equal(da, db) and torch.isfinite(da).all()
+    dirty.log_probs[0] = garbage
+    assert not torch.equal(run(logits, labels, dirty, 0.8, tau)[0].total[0], a.total[0])
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+@pytest.mark.parametrize("k", [None, 3])
+def test_masked_classes_equal_a_model_without_them(k, tau):
+    """Logits of -inf (now and in the past) cost nothing and get no gradient."""
+    logits, labels, past = draw(6, 5)
+    gap = -torch.full((6, 2), math.inf)
+    wide, wide_past = torch.cat((logits, gap), 1), log_softmax(torch.cat((past.log(), gap), 1))
+    assert (wide_past[:, 5:] == LOG_ZERO).all() and (wide_past.exp()[:, 5:] == 0).all()
+    narrow = dense(past) if k is None else top(past, k)
+    stored = Past(wide_past, narrow.mask) if k is None else Past(narrow.log_probs, narrow.mask, narrow.index)
+    losses, gradient = run(wide, labels, stored, 0.8, tau)
+    expected, narrow_gradient = run(logits, labels, narrow, 0.8, tau)
+    if k is None or tau == 1.0:  # at another temperature the bucket spreads its mass over two more classes
+        close(losses.total, expected.total)
+        close(gradient[:, :5], narrow_gradient)
+    assert torch.isfinite(losses.total).all() and torch.isfinite(gradient).all() and (gradient[:, 5:] == 0).all()
+
+
+@pytest.mark.parametrize("k", [None, 2])
+def test_certain_predictions_stay_finite(k):
+    """Probability 1 now and then: nothing is left for the bucket, log(0) never appears."""
+    logits = torch.tensor([[200.0, 0.0, -300.0, 5.0], [0.0, 200.0, 0.0, 0.0]])
+    past = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
+    losses, gradient = run(logits, torch.tensor([0, 0]), dense(past) if k is None else top(past, k), 0.5)
+    assert torch.isfinite(losses.total).all() and torch.isfinite(gradient).all()
+    assert losses.total[0].item() == pytest.approx(0, abs=5e-5)
+    assert losses.total[1].item() == pytest.approx(200, abs=1e-2)
+
+
+def test_ignored_rows_have_no_loss_and_no_gradient():
+    """Label -100, with and without a past, and in the plain sum."""
+    logits, labels, past = draw()
+    labels[[1, 4]] = -100
+    losses, gradient = run(logits, labels, dense(past, torch.arange(ROWS) != 1), 0.8)
+    assert losses.total[[1, 4]].tolist() == losses.hard[[1, 4]].tolist() == losses.soft[[1, 4]].tolist() == [0, 0]
+    assert (gradient[[1, 4]] == 0).all() and (gradient[[0, 2, 3, 5, 6]].abs().sum(-1) > 0.01).all()
+    logits = logits.requires_grad_()
+    loss = cross_entropy_sum(logits, labels)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    kept = labels != -100
+    close(loss, plain(logits[kept], labels[kept])[0].sum(), atol=1e-5)
+    assert (gradient[~kept] == 0).all()
+
+
+def test_ignored_rows_with_nan_logits_count_nothing():
+    """As in F.cross_entropy: padding positions may be anything."""
+    logits, labels, past = draw()
+    labels[2], logits[2] = -100, math.nan
+    losses = progressive_cross_entropy(logits, labels, dense(past), 0.8)
+    kept = labels != -100
+    expected = progressive_cross_entropy(logits[kept], labels[kept], dense(past[kept]), 0.8)
+    for name in ("total", "hard", "soft"):
+        assert torch.equal(getattr(losses, name)[kept], getattr(expected, name)), name
+        assert getattr(losses, name)[2] == 0
+
+
+@pytest.mark.parametrize("k", [None, 3])
+def test_all_rows_ignored(k):
+    """A batch of padding costs exactly 0."""
+    logits, labels, past = draw()
+    losses, gradient = run(logits, torch.full_like(labels, -100), dense(past) if k is None else top(past, k), 0.8)
+    assert losses.total.sum() == 0 and (gradient == 0).all()
+
+
+# Target entropy and the rest
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_target_entropy(alpha):
+    """Against the definition; alpha 0 is a certain target."""
+    _, labels, past = draw()
+    target = ((1 - alpha) * F.one_hot(labels, CLASSES) + alpha * past).double()
+    expected = [-sum(p * math.log(p) for p in row if p > 0) for row in target.tolist()]
+    close(target_entropy(dense(past), labels, alpha), torch.tensor(expected))
+    assert alpha == 0 or min(expected) > 0.1
+
+
+@pytest.mark.parametrize("k", [1, 3, 6, CLASSES])
+def test_target_entropy_of_top_k_is_the_collapsed_one_and_a_lower_bound(k):
+    """The bucket is one class, the label's if it is not among the stored entries."""
+    _, labels, past = draw(200)
+    alpha, stored = 0.6, top(past, k)
+    entropy = target_entropy(stored, labels, alpha)
+    target = ((1 - alpha) * F.one_hot(labels, CLASSES) + alpha * past).double()
+    collapsed = []
+    for row, kept in zip(target.tolist(), stored.index.tolist(), strict=True):
+        parts = [row[c] for c in kept] + [sum(p for c, p in enumerate(row) if c not in kept)]
+        collapsed.append(-sum(p * math.log(p) for p in parts if p > 0))
+    close(entropy, torch.tensor(collapsed), atol=2e-5)
+    whole = target_entropy(dense(past), labels, alpha)
+    assert (entropy <= whole + 1e-5).all()
+    if k == 3:
+        outside = ~(stored.index == labels[:, None]).any(-1)
+        assert 20 < outside.sum() < 180 and (entropy < whole - 1e-2)[outside].any()
+
+
+def test_loss_of_top_k_is_never_below_the_target_entropy():
+    """Whatever the logits; and near it where they equal the target."""
+    logits, labels, past = draw(200)
+    stored = top(past, 3)
+    entropy = target_entropy(stored, labels, 0.6)
+    assert (run(logits, labels, stored, 0.6)[0].total >= entropy - 1e-5).all()
+    best = (0.4 * F.one_hot(labels, CLASSES) + 0.6 * past).log()
+    inside = (stored.index == labels[:, None]).any(-1)
+    close(run(best, labels, stored, 0.6)[0].total[inside], entropy[inside], atol=2e-5)
+
+
+def test_target_entropy_of_ignored_rows_does_not_fail():
+    """The value is arbitrary."""
+    _, labels, past = draw()
+    labels[:] = -100
+    assert torch.isfinite(target_entropy(dense(past), labels, 0.5)).all()
+
+
+def test_select_reorders_rows():
+    """All three parts move together."""
+    _, _, past = draw()
+    order, mask = torch.randperm(ROWS, generator=torch.Generator().manual_seed(3)), torch.arange(ROWS) % 2 == 0
+    chosen = top(past, 3, mask).select(order)
+    for place, row in enumerate(order.tolist()):
+        values, index = past[row].topk(3)
+        assert torch.equal(chosen.index[place], index) and chosen.mask[place] == (row % 2 == 0)
+        close(chosen.log_probs[place].exp(), values)
+    assert dense(past, mask).select(order).index is None
+
+
+def test_log_softmax_is_float32_and_finite():
+    """-inf becomes a number whose exponential is exactly 0; NaN stays NaN, for the history to see."""
+    out = log_softmax(torch.tensor([[0.0, -math.inf], [math.nan, 0.0]], dtype=torch.float16))
+    assert out.dtype == torch.float32 and out[0].tolist() == [0.0, LOG_ZERO] and out[0].exp()[1] == 0
+    assert out[1].isnan().all()

@@ -1,0 +1,378 @@
+"""Rows: the adapter of real (tiny) models, what is refused, and where every row comes from."""
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from hf_selfkd.rows import SUPPORTED, adapter_for, base_model, check_labels, logits_of, sample_rows, token_rows
+
+
+TEXT = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+IMAGE = {"image_size": 8, "patch_size": 4} | {k: v for k, v in TEXT.items() if k != "vocab_size"}
+LABELS = {"num_labels": 3, "pad_token_id": 0}
+PEFT = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 asks
+
+
+def bert(**extra):
+    return tf.BertConfig(**TEXT, max_position_embeddings=16, **LABELS, **extra)
+
+
+def distilbert(**extra):
+    return tf.DistilBertConfig(vocab_size=30, dim=8, n_layers=1, n_heads=2, hidden_dim=8, **LABELS, **extra)
+
+
+def gpt2(**extra):
+    return tf.GPT2Config(vocab_size=30, n_embd=8, n_layer=1, n_head=2, n_positions=16, **LABELS, **extra)
+
+
+def llama():
+    return tf.LlamaConfig(**TEXT, **LABELS)
+
+
+def wav2vec2(**extra):
+    return tf.Wav2Vec2Config(
+        **TEXT,
+        conv_dim=(4,),
+        conv_kernel=(4,),
+        conv_stride=(2,),
+        num_feat_extract_layers=1,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        feat_extract_norm="layer",
+        classifier_proj_size=4,
+        mask_time_prob=0.0,
+        **LABELS,
+        **extra,
+    )
+
+
+def resnet(**extra):
+    return tf.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic", **LABELS, **extra)
+
+
+def timm():
+    pytest.importorskip("timm")
+    return tf.TimmWrapperConfig.from_dict({"architecture": "test_resnet", "num_classes": 3})
+
+
+def t5():
+    return tf.T5Config(vocab_size=30, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, num_labels=3)
+
+
+IDS = {
+    "input_ids": torch.tensor([[1, 2, 3, 0], [4, 5, 6, 7]]),
+    "attention_mask": torch.tensor([[1, 1, 1, 0], [1] * 4]),
+}
+PIXELS = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)}
+SOUND = {"input_values": torch.linspace(-1, 1, 2 * 64).reshape(2, 64)}
+
+SAMPLE_MODELS = {
+    "bert": (tf.BertForSequenceClassification, bert, IDS),
+    "distilbert": (tf.DistilBertForSequenceClassification, distilbert, IDS),
+    "gpt2": (tf.GPT2ForSequenceClassification, gpt2, IDS),
+    "llama": (tf.LlamaForSequenceClassification, llama, IDS),
+    "vit": (tf.ViTForImageClassification, lambda: tf.ViTConfig(**IMAGE, num_labels=3), PIXELS),
+    "deit with teacher": (
+        tf.DeiTForImageClassificationWithTeacher,
+        lambda: tf.DeiTConfig(**IMAGE, num_labels=3),
+        PIXELS,
+    ),
+    "resnet": (tf.ResNetForImageClassification, resnet, PIXELS),
+    "timm": (tf.TimmWrapperForImageClassification, timm, {"pixel_values": PIXELS["pixel_values"].repeat(1, 1, 4, 4)}),
+    "wav2vec2": (tf.Wav2Vec2ForSequenceClassification, wav2vec2, SOUND),
+    "ast": (
+        tf.ASTForAudioClassification,
+        lambda: tf.ASTConfig(
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=8,
+            patch_size=4,
+            max_length=16,
+            num_mel_bins=8,
+            frequency_stride=4,
+            time_stride=4,
+            num_labels=3,
+        ),
+        {"input_values": torch.linspace(-1, 1, 2 * 16 * 8).reshape(2, 16, 8)},
+    ),
+    "videomae": (
+        tf.VideoMAEForVideoClassification,
+        lambda: tf.VideoMAEConfig(**IMAGE, num_frames=2, tubelet_size=1, num_labels=3),
+        {"pixel_values": torch.linspace(-1, 1, 2 * 2 * 3 * 64).reshape(2, 2, 3, 8, 8)},
+    ),
+}
+TOKEN_MODELS = {
+    "bert": (tf.BertForTokenClassification, bert),
+    "distilbert": (tf.DistilBertForTokenClassification, distilbert),
+    "gpt2": (tf.GPT2ForTokenClassification, gpt2),
+}
+
+
+def build(cls, config):
+    torch.manual_seed(0)
+    model = cls(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # some start at zero, where every input gives the same logits
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+# Which adapter
+
+
+@pytest.mark.parametrize("name", SAMPLE_MODELS)
+def test_sample_models(name):
+    """One row per sample, in the order of the batch."""
+    cls, config, inputs = SAMPLE_MODELS[name]
+    model = build(cls, config())
+    assert adapter_for(model) is sample_rows
+    labels = torch.tensor([2, 0])
+    with torch.no_grad():
+        rows = adapter_for(model)(logits_of(model(**inputs), has_loss=False), labels)
+        second = model(**{key: value[1:] for key, value in inputs.items()}).logits
+    assert rows.logits.shape == (2, 3) and rows.labels.tolist() == [2, 0]
+    torch.testing.assert_close(rows.logits[1:], second, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(rows.logits[:1], second, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TOKEN_MODELS)
+def test_token_models(name):
+    """Row b * L + l is position l of sample b."""
+    cls, config = TOKEN_MODELS[name]
+    model = build(cls, config())
+    assert adapter_for(model) is token_rows
+    labels = torch.tensor([[0, 1, 2, -100], [2, -100, 1, 0]])
+    with torch.no_grad():
+        outputs = model(**IDS, labels=labels)
+    rows = token_rows(logits_of(outputs, has_loss=True), labels)
+    assert rows.logits.shape == (8, 3) and rows.labels.tolist() == [0, 1, 2, -100, 2, -100, 1, 0]
+    for sample in range(2):
+        for position in range(4):
+            assert torch.equal(rows.logits[sample * 4 + position], outputs.logits[sample, position])
+    loss = nn.functional.cross_entropy(rows.logits, rows.labels)
+    torch.testing.assert_close(loss, outputs.loss)
+
+
+@PEFT
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
+def test_peft_models(task):
+    """The adapter is that of the model inside."""
+    peft = pytest.importorskip("peft")
+    cls, expected = {
+        "SEQ_CLS": (tf.BertForSequenceClassification, sample_rows),
+        "TOKEN_CLS": (tf.BertForTokenClassification, token_rows),
+    }[task]
+    inner = build(cls, bert())
+    wrapped = peft.get_peft_model(inner, peft.LoraConfig(r=2, target_modules=["query"], task_type=task))
+    assert adapter_for(wrapped) is expected
+    assert type(base_model(wrapped)) is cls and base_model(inner) is inner
+
+
+@PEFT
+def test_peft_of_an_unsupported_task():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["query"])
+    with pytest.raises(ValueError, match="BertForMaskedLM is of a task that is not supported yet"):
+        adapter_for(peft.get_peft_model(build(tf.BertForMaskedLM, bert()), config))
+
+
+class Mine(tf.BertForSequenceClassification):
+    """A user's subclass of a model that transformers knows."""
+
+
+class Classifier(tf.BertPreTrainedModel):
+    """A user's own head on a transformers backbone."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert, self.head = tf.BertModel(config), nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        return {"logits": self.head(self.bert(input_ids, attention_mask).pooler_output)}
+
+
+def test_models_of_the_user():
+    """A subclass is known by its base; an unknown class decides by its shapes."""
+    assert adapter_for(build(Mine, bert())) is sample_rows
+    for model in (build(Classifier, bert()), nn.Linear(2, 3)):
+        adapter = adapter_for(model)
+        assert adapter(torch.zeros(2, 3), torch.tensor([0, 1])).logits.shape == (2, 3)
+        assert adapter(torch.zeros(2, 4, 3), torch.zeros(2, 4, dtype=torch.long)).logits.shape == (8, 3)
+        with pytest.raises(ValueError, match="needs"):
+            adapter(torch.zeros(3), torch.tensor([0, 1, 2]))
+
+
+# What is refused
+
+UNSUPPORTED = {
+    "GPT2LMHeadModel": gpt2,
+    "GPT2DoubleHeadsModel": gpt2,
+    "BertForMaskedLM": bert,
+    "BertForQuestionAnswering": bert,
+    "BertForMultipleChoice": bert,
+    "BertForNextSentencePrediction": bert,
+    "BertForPreTraining": bert,
+    "BertModel": bert,
+    "T5ForConditionalGeneration": t5,
+    "T5ForQuestionAnswering": t5,
+    "ViTForMaskedImageModeling": lambda: tf.ViTConfig(**IMAGE, encoder_stride=4),
+    "Wav2Vec2ForCTC": wav2vec2,
+    "YolosForObjectDetection": lambda: tf.YolosConfig(**IMAGE | {"image_size": [8, 8]}, num_detection_tokens=2),
+    "SegformerForSemanticSegmentation": lambda: tf.SegformerConfig(
+        num_encoder_blocks=1,
+        depths=[1],
+        sr_ratios=[1],
+        hidden_sizes=[8],
+        patch_sizes=[3],
+        strides=[2],
+        num_attention_heads=[1],
+        mlp_ratios=[1],
+        decoder_hidden_size=8,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_tasks_that_are_not_supported(name):
+    """One error before any batch, which lists what is."""
+    model = build(getattr(tf, name), UNSUPPORTED[name]())
+    with pytest.raises(ValueError, match=f"{name} is of a task that is not supported yet") as error:
+        adapter_for(model)
+    assert SUPPORTED in str(error.value)
+
+
+class MyLanguageModel(tf.GPT2LMHeadModel):
+    """A user's subclass of a model whose rows would be misread."""
+
+
+class MyDetector(tf.YolosForObjectDetection):
+    """The same for detection."""
+
+
+@pytest.mark.parametrize("cls", [MyLanguageModel, MyDetector])
+def test_subclasses_of_unsupported_models(cls):
+    """A class of one's own does not make the task a supported one."""
+    with pytest.raises(ValueError, match=f"{cls.__name__} is of a task that is not supported yet"):
+        adapter_for(build(cls, UNSUPPORTED[cls.__mro__[1].__name__]()))
+
+
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+@pytest.mark.parametrize("cls", [tf.BertForSequenceClassification, tf.BertForTokenClassification])
+def test_problem_types_that_are_not_supported(problem, cls):
+    with pytest.raises(ValueError, match=f"problem_type='{problem}' is not supported.*single_label_classification"):
+        adapter_for(build(cls, bert(problem_type=problem)))
+    assert callable(adapter_for(build(cls, bert(problem_type="single_label_classification"))))
+
+
+def test_one_label_is_regression():
+    config = bert()
+    config.num_labels = 1
+    with pytest.raises(ValueError, match="num_labels=1 is regression"):
+        adapter_for(build(tf.BertForSequenceClassification, config))
+
+
+# Shapes
+
+
+def test_sample_rows_take_labels_with_a_trailing_dimension():
+    rows = sample_rows(torch.zeros(2, 3), torch.tensor([[1], [2]]))
+    assert rows.labels.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "logits", "labels"),
+    [
+        (sample_rows, (2, 4, 3), (2,)),
+        (sample_rows, (2, 3), (3,)),
+        (sample_rows, (2, 3), (2, 3)),
+        (token_rows, (2, 3), (2,)),
+        (token_rows, (2, 4, 3), (2, 5)),
+        (token_rows, (2, 4, 3), (8,)),
+    ],
+)
+def test_shapes_that_do_not_fit(adapter, logits, labels):
+    """Both shapes are in the message."""
+    with pytest.raises(ValueError) as error:
+        adapter(torch.zeros(logits), torch.zeros(labels, dtype=torch.long))
+    assert str(list(logits)) in str(error.value) and str(list(labels)) in str(error.value)
+
+
+def test_rows_carry_the_gradient():
+    logits = torch.zeros(2, 4, 3, requires_grad=True)
+    token_rows(logits, torch.zeros(2, 4, dtype=torch.long)).logits[5].sum().backward()
+    assert logits.grad.nonzero().tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 2]]
+
+
+# Logits
+
+
+LOSS, LOGITS = torch.tensor(1.0), torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "has_loss"),
+    [
+        (SequenceClassifierOutput(loss=LOSS, logits=LOGITS), True),
+        (SequenceClassifierOutput(logits=LOGITS), False),
+        (SequenceClassifierOutput(logits=LOGITS), True),
+        ({"logits": LOGITS, "hidden": LOSS}, False),
+        ((LOSS, LOGITS), True),
+        ((LOGITS,), False),
+        ([LOGITS, LOSS], False),
+        (type("Plain", (), {"logits": LOGITS})(), True),
+    ],
+)
+def test_logits_of(outputs, has_loss):
+    assert logits_of(outputs, has_loss) is LOGITS
+
+
+@pytest.mark.parametrize(
+    ("outputs", "has_loss", "found"),
+    [
+        (SequenceClassifierOutput(loss=LOSS), True, "loss"),
+        ({"start_logits": LOGITS}, False, "start_logits"),
+        ({"logits": None}, False, "logits"),
+        ((LOSS,), True, "a tuple of 1"),
+        ((), False, "a tuple of 0"),
+        (None, False, "NoneType"),
+        (LOGITS, False, "Tensor"),
+        ((LOSS, "text"), True, "a tuple of 2"),
+    ],
+)
+def test_outputs_without_logits(outputs, has_loss, found):
+    """The message says what there was instead."""
+    with pytest.raises(ValueError, match=f"no logits but {found}: self-distillation needs outputs.logits"):
+        logits_of(outputs, has_loss)
+
+
+# Labels
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1], "labels are a list"),
+        (None, "labels are a NoneType"),
+        ({"boxes": 1}, "labels are a dict"),
+        (torch.tensor([0.5, 1.0]), "labels are torch.float32: regression and multi-label"),
+        (torch.tensor([[1.0, 0.0]], dtype=torch.float16), "labels are torch.float16"),
+        (torch.tensor([True, False]), "labels are torch.bool"),
+        (torch.tensor([0, 3]), "labels run from 0 to 3 but the model has 3 classes"),
+        (torch.tensor([[-1, 2], [-100, 0]]), "labels run from -1 to 2"),
+    ],
+)
+def test_labels_that_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        check_labels(labels, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_labels_that_are_accepted(dtype):
+    check_labels(torch.tensor([0, 2, 1]).to(dtype), 3)
+    check_labels(torch.tensor([[0, 2], [-100, -100]]), 3)
+    check_labels(torch.tensor([-100]), 3)
+    check_labels(torch.tensor([7]))
