@@ -165,13 +165,14 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, SelfKDConfig]:
 
 
 def set_up_logging(training_args: SelfKDConfig) -> None:
-    """Log to the terminal; one process only tells what goes well."""
+    """Log to the terminal; only the main process tells what goes well."""
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%H:%M:%S", stream=sys.stdout
     )
     level = training_args.get_process_log_level()
+    tells = training_args.should_log and training_args.log_level == "passive"
     for name in (__name__, "hf_selfkd"):
-        logging.getLogger(name).setLevel(min(level, logging.INFO) if training_args.should_log else level)
+        logging.getLogger(name).setLevel(logging.INFO if tells else level)
     datasets.utils.logging.set_verbosity(level)
     transformers.utils.logging.set_verbosity(level)
     logger.warning(
@@ -187,7 +188,7 @@ def load_splits(data_args: DataArguments, model_args: ModelArguments) -> dict[st
     """The splits that there are, by their names in `SPLITS`."""
     if data_args.local:
         if data_args.dataset_name is not None:
-            logger.warning(f"Local data are given: --dataset_name {data_args.dataset_name} is not used.")
+            logger.info(f"Local data are given: --dataset_name {data_args.dataset_name} is not used.")
         splits = {split: load_local(split, data_args, model_args.cache_dir) for split in SPLITS}
         return {split: dataset for split, dataset in splits.items() if dataset is not None}
     if data_args.dataset_name is None:
@@ -445,7 +446,7 @@ def find_checkpoint(training_args: SelfKDConfig) -> str | None:
         return training_args.resume_from_checkpoint
     checkpoint = get_last_checkpoint(training_args.output_dir)
     if checkpoint is not None:
-        logger.warning(f"Resuming from {checkpoint}. To train from the start, choose another --output_dir.")
+        logger.info(f"Resuming from {checkpoint}. To train from the start, choose another --output_dir.")
     return checkpoint
 
 

@@ -240,18 +240,9 @@ class PredictionHistory:
         Raises:
             ValueError: if an id is unknown, or a sample's labels are not those of the stored prediction.
         """
-        slots = self.slots(keys.ids)
-        known = self.stamps[slots] != NEVER
+        slots, known = self._known(keys)
         if not known.any():
             return None
-        changed = known & (self.hashes[slots] != keys.label_hash)
-        if changed.any():
-            where = np.flatnonzero(changed)[0]
-            raise ValueError(
-                f"the labels of sample_id={keys.ids[where]} are not those its stored prediction was made for (hash "
-                f"{keys.label_hash[where]} now, {self.hashes[slots[where]]} stored): the training set was shuffled, "
-                "filtered or relabelled since. Give the same dataset, or name a stable id in sample_id_column."
-            )
         if self.ragged:
             source = _ranges(self.starts[slots[known]], self.counts[slots[known]])
             target = keys.rows[np.repeat(known, keys.counts)]
@@ -272,6 +263,20 @@ class PredictionHistory:
         if past.index is not None:
             past.index = past.index.new_zeros(num_rows, past.index.shape[1]).index_copy_(0, target, past.index)
         return past
+
+    def _known(self, keys: SampleKeys) -> tuple[np.ndarray, np.ndarray]:
+        """Where these samples are kept and which have a prediction, made for the labels that they have now."""
+        slots = self.slots(keys.ids)
+        known = self.stamps[slots] != NEVER
+        changed = known & (self.hashes[slots] != keys.label_hash)
+        if changed.any():
+            where = np.flatnonzero(changed)[0]
+            raise ValueError(
+                f"the labels of sample_id={keys.ids[where]} are not those its stored prediction was made for (hash "
+                f"{keys.label_hash[where]} now, {self.hashes[slots[where]]} stored): the training set was shuffled, "
+                "filtered or relabelled since. Give the same dataset, or name a stable id in sample_id_column."
+            )
+        return slots, known
 
     def probabilities(self, ids: np.ndarray) -> torch.Tensor:
         """
@@ -315,18 +320,22 @@ class PredictionHistory:
             keys ([`~hf_selfkd.samples.SampleKeys`]): of the batch.
             log_probs (`torch.FloatTensor` of shape `[R, C]`): float32, detached.
             labels (`torch.LongTensor` of shape `[R]`): for the trace.
+
+        Raises:
+            ValueError: as [`~PredictionHistory.read`] does, which is not called at alpha 0.
         """
+        slots, _ = self._known(keys)
         if self.ragged:
             rows = _to(torch.from_numpy(keys.rows), log_probs.device)
             log_probs, labels = log_probs.index_select(0, rows), labels.index_select(0, rows)
         parts = self.codec.encode(log_probs)
         if self.trace is not None:
             true = log_probs.gather(-1, labels.clamp_min(0).unsqueeze(-1)).exp()
-            parts["true_probs"] = true.to(torch.float16)
+            parts["true_probs"] = true.masked_fill_(labels.unsqueeze(-1) < 0, math.nan).to(torch.float16)
         parts = {name: part.to(self.device, non_blocking=True) for name, part in parts.items()}
         counts = keys.counts if self.ragged else np.ones_like(keys.counts)
         order = np.full(len(keys.ids), self.visits, dtype=np.int64)
-        samples = np.stack((self.slots(keys.ids), order, keys.label_hash, counts), axis=1)
+        samples = np.stack((slots, order, keys.label_hash, counts), axis=1)
         self.journal.append((samples[counts > 0], parts))
         self.visits += 1
 
@@ -389,7 +398,7 @@ class PredictionHistory:
         held = int(self.counts.sum())
         self.starts[slots[new]] = held + np.cumsum(counts[new]) - counts[new]
         self.counts[slots[new]] = counts[new]
-        self._grow(int(self.counts.sum()), gather)
+        self._grow(max(int(self.counts.sum()), 1), gather)  # at least one row: a file cannot be mapped empty
         return _ranges(self.starts[slots], counts)
 
     def _grow(self, num_rows: int, gather: Callable | None = None) -> None:
@@ -455,6 +464,7 @@ class PredictionHistory:
         for name in ("stamps", "hashes", "counts", "starts", "ids"):
             if getattr(self, name) is not None:
                 tensors[name] = torch.from_numpy(getattr(self, name))
+        tensors["visits"] = torch.tensor([self.visits])
         if self.trace is not None:
             tensors["trace"] = self.trace
         metadata = {
@@ -471,6 +481,7 @@ class PredictionHistory:
         for name in ("stamps", "hashes", "counts", "starts"):
             if name in tensors:
                 setattr(self, name, tensors[name].numpy().copy())
+        self.visits = int(tensors["visits"])  # also where no journal is loaded: later visits stay later
         if "trace" in tensors and self.trace is not None:
             epochs = min(self.trace.shape[1], tensors["trace"].shape[1])
             self.trace[:, :epochs] = tensors["trace"][:, :epochs]
@@ -516,7 +527,7 @@ def _gather_samples(samples: np.ndarray, gather: Callable | None) -> tuple[np.nd
     lengths = gather(torch.tensor([len(samples)])).tolist()
     sent = torch.zeros(max(lengths), 4, dtype=torch.int64)
     sent[: len(samples)] = torch.from_numpy(samples)
-    received = gather(sent).view(len(lengths), -1, 4).numpy()
+    received = gather(sent).view(len(lengths), len(sent), 4).numpy()
     everyone = np.concatenate([received[owner, :length] for owner, length in enumerate(lengths)])
     owners = np.repeat(np.arange(len(lengths)), lengths)
     return everyone, owners, np.concatenate([np.arange(length) for length in lengths])

@@ -28,7 +28,7 @@ class SampleKeys:
     Args:
         ids (`np.ndarray` of `int64`, shape `[B]`): sample ids.
         label_hash (`np.ndarray` of `int64`, shape `[B]`):
-            a hash of each sample's labels; equal to the label itself where a sample has one.
+            a hash of each sample's labels; the label itself where labels are `[B]`.
         counts (`np.ndarray` of `int64`, shape `[B]`): number of labelled rows of each sample.
         rows (`np.ndarray` of `int64`, shape `[counts.sum()]`, *optional*):
             where the labelled rows stand among the flattened rows of the batch; `None` when sample `b` is row `b`.
@@ -53,7 +53,7 @@ def sample_keys(ids: torch.Tensor, labels: torch.Tensor) -> SampleKeys:
     """
     ids = ids.numpy().astype(np.int64)
     labels = labels.numpy()
-    if labels.ndim < 2 or labels.size == len(ids):
+    if labels.ndim < 2:  # and not by the size: a batch of sequences may have length 1
         labels = labels.reshape(len(ids)).astype(np.int64)
         return SampleKeys(ids, labels, (labels != IGNORE_INDEX).astype(np.int64))
     labels = labels.reshape(len(ids), -1).astype(np.int64)

@@ -143,12 +143,14 @@ class SelfKDMixin:
         launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
         if launched > 1 and args.world_size == 1:
             raise ValueError(
-                f"the launcher started {launched} processes, but without an accelerator each of them would train alone, "
-                "into the same output_dir: set use_cpu=True to train on the CPU together."
+                f"the launcher started {launched} processes, but without an accelerator each of them would train "
+                "alone, into the same output_dir: set use_cpu=True to train on the CPU together."
             )
         self.teacher: Teacher = Teacher()
         self._means = RunningMeans()
         self._passes, self._resumed = -1, False
+        self._train_samples: SampleIdDataset | None = None  # what the training dataloader reads
+        self._epoch_sampler: EpochLengthGroupedSampler | None = None
         self._ours: bool | None = None  # whether our cross-entropy is the hard loss; None until a batch tells
         super().__init__(model, args, *arguments, **keywords)
         self._rows: Callable[[torch.Tensor, torch.Tensor], Rows] = adapter_for(self.model)
@@ -251,10 +253,10 @@ class SelfKDMixin:
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         if isinstance(train_dataset, SampleIdDataset):
             train_dataset = train_dataset.dataset
-        sampler = None
-        if self.args.train_sampling_strategy == "group_by_length" and has_length(train_dataset or self.train_dataset):
-            sampler = self._length_sampler(train_dataset)
-        return sampler if sampler is not None else super()._get_train_sampler(train_dataset)
+        if self.args.train_sampling_strategy == "group_by_length" and has_length(self.train_dataset):
+            self._epoch_sampler = self._length_sampler(train_dataset)
+            return self._epoch_sampler
+        return super()._get_train_sampler(train_dataset)
 
     def _length_sampler(self, train_dataset: Any) -> EpochLengthGroupedSampler:
         args, lengths, source = self.args, None, self.train_dataset
@@ -336,19 +338,16 @@ class SelfKDMixin:
             epoch = self._passes
         self._resumed = False
         self.teacher.begin_epoch(epoch)
-        if isinstance(getattr(self, "_train_samples", None), SampleIdDataset):
+        if self._train_samples is not None:
             self._train_samples.set_epoch(epoch)
-        sampler = self.callback_handler.train_dataloader
-        while sampler is not None:  # accelerate forwards the epoch through some wrappers only
-            if isinstance(sampler, EpochLengthGroupedSampler):
-                sampler.set_epoch(epoch)
-            sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
+        if self._epoch_sampler is not None:  # accelerate forwards the epoch through some of its wrappers only
+            self._epoch_sampler.set_epoch(epoch)
 
     @torch.no_grad()
     def _warm_start(self) -> None:
         """Fill the history with the predictions of the initial weights, in evaluation mode."""
         logger.info("Filling the history with the predictions of the initial weights.")
-        samples = getattr(self, "_train_samples", None)
+        samples = self._train_samples
         with seeded(self.args.seed):  # training draws the same random numbers with and without this pass
             dataloader = self._get_dataloader(
                 self.train_dataset,
@@ -428,8 +427,6 @@ class SelfKDMixin:
         if batch.mix is None:
             self.teacher.observe(batch.keys, rows)
         self._means.add(self._measures(rows, sides, alpha, sums), loss.device)
-        if return_outputs and isinstance(outputs, dict):
-            outputs.setdefault("loss", loss)
         return (loss, outputs) if return_outputs else loss
 
     @property
@@ -506,7 +503,9 @@ class SelfKDMixin:
                 sums["hard_loss"] = total.detach()
             loss = total / num_items
             return (loss * world if world > 1 else loss), sums
-        hard = _weighted([self._hard_loss(outputs, rows, side.labels, num_items, label_shape) for side in sides], sides)
+        hard = _weighted(
+            [self._hard_loss(outputs, rows, side.labels, num_items, label_shape) for side in sides], sides
+        )
         hard = hard * world if world > 1 else hard
         sums["hard_loss"] = hard.detach() * num_items / world
         if not parts:

@@ -43,7 +43,7 @@ CLASSES = 5
 _TEXT = {"vocab_size": 30, "max_position_embeddings": 16, "num_labels": CLASSES}
 _BERT = _TEXT | {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-_VIT = {"image_size": 8, "patch_size": 4, "num_labels": CLASSES, "hidden_size": 16, "intermediate_size": 16}
+_VIT = {"image_size": 16, "patch_size": 8, "num_labels": CLASSES, "hidden_size": 16, "intermediate_size": 16}
 
 # name: (class, configuration, kind of data); with dropout where the architecture has it, unless "plain"
 _MODELS = {
@@ -73,20 +73,20 @@ _MODELS = {
     "convnext": (
         ConvNextForImageClassification,
         lambda: ConvNextConfig(
-            patch_size=2, hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, drop_path_rate=0.1, num_labels=CLASSES
+            patch_size=4, hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, drop_path_rate=0.1, num_labels=CLASSES
         ),
         "images",
     ),
     "swin": (
         SwinForImageClassification,
         lambda: SwinConfig(
-            image_size=8, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2, num_labels=CLASSES
+            image_size=16, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2, num_labels=CLASSES
         ),
         "images",
     ),
     "mobilenet": (
         MobileNetV2ForImageClassification,
-        lambda: MobileNetV2Config(image_size=8, depth_multiplier=0.1, num_labels=CLASSES),
+        lambda: MobileNetV2Config(image_size=16, depth_multiplier=0.1, num_labels=CLASSES),
         "images",
     ),
     "timm": (
@@ -160,7 +160,7 @@ def make_samples(kind, size=22, transform=None, seed=0):
     items = []
     for label in rng.integers(CLASSES, size=size).tolist():
         if kind == "images":
-            pixels = rng.normal(size=(3, 8, 8)) + np.linspace(-1, 1, 8) * (label - 2)
+            pixels = rng.normal(size=(3, 16, 16)) + np.linspace(-1, 1, 16) * (label - 2)
             item = {"pixel_values": torch.tensor(pixels, dtype=torch.float32), "labels": label}
         elif kind == "sounds":
             wave = np.sin(np.arange(160) * (label + 1) / 5) + rng.normal(size=160)

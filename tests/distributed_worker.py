@@ -1,0 +1,146 @@
+"""Runs that `test_distributed.py` compares: torchrun runs this file on two processes, the test calls it on one."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from helpers import CLASSES, make_samples, make_trainer, state_of
+from torch.utils.data import IterableDataset
+
+from hf_selfkd import SelfKDTrainer
+
+
+class Stream(IterableDataset):
+    """The samples one after the other, with an id of their own."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __iter__(self):
+        for number in range(len(self.samples)):
+            yield self.samples[number] | {"number": number}
+
+
+class FirstPredictions(SelfKDTrainer):
+    """Notes every prediction in the order (epoch, step, process), independently of the history."""
+
+    def compute_loss(self, model, inputs, *arguments, **keywords):
+        ids = inputs["sample_id"]
+        loss, outputs = super().compute_loss(model, inputs, True, **keywords)
+        if model.training:
+            probs = outputs["logits"].detach().softmax(-1)
+            ids, probs = self.accelerator.gather((ids, probs))  # in the order of the processes
+            seen = self.__dict__.setdefault("seen", {}).setdefault(int(self.state.epoch or 0), {})
+            for sample_id, row in zip(ids.tolist(), probs, strict=True):
+                seen.setdefault(sample_id, row)
+        return loss
+
+
+def options(world, **more):
+    """Arguments of a run whose steps are of 8 samples however many processes there are."""
+    return {
+        "per_device_train_batch_size": 8 // world,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "max_grad_norm": 0.0,
+    } | more
+
+
+def equal(out, world, model="plain_vit", size=32, **more):
+    """Weights and stored predictions after 3 epochs of data that divide into the steps."""
+    samples = make_samples(model, size)
+    trainer = make_trainer(out, model, samples, **options(world, **more))
+    trainer.train()
+    result = {"weights": state_of(trainer)}
+    if trainer.teacher.kind == "history":
+        result["stored"] = trainer.teacher.stored(torch.arange(size))
+    names = ("alpha", "hard_loss", "soft_loss", "rows_with_history", "past_agreement", "target_entropy", "loss")
+    result["logs"] = [
+        {name: entry[name] for name in names if name in entry}
+        for entry in trainer.state.log_history
+        if "hard_loss" in entry
+    ]
+    return result
+
+
+def ragged(out, world, **more):
+    """What the history holds of 22 samples in steps of 8, and the first predictions that it should hold."""
+    trainer = make_trainer(out, "vit", make_samples("vit", 22), trainer=FirstPredictions, **options(world, **more))
+    trainer.train()
+    seen = trainer.seen[2]
+    return {
+        "stored": trainer.teacher.stored(torch.arange(22)),
+        "first": torch.stack([seen[number] for number in range(22)]),
+        "trace": trainer.teacher.trace if more.get("history_trace") else None,
+    }
+
+
+def resumed(out, world, model, save=3, **more):
+    """The end of a run, and of the same run resumed inside its second epoch."""
+    more = options(world, save_strategy="steps", save_steps=save, **more)
+    full = make_trainer(out, model, make_samples(model, 22), **more)
+    full.train()
+    again = make_trainer(out, model, make_samples(model, 22), **more)
+    step = 6 if save == 3 else 2 * save
+    again.train(resume_from_checkpoint=f"{out}/checkpoint-{step}")
+    return {"full": state_of(full), "again": state_of(again)}
+
+
+def stream(out, world, **more):
+    """A stream with ids and a declared size."""
+    trainer = make_trainer(
+        out, "plain_vit", Stream(make_samples("plain_vit", 32)), **options(world, sample_id_column="number", **more)
+    )
+    trainer.train()
+    return {"weights": state_of(trainer), "stored": trainer.teacher.stored(np.arange(32))}
+
+
+def with_processes_changed(out, world):
+    """A checkpoint of these processes in the middle of an epoch, for another number of processes to resume."""
+    more = options(world, save_strategy="steps", save_steps=6)
+    trainer = make_trainer(out, "plain_vit", make_samples("plain_vit", 32), **more)
+    trainer.train()
+    return {"weights": state_of(trainer), "stored": trainer.teacher.stored(np.arange(32))}
+
+
+SCENARIOS = {
+    "history": lambda out, world: equal(out, world),
+    "snapshot": lambda out, world: equal(out, world, teacher="snapshot"),
+    "ema": lambda out, world: equal(out, world, teacher="ema"),
+    "plain": lambda out, world: equal(out, world, alpha=0.0),
+    "plain_resnet": lambda out, world: equal(out, world, "resnet", alpha=0.0),
+    "accumulation": lambda out, world: equal(
+        out, world, per_device_train_batch_size=4 // world, gradient_accumulation_steps=2
+    ),
+    "tokens": lambda out, world: equal(out, world, "plain_bert_tokens", 24),
+    "disk": lambda out, world: equal(out, world, history_device="disk"),
+    "warm_start": lambda out, world: equal(out, world, warm_start_history=True),
+    "ragged": lambda out, world: ragged(out, world, history_trace=True),
+    "ragged_disk": lambda out, world: ragged(out, world, history_device="disk", history_top_k=CLASSES),
+    "resume_history": lambda out, world: resumed(out, world, "vit"),
+    "resume_snapshot": lambda out, world: resumed(out, world, "resnet", teacher="snapshot"),
+    "resume_ema": lambda out, world: resumed(out, world, "resnet", teacher="ema", save=2),
+    "stream": lambda out, world: stream(out, world),
+    "processes_changed": with_processes_changed,
+}
+
+
+def main(out):
+    """Run every scenario; the first process writes what came out."""
+    import torch.distributed as dist
+    from accelerate import PartialState
+
+    rank, world = PartialState(cpu=True).process_index, PartialState().num_processes
+    results = {name: scenario(Path(out) / name, world) for name, scenario in SCENARIOS.items()}
+    if rank == 0:
+        torch.save(results, Path(out) / "results.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
