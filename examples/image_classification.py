@@ -58,6 +58,7 @@ from hf_selfkd.metrics import compute_classification_metrics
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+LABEL_TYPES = ("bool", "int", "uint", "string", "large_string")
 NO_LABEL = -100
 
 
@@ -263,9 +264,7 @@ def class_names(dataset: Dataset, column: str) -> list[str]:
     feature = dataset.features[column]
     if isinstance(feature, ClassLabel):
         return feature.names
-    if not isinstance(feature, Value) or not feature.dtype.startswith(
-        ("int", "uint", "bool", "string", "large_string")
-    ):
+    if not isinstance(feature, Value) or not feature.dtype.startswith(LABEL_TYPES):
         raise ValueError(
             f"--label_column_name {column} holds {feature}: one class per image, an integer or text, is supported."
         )

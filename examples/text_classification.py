@@ -6,7 +6,7 @@
 Train a text classifier with progressive self-distillation, from a pretrained model or from scratch.
 
 ```bash
-# fine-tune a pretrained model on a dataset of the Hub; the first of so few epochs needs a past to learn from
+# fine-tune a pretrained model on a dataset of the Hub; in so few epochs, the first one should have a past as well
 python examples/text_classification.py --model_name_or_path distilbert/distilbert-base-uncased \
     --dataset_name fancyzhx/ag_news --do_train --do_eval --num_train_epochs 3 --warm_start_history \
     --output_dir outputs/ag_news
@@ -60,6 +60,7 @@ from hf_selfkd.metrics import compute_classification_metrics
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+LABEL_TYPES = ("bool", "int", "uint", "string", "large_string")
 NO_LABEL = -100
 
 
@@ -248,9 +249,7 @@ def class_names(dataset: Dataset, column: str) -> list[str]:
     feature = dataset.features[column]
     if isinstance(feature, ClassLabel):
         return feature.names
-    if not isinstance(feature, Value) or not feature.dtype.startswith(
-        ("int", "uint", "bool", "string", "large_string")
-    ):
+    if not isinstance(feature, Value) or not feature.dtype.startswith(LABEL_TYPES):
         raise ValueError(
             f"--label_column_name {column} holds {feature}: one class per text, an integer or text, is supported."
         )
@@ -339,13 +338,14 @@ def tokenize(
 # Tokenizer and model
 
 
-def train_tokenizer(texts: Any, vocab_size: int, token_types: bool) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Any, vocab_size: int, max_length: int, token_types: bool) -> PreTrainedTokenizerFast:
     """
     Train a byte-level BPE tokenizer: `[CLS] text [SEP]` or `[CLS] text [SEP] second text [SEP]`.
 
     Args:
         texts (`Iterator[list[str]]`): batches of texts; the same texts always give the same tokenizer.
         vocab_size (`int`): number of tokens.
+        max_length (`int`): most tokens of an input.
         token_types (`bool`): whether the model tells first and second texts apart.
     """
     tokenizer = Tokenizer(models.BPE())
@@ -367,6 +367,7 @@ def train_tokenizer(texts: Any, vocab_size: int, token_types: bool) -> PreTraine
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
+        model_max_length=max_length,
         pad_token="[PAD]",
         cls_token="[CLS]",
         sep_token="[SEP]",
@@ -375,6 +376,11 @@ def train_tokenizer(texts: Any, vocab_size: int, token_types: bool) -> PreTraine
         eos_token="[SEP]",
         model_input_names=["input_ids", *(["token_type_ids"] if token_types else []), "attention_mask"],
     )
+
+
+def input_length(data_args: DataArguments, config: PreTrainedConfig) -> int:
+    """The tokens of the longest input: as many as asked for, if the model takes so many."""
+    return min(data_args.max_seq_length, getattr(config, "max_position_embeddings", None) or data_args.max_seq_length)
 
 
 def make_tokenizer(
@@ -390,7 +396,8 @@ def make_tokenizer(
         columns = text_columns(train_dataset, data_args)
         texts = ([text or "" for text in batch[column]] for batch in train_dataset.iter(1000) for column in columns)
         token_types = getattr(config, "type_vocab_size", 0) > 1
-        tokenizer = train_tokenizer(texts, model_args.tokenizer_vocab_size, token_types)
+        max_length = input_length(data_args, config)
+        tokenizer = train_tokenizer(texts, model_args.tokenizer_vocab_size, max_length, token_types)
         logger.info(f"Trained a tokenizer of {len(tokenizer)} tokens.")
     else:
         raise ValueError("No tokenizer: give --tokenizer_name, or --do_train to train one.")
@@ -513,11 +520,7 @@ def main() -> None:
 
     tokenizer = make_tokenizer(model_args, data_args, config, splits["train"] if training_args.do_train else None)
     model = make_model(model_args, config, tokenizer)
-    max_length = min(
-        data_args.max_seq_length,
-        tokenizer.model_max_length,
-        getattr(config, "max_position_embeddings", None) or data_args.max_seq_length,
-    )
+    max_length = min(input_length(data_args, config), tokenizer.model_max_length)
     splits = {
         split: tokenize(dataset, tokenizer, max_length, data_args, training_args) for split, dataset in splits.items()
     }

@@ -19,8 +19,8 @@ HistoryDevice = Literal["auto", "model", "cpu", "disk"]
 @dataclass
 class SelfKDConfig(TrainingArguments):
     r"""
-    Arguments of [`SelfKDTrainer`]: all of [`~transformers.TrainingArguments`], with the same meaning and defaults, plus
-    the fields below. They are flat, so that `HfArgumentParser`, a YAML file and `hyperparameter_search` reach them.
+    Arguments of [`SelfKDTrainer`]: all of [`~transformers.TrainingArguments`], with the same meaning and defaults,
+    plus the fields below. They are flat, so that `HfArgumentParser`, YAML and `hyperparameter_search` reach them.
 
     The target of a row at epoch `t = 1..T` is `(1 - a_t) * onehot + a_t * past`, with `past` the model's own earlier
     prediction (PS-KD, Kim et al., ICCV 2021). A row without a past prediction is trained with its hard label.
@@ -152,7 +152,7 @@ class SelfKDConfig(TrainingArguments):
         for name, kinds in (("history_trace", ("history",)), ("warm_start_history", ("history", "snapshot"))):
             if getattr(self, name) and self.teacher_kind not in kinds:
                 raise ValueError(
-                    f"{name}=True does nothing with teacher={self.teacher!r}: use teacher={' or '.join(map(repr, kinds))}."
+                    f"{name}=True does nothing with teacher={self.teacher!r}: use {' or '.join(map(repr, kinds))}."
                 )
 
     @classmethod
@@ -193,8 +193,8 @@ def alpha_at(
         num_steps (`int`, *optional*): number of optimizer steps; for `"linear_step"`.
 
     Returns:
-        `float`: `alpha * t / T` with `t = epoch + 1` for `"linear"` (PS-KD, section 3: 0.8 over 300 epochs gives 0.0027
-        in the first epoch and 0.8 in the last).
+        `float`: `alpha * t / T` with `t = epoch + 1` for `"linear"` (PS-KD, section 3: 0.8 over 300 epochs gives
+        0.0027 in the first epoch and 0.8 in the last).
     """
     if schedule == "constant":
         return alpha

@@ -134,8 +134,8 @@ def plan_history(
             else "use teacher='snapshot', which stores no rows"
         )
         raise ValueError(
-            f"the history of {num_rows} rows x {num_classes} classes needs {num_bytes} bytes on {place!r} and may take "
-            f"{limit} (history_max_bytes): {remedy}, or raise history_max_bytes."
+            f"the history of {num_rows} rows x {num_classes} classes needs {num_bytes} bytes on {place!r} and may "
+            f"take {limit} (history_max_bytes): {remedy}, or raise history_max_bytes."
         )
     return Plan(codec, place, num_bytes)
 
@@ -344,7 +344,7 @@ class PredictionHistory:
         return self.codec.widths | ({"true_probs": (1, torch.float16)} if self.trace is not None else {})
 
     def _take_journal(self) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
-        """The journal as one piece: `[n, 4]` of (slot, order, label hash, rows), and the stored parts of their rows."""
+        """The journal as one piece: `[n, 4]` of (slot, order, label hash, rows), and the parts of their rows."""
         if len(self.journal) > 1:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # copies to the host may be under way; once an epoch, not once a step
@@ -373,6 +373,7 @@ class PredictionHistory:
         samples, rows = _only_finite(samples, torch.isfinite(parts["log_probs"]).all(dim=-1).cpu().numpy())
         everyone, owners, local = _gather_samples(samples, gather)
         first = _first_of_each(everyone)
+        self._check_labels_agree(everyone, first)
         everyone, owners, local = everyone[first], owners[first], local[first]
         destination = self._allocate(everyone[:, 0], everyone[:, 3], gather)
         starts = np.cumsum(samples[:, 3]) - samples[:, 3]
@@ -388,6 +389,17 @@ class PredictionHistory:
             sums = np.add.reduceat(true.cpu().numpy()[:, 0], np.cumsum(everyone[:, 3]) - everyone[:, 3])
             self.trace[everyone[:, 0], stamp] = torch.from_numpy(sums / everyone[:, 3]).to(torch.float16)
         self.journal, self.visits = [], 0
+
+    def _check_labels_agree(self, samples: np.ndarray, first: np.ndarray) -> None:
+        by_slot = samples[first][np.argsort(samples[first, 0])]
+        expected = by_slot[np.searchsorted(by_slot[:, 0], samples[:, 0])] if len(by_slot) else samples
+        different = samples[:, 2] != expected[:, 2]
+        if different.any():
+            slot = samples[np.flatnonzero(different)[0], 0]
+            raise ValueError(
+                f"sample_id={slot if self.ids is None else self.ids[slot]} came with two different labels in one "
+                "epoch: the ids of sample_id_column are not unique."
+            )
 
     def _allocate(self, slots: np.ndarray, counts: np.ndarray, gather: Callable | None) -> np.ndarray:
         """Rows of the table for these samples, one after the other; makes room for those that have none yet."""

@@ -109,7 +109,7 @@ def adapter_for(model: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], Rows
 
 
 def _has_head(cls: type) -> bool:
-    """Whether this is a model of transformers for a certain task (`...ForX`, `...LMHeadModel`), not a mere backbone."""
+    """Whether this class of transformers is for a certain task (`...ForX`, `...LMHeadModel`), no mere backbone."""
     return cls.__module__.startswith("transformers.models.") and ("For" in cls.__name__ or "Head" in cls.__name__)
 
 

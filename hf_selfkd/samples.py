@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -58,11 +59,13 @@ def sample_keys(ids: torch.Tensor, labels: torch.Tensor) -> SampleKeys:
         return SampleKeys(ids, labels, (labels != IGNORE_INDEX).astype(np.int64))
     labels = labels.reshape(len(ids), -1).astype(np.int64)
     valid = labels != IGNORE_INDEX
-    position = np.cumsum(valid, axis=1)
-    with np.errstate(over="ignore"):  # a hash: wrapping around is meant
-        mixed = (labels + 1) * (position * np.int64(0x9E3779B97F4A7C15 - 2**64) | 1)
-        mixed ^= mixed >> 29
-        hashes = np.where(valid, mixed * np.int64(0x2545F4914F6CDD1D), 0).sum(axis=1)
+    # The sum of splitmix64 of (label, position among the labels), modulo 2**64.
+    position = np.cumsum(valid, axis=1).astype(np.uint64)
+    mixed = labels.view(np.uint64) + position * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    hashes = np.where(valid, mixed, np.uint64(0)).sum(axis=1).view(np.int64)
     return SampleKeys(ids, hashes, valid.sum(axis=1), np.flatnonzero(valid))
 
 
@@ -117,7 +120,7 @@ class SampleIdDataset(Dataset):
                     f"sample_id_column={self.id_column!r} is not among the keys of train_dataset[{index}]: "
                     f"{', '.join(map(str, item))}."
                 )
-            return {**item, SAMPLE_ID: int(item[self.id_column])}
+            return {**item, SAMPLE_ID: _as_id(item[self.id_column], self.id_column)}
         return {**item, SAMPLE_ID: index if self.ids is None else int(self.ids[index])}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -167,8 +170,8 @@ def with_sample_ids(dataset: Any, id_column: str | None = None) -> SampleIdDatas
         return dataset
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise TypeError(
-            f"with_sample_ids needs a map-style dataset, not {type(dataset).__name__}: let an iterable dataset yield an "
-            "id itself and name it in sample_id_column."
+            f"with_sample_ids needs a map-style dataset, not {type(dataset).__name__}: let an iterable dataset yield "
+            "an id itself and name it in sample_id_column."
         )
     if id_column is None or not is_hf_dataset(dataset):
         return SampleIdDataset(dataset, id_column=id_column)
@@ -178,6 +181,13 @@ def with_sample_ids(dataset: Any, id_column: str | None = None) -> SampleIdDatas
             f"{', '.join(dataset.column_names)}."
         )
     return SampleIdDataset(dataset, ids=checked_ids(dataset.with_format(None)[id_column][:], id_column))
+
+
+def _as_id(value: Any, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"sample_id_column={name!r} holds {value!r}: ids must be integers.") from None
 
 
 def checked_ids(values: Any, name: str) -> np.ndarray:
@@ -250,11 +260,11 @@ class SelfKDDataCollator:
     def __call__(self, features: list[Any]) -> dict[str, Any]:
         ids = None
         if isinstance(features[0], Mapping) and self.id_column in features[0]:
-            ids = [feature[self.id_column] for feature in features]
+            ids = [_as_id(feature.get(self.id_column), self.id_column) for feature in features]
             features = [{key: value for key, value in f.items() if key != self.id_column} for f in features]
         batch = self.collator(features)
         if ids is not None:
-            batch[SAMPLE_ID] = torch.as_tensor([int(i) for i in ids], dtype=torch.int64)
+            batch[SAMPLE_ID] = torch.as_tensor(ids, dtype=torch.int64)
             if self.host_keys and isinstance(batch.get("labels"), torch.Tensor):
                 batch[SAMPLE_KEYS] = sample_keys(batch[SAMPLE_ID], batch["labels"])
         if self.mixes:

@@ -185,8 +185,8 @@ class SelfKDMixin:
             )
         if needs_ids and not has_length(dataset):
             raise ValueError(
-                f"{type(dataset).__name__} with teacher='history' must declare its size: give it a __len__ that counts "
-                "the samples, or use teacher='snapshot'."
+                f"{type(dataset).__name__} with teacher='history' must declare its size: give it a __len__ that "
+                "counts the samples, or use teacher='snapshot'."
             )
         if self.args.distils and not has_length(dataset) and self.args.alpha_schedule in ("linear", "cosine"):
             raise ValueError(
@@ -291,8 +291,8 @@ class SelfKDMixin:
         has_epochs = has_length(self.train_dataset)
         if args.distils and has_epochs and self.state.num_train_epochs < 2 and not args.warm_start_history:
             raise ValueError(
-                f"{self.state.num_train_epochs} epoch with teacher={args.teacher_kind!r}: there is no earlier epoch to "
-                "learn from. Train at least 2 epochs, set warm_start_history=True (history, snapshot) or alpha=0."
+                f"{self.state.num_train_epochs} epoch with teacher={args.teacher_kind!r}: there is no earlier epoch "
+                "to learn from. Train at least 2 epochs, set warm_start_history=True (history, snapshot) or alpha=0."
             )
         if args.teacher_kind == "none" or not (args.distils or args.history_trace):
             return Teacher()
@@ -345,9 +345,11 @@ class SelfKDMixin:
 
     @torch.no_grad()
     def _warm_start(self) -> None:
-        """Fill the history with the predictions of the initial weights, in evaluation mode."""
+        """Fill the history with the predictions of the initial weights, in evaluation mode: all samples, unmixed."""
         logger.info("Filling the history with the predictions of the initial weights.")
-        samples = self._train_samples
+        samples, collator, drop_last = self._train_samples, self.data_collator, self.args.dataloader_drop_last
+        self.data_collator = collator.collator if isinstance(collator, SelfKDDataCollator) else collator
+        self.args.dataloader_drop_last = False
         with seeded(self.args.seed):  # training draws the same random numbers with and without this pass
             dataloader = self._get_dataloader(
                 self.train_dataset,
@@ -356,15 +358,15 @@ class SelfKDMixin:
                 sampler_fn=torch.utils.data.SequentialSampler,
                 is_training=True,
             )
+            self.data_collator, self.args.dataloader_drop_last = collator, drop_last
             if samples is not None:
                 self._train_samples.set_epoch(-1)
             self.model.eval()
             for inputs in dataloader:
                 batch = self._take(self._prepare_inputs(inputs))
-                if batch.mix is None:
-                    with self.compute_loss_context_manager():
-                        outputs = self.model(**batch.inputs)
-                    self.teacher.observe(batch.keys, self._rows(logits_of(outputs, has_loss=False), batch.labels))
+                with self.compute_loss_context_manager():
+                    outputs = self.model(**batch.inputs)
+                self.teacher.observe(batch.keys, self._rows(logits_of(outputs, has_loss=False), batch.labels))
             self.model.train()
         self._train_samples = samples
         self.teacher.begin_epoch(0)
@@ -408,7 +410,6 @@ class SelfKDMixin:
             ValueError: at the first batch that shows a fault (labels, logits, ids), before any optimizer step.
         """
         if not (self.is_in_train and model.training):
-            inputs = {key: value for key, value in inputs.items() if key not in (SAMPLE_ID, SAMPLE_KEYS)}
             if self.args.world_size > 1 and self.compute_loss_func is None and self.label_smoother is None:
                 # Many models ignore the count, and the stock Trainer then multiplies their mean by the processes.
                 num_items_in_batch = None
@@ -428,6 +429,11 @@ class SelfKDMixin:
             self.teacher.observe(batch.keys, rows)
         self._means.add(self._measures(rows, sides, alpha, sums), loss.device)
         return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, *arguments: Any, **keywords: Any):
+        """As in [`~transformers.Trainer`]; ids that a dataset carries never reach the model."""
+        inputs = {key: value for key, value in inputs.items() if key not in (SAMPLE_ID, SAMPLE_KEYS)}
+        return super().prediction_step(model, inputs, *arguments, **keywords)
 
     @property
     def _asks_model(self) -> bool:
@@ -485,7 +491,7 @@ class SelfKDMixin:
         label_shape: torch.Size,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss, divided by the rows of the whole step, and the sums of its parts over the rows of this batch."""
-        world = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        world = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
         sums = {}
         parts = [
             progressive_cross_entropy(rows.logits, side.labels, side.past, alpha, self.args.temperature)
@@ -573,6 +579,7 @@ class SelfKDMixin:
                 "passes": str(self._passes),
                 "cross_entropy": json.dumps(self._ours),
                 "processes": str(self.args.world_size),
+                "schedule": self._schedule(),
             }
             save_tensors(folder / "teacher.safetensors", tensors, metadata | own)
         journal = self.teacher.process_state()
@@ -607,6 +614,12 @@ class SelfKDMixin:
         self.teacher.epoch = int(metadata["epoch"])
         self._passes = int(metadata["passes"])
         self._ours = json.loads(metadata["cross_entropy"])
+        if metadata["schedule"] != self._schedule():
+            logger.warning(f"The schedule of alpha was {metadata['schedule']} and is now {self._schedule()}.")
+
+    def _schedule(self) -> str:
+        args, state = self.args, self.state
+        return f"{args.alpha_schedule} to {args.alpha} in {state.num_train_epochs} epochs ({state.max_steps} steps)"
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -80,7 +80,13 @@ _MODELS = {
     "swin": (
         SwinForImageClassification,
         lambda: SwinConfig(
-            image_size=16, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2, num_labels=CLASSES
+            image_size=16,
+            patch_size=4,
+            embed_dim=8,
+            depths=[1, 1],
+            num_heads=[2, 2],
+            window_size=2,
+            num_labels=CLASSES,
         ),
         "images",
     ),

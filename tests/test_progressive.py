@@ -252,6 +252,13 @@ def test_mixed_images_equal_naive_loop(tmp_path, name, teacher, method):
             assert all(own[n].float().mean() == share for n in moved)
 
 
+@pytest.mark.parametrize("name", ["plain_vit", "resnet"])
+def test_warm_start_with_mixed_images_equals_naive_loop(tmp_path, name):
+    collator = SelfKDDataCollator(collate, mixup_alpha=1.0, cutmix_alpha=1.0, mix_probability=0.7)
+    trainer = check_against_naive(tmp_path, name, {"warm": True}, data_collator=collator, warm_start_history=True)
+    assert trainer.teacher.stored(range(22)).isfinite().all()
+
+
 def test_mixing_learns_the_history_from_unmixed_batches_only(tmp_path):
     collator = SelfKDDataCollator(collate, mixup_alpha=1.0, mix_probability=0.5)
     samples = make_samples("plain_vit")
@@ -273,9 +280,7 @@ def test_custom_loss_gives_way_by_the_share_of_rows_with_a_past(tmp_path, name, 
     def compute_loss(outputs, labels, num_items_in_batch):
         return hard_loss(outputs.logits.flatten(0, -2), labels.flatten()) / num_items_in_batch
 
-    trainer = check_against_naive(
-        tmp_path, name, {"hard_loss": hard_loss}, compute_loss_func=compute_loss, **options
-    )
+    trainer = check_against_naive(tmp_path, name, {"hard_loss": hard_loss}, compute_loss_func=compute_loss, **options)
     shares = {entry["rows_with_history"] for entry in trainer.state.log_history if "rows_with_history" in entry}
     assert any(0 < share < 1 for share in shares) == ("dataloader_drop_last" in options)
 
@@ -322,16 +327,22 @@ def test_alpha_of_a_uniform_past_is_label_smoothing(tmp_path):
     class Uniform(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.scale = torch.nn.Parameter(torch.zeros(CLASSES, 192))
+            self.scale = torch.nn.Parameter(torch.zeros(CLASSES, 768))
 
         def forward(self, pixel_values, labels=None):
             logits = pixel_values.flatten(1) @ self.scale.T
-            return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+            return (
+                {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+            )
 
     samples, options = make_samples("images"), SGD | {"num_train_epochs": 1}
     warm = {"alpha": 0.3, "alpha_schedule": "constant", "warm_start_history": True}
     ours = train(tmp_path, Uniform(), samples, **options, **warm)
-    smoothed = train(tmp_path, Uniform(), samples, alpha=0.0, label_smoothing_factor=0.3, **options)
+
+    def smoothed_loss(outputs, labels, num_items_in_batch):
+        return F.cross_entropy(outputs["logits"], labels, label_smoothing=0.3, reduction="sum") / num_items_in_batch
+
+    smoothed = train(tmp_path, Uniform(), samples, alpha=0.0, compute_loss_func=smoothed_loss, **options)
     assert difference(ours, smoothed) < 1e-6
     assert difference(ours, train(tmp_path, Uniform(), samples, alpha=0.0, **options)) > 1e-3
 
