@@ -159,7 +159,7 @@ def ag_news(args: argparse.Namespace) -> dict:
             "learning_rate": 1e-3,
             "warmup_steps": 100,
             "weight_decay": 0.01,
-            "num_train_epochs": args.epochs or 8,
+            "num_train_epochs": args.epochs or 5,
         },
     }
 

@@ -484,13 +484,16 @@ def predict(trainer: SelfKDTrainer, dataset: Dataset) -> None:
 
 
 def share(trainer: SelfKDTrainer, model_args: ModelArguments, data_args: DataArguments) -> None:
-    """Write the model card and, with `--push_to_hub`, upload."""
+    """Write the model card, which names what is on the Hub, and upload with `--push_to_hub`."""
+    local = data_args.local or os.path.isdir(data_args.dataset_name)
     card = {
         "tasks": "image-classification",
         "tags": ["image-classification", "vision", "self-distillation"],
-        "finetuned_from": model_args.model_name_or_path,
-        "dataset_tags": [] if data_args.local else [data_args.dataset_name],
-        "dataset_args": [] if data_args.local else [data_args.dataset_config_name],
+        "finetuned_from": None
+        if os.path.isdir(model_args.model_name_or_path or "")
+        else model_args.model_name_or_path,
+        "dataset_tags": [] if local else [data_args.dataset_name],
+        "dataset_args": [] if local else [data_args.dataset_config_name],
     }
     if trainer.args.push_to_hub:
         trainer.push_to_hub(**card)

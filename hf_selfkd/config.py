@@ -62,8 +62,7 @@ class SelfKDConfig(TrainingArguments):
             Your own column of stable, unique, non-negative integer ids. Without it, ids are the row numbers of the
             dataset given to the trainer.
         ema_decay (`float`, *optional*, defaults to `0.999`):
-            Decay of the moving average for `teacher="ema"`, in [0, 1). During the first steps the plain mean of the
-            weights so far is used (Tarvainen & Valpola, NeurIPS 2017).
+            Decay of the moving average for `teacher="ema"`, in [0, 1); at most `(1 + t) / (10 + t)` after `t` steps.
 
     Raises:
         ValueError: if a field is out of range or two fields contradict each other.

@@ -9,16 +9,20 @@ generators are saved (accelerate#4191; here `seed_transforms`).
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
 def load_renamed_weights(model: nn.Module, checkpoint: str | Path) -> None:
@@ -30,14 +34,45 @@ def load_renamed_weights(model: nn.Module, checkpoint: str | Path) -> None:
     as they are (transformers#48805, #43701, #40187; PR #48822).
 
     Args:
-        model (`nn.Module`): changed in place; anything but a bare [`~transformers.PreTrainedModel`] is left alone.
+        model (`nn.Module`):
+            changed in place; anything but a bare [`~transformers.PreTrainedModel`] is left alone, and so is one whose
+            names are all in the checkpoint.
         checkpoint (`str` or `Path`): a folder written by `save_pretrained`.
     """
-    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-    if not isinstance(model, PreTrainedModel) or not any(os.path.isfile(os.path.join(checkpoint, n)) for n in names):
+    if not isinstance(model, PreTrainedModel) or model.state_dict().keys() <= _saved_names(checkpoint):
         return
-    loaded = type(model).from_pretrained(checkpoint, config=model.config, dtype=model.dtype)
+    dtypes = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
+    widest = reduce(torch.promote_types, dtypes)  # a head kept in float32 on a model in bfloat16 loses no bit
+    loaded = type(model).from_pretrained(checkpoint, config=model.config, dtype=widest)
     model.load_state_dict(loaded.state_dict(), strict=False)
+
+
+def _saved_names(checkpoint: str | Path) -> set[str]:
+    index, weights = (os.path.join(checkpoint, name) for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME))
+    if os.path.isfile(index):
+        with open(index, encoding="utf-8") as file:
+            return set(json.load(file)["weight_map"])
+    with safe_open(weights, framework="pt") as file:
+        return set(file.keys())
+
+
+def stream_position(checkpoint: str | Path, accumulation: int) -> tuple[int, int]:
+    """
+    Where a run over a dataset without length stood.
+
+    `Trainer` takes such a dataset for one endless epoch: on resume it skips `global_step` steps of the first pass,
+    which is too many once the dataset has started over (transformers#26413; PR #33544).
+
+    Args:
+        checkpoint (`str` or `Path`): a checkpoint.
+        accumulation (`int`): `gradient_accumulation_steps`.
+
+    Returns:
+        `tuple`: passes completed, and batches taken in the present one.
+    """
+    state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+    passes = int(state.epoch)  # within a pass it grows by 1 / (max_steps * accumulation) a batch
+    return passes, round((state.epoch - passes) * state.max_steps * accumulation)
 
 
 class EpochLengthGroupedSampler(LengthGroupedSampler):

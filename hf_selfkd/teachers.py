@@ -43,8 +43,11 @@ class Teacher:
         """Past predictions for these rows, or `None` if there are none at all."""
         return None
 
-    def observe(self, keys: SampleKeys | None, rows: Rows) -> None:
-        """Take note of the present predictions; `rows` may have a gradient, what is kept of them has none."""
+    def observe(self, keys: SampleKeys | None, rows: Rows, mixed: bool = False) -> None:
+        """
+        Take note of the present predictions; `rows` may have a gradient, what is kept of them has none. Every process
+        must call this for every batch; nothing is kept of `mixed` images.
+        """
 
     def after_step(self) -> None:
         """Take note of an optimizer step."""
@@ -129,11 +132,17 @@ class HistoryTeacher(Teacher):
         self.epoch = epoch
 
     def targets(self, keys: SampleKeys, inputs: dict[str, Any], rows: Rows) -> Past | None:
-        if self.history is None:
-            return None
+        self._prepare(keys, rows)
         return self.history.read(keys, len(rows.labels), rows.logits.device)
 
-    def observe(self, keys: SampleKeys, rows: Rows) -> None:
+    def observe(self, keys: SampleKeys, rows: Rows, mixed: bool = False) -> None:
+        self._prepare(keys, rows)
+        if mixed:
+            return
+        with torch.no_grad():
+            self.history.write(keys, log_softmax(rows.logits), rows.labels)
+
+    def _prepare(self, keys: SampleKeys, rows: Rows) -> None:
         if self.history is None:
             self._make_history(keys, rows)
         elif rows.logits.shape[-1] != self.history.codec.num_classes:
@@ -141,8 +150,6 @@ class HistoryTeacher(Teacher):
                 f"the model has {rows.logits.shape[-1]} classes, the stored predictions "
                 f"{self.history.codec.num_classes}: resume with the model that made them."
             )
-        with torch.no_grad():
-            self.history.write(keys, log_softmax(rows.logits), rows.labels)
 
     def _make_history(self, keys: SampleKeys, rows: Rows) -> None:
         ragged = keys.rows is not None
@@ -309,8 +316,8 @@ class EMATeacher(SnapshotTeacher):
         model (`nn.Module`): the model that is trained, unwrapped.
         predict (`Callable`): `predict(outputs) -> logits [R, C]`.
         decay (`float`):
-            of the average; the first steps use the plain mean of the weights so far, as mean teacher does (Tarvainen &
-            Valpola, NeurIPS 2017), or the random initial weights would rule for 1 / (1 - decay) steps.
+            of the average, at most `(1 + t) / (10 + t)` after `t` steps: with the full decay from the start the random
+            initial weights would rule for 1 / (1 - decay) steps.
         broadcast (`Callable`, *optional*): as in [`SnapshotTeacher`].
     """
 
@@ -335,7 +342,7 @@ class EMATeacher(SnapshotTeacher):
             self._copy()
         else:
             live = self._live()
-            weight = max(1 - self.decay, 1 / (self.updates + 1))
+            weight = max(1 - self.decay, 9 / (10 + self.updates))
             names = live.keys() - set(self.buffers)
             torch._foreach_lerp_([self.weights[name] for name in names], [live[name] for name in names], weight)
             for name in self.buffers:

@@ -20,7 +20,7 @@ from transformers.trainer_utils import has_length
 
 from .config import SelfKDConfig, alpha_at
 from .files import load_tensors, save_tensors
-from .fixes import EpochLengthGroupedSampler, hub_copy, load_renamed_weights
+from .fixes import EpochLengthGroupedSampler, hub_copy, load_renamed_weights, stream_position
 from .losses import Past, cross_entropy_sum, progressive_cross_entropy, target_entropy
 from .rows import Rows, adapter_for, check_labels, logits_of
 from .samples import (
@@ -274,6 +274,16 @@ class SelfKDMixin:
 
     # The run
 
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ) -> tuple[int, int]:
+        epochs, batches = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is not None and not has_length(self.train_dataset):
+            epochs, batches = stream_position(resume_from_checkpoint, self.args.gradient_accumulation_steps)
+        return epochs, 0 if self.args.ignore_data_skip else batches
+
     def _begin_training(self) -> None:
         if self.state.global_step == 0:
             self._ours = None
@@ -425,8 +435,7 @@ class SelfKDMixin:
         past = self.teacher.targets(batch.keys, batch.inputs, rows) if alpha > 0 else None
         sides = self._sides(rows.labels, past, batch.mix)
         loss, sums = self._scaled_loss(outputs, rows, sides, alpha, num_items_in_batch, batch.labels.shape)
-        if batch.mix is None:
-            self.teacher.observe(batch.keys, rows)
+        self.teacher.observe(batch.keys, rows, mixed=batch.mix is not None)
         self._means.add(self._measures(rows, sides, alpha, sums), loss.device)
         return (loss, outputs) if return_outputs else loss
 

@@ -5,8 +5,9 @@ import gc
 import random
 
 import numpy as np
+import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -153,6 +154,23 @@ class Samples(Dataset):
         return item if self.transform is None else self.transform(item)
 
 
+class Stream(IterableDataset):
+    """The samples one after the other, in the same order in every pass; without a length."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        return (self.samples[n] for n in range(len(self.samples)))
+
+
+class SizedStream(Stream):
+    """A stream that tells its length."""
+
+    def __len__(self):
+        return len(self.samples)
+
+
 def add_noise(item):
     """Random augmentation that draws from every generator there is."""
     noise = torch.randn(item["pixel_values"].shape) * random.uniform(0.1, 0.3) + float(np.random.normal(scale=0.1))
@@ -257,3 +275,14 @@ class Recording(SelfKDTrainer):
         if model.training:
             self.__dict__.setdefault("visits", []).append((self.state.global_step, dict(inputs)))
         return super().compute_loss(model, inputs, *arguments, **keywords)
+
+
+def refused(action, *parts):
+    """Assert that the action raises one clear line that contains all these parts; gives the message."""
+    with pytest.raises((ValueError, TypeError)) as caught:
+        action()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+    return message

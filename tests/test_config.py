@@ -212,7 +212,7 @@ REFUSED = [
     ({"history_trace": True, "teacher": "snapshot"}, "history_trace=True does nothing with teacher='snapshot'"),
     ({"history_trace": True, "teacher": "none"}, "history_trace=True does nothing with teacher='none'"),
     ({"warm_start_history": True, "teacher": "ema"}, "warm_start_history=True does nothing with teacher='ema'"),
-    ({"warm_start_history": True, "teacher": "none"}, "use teacher='history' or 'snapshot'"),
+    ({"warm_start_history": True, "teacher": "none"}, "use 'history' or 'snapshot'"),
 ]
 
 

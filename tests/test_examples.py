@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import inspect
 import json
 import os
 import shutil
@@ -23,6 +24,8 @@ from transformers import (
     AutoTokenizer,
     pipeline,
 )
+
+from hf_selfkd import SelfKDConfig, SelfKDTrainer
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -164,7 +167,7 @@ def test_images_from_tables(run, folder, tmp_path):
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "validation.parquet")
     data = {"train_file": tmp_path / "train.csv", "validation_file": tmp_path / "validation.parquet"}
     columns = {"image_column_name": "file", "label_column_name": "kind", "augmentation": "pad_crop"}
-    out = run(images, IMAGE_RUN | data | columns | {"num_train_epochs": 20})
+    out = run(images, IMAGE_RUN | data | columns | {"num_train_epochs": 8, "learning_rate": 0.01})
     # The classes of the two files are numbered the other way round: agreement means that they go by name.
     assert results(out, "eval")["eval_samples"] == 16 and results(out, "eval")["eval_accuracy"] == 1
 
@@ -201,6 +204,28 @@ def test_a_trained_model_is_tuned_and_evaluated(run, table, tmp_path):
     assert results(again, "eval")["eval_nll"] == pytest.approx(results(first, "eval")["eval_nll"])
     tuned = run(texts, settings, "--alpha", 0, "--label_smoothing_factor", 0.1, "--learning_rate", 0.01)
     assert results(tuned, "eval")["eval_nll"] != results(first, "eval")["eval_nll"]
+
+
+def test_a_dataset_of_the_hub_is_shared(run, table, tmp_path, monkeypatch):
+    """A folder in place of the dataset's name, and no upload."""
+    for split in ("learn", "validation"):
+        (tmp_path / "dataset" / split).mkdir(parents=True)
+        shutil.copy(table, tmp_path / "dataset" / split / "part.jsonl")
+    (tmp_path / "dataset" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: all\n  data_files:\n  - split: learn\n    path: learn/*\n"
+        "  - split: validation\n    path: validation/*\n---\n"
+    )
+    cards = []
+    monkeypatch.setattr(SelfKDTrainer, "init_hf_repo", lambda self, *args, **kwargs: None)
+    monkeypatch.setattr(SelfKDTrainer, "_push_from_checkpoint", lambda self, folder: None)
+    monkeypatch.setattr(SelfKDTrainer, "push_to_hub", lambda self, **card: cards.append(card))
+    data = {"dataset_name": str(tmp_path / "dataset"), "dataset_config_name": "all", "push_to_hub": True}
+    with pytest.raises(ValueError, match="No train data, only validation: give .* right --train_split_name"):
+        run(texts, TEXT_RUN | data)
+    out = run(texts, TEXT_RUN | data, "--train_split_name", "learn")
+    assert results(out, "eval")["eval_samples"] == 24
+    assert cards[-1]["tasks"] == "text-classification" and not cards[-1]["dataset_tags"]  # no path of this machine
+    inspect.signature(SelfKDTrainer.create_model_card).bind(None, **cards[-1])
 
 
 @pytest.mark.parametrize(
@@ -243,14 +268,14 @@ def test_what_is_wrong_with_texts_is_told(run, tmp_path, setting, message):
 
 
 def test_labels():
-    data = Dataset.from_dict({"label": ["b", None, "a"]})
+    data = Dataset.from_dict({"text": ["x", "y", "z"], "label": ["b", None, "a"]})
     assert images.with_labels(data, "label", ["a", "b"], "validation")["labels"][:] == [1, -100, 0]
     with pytest.raises(ValueError, match="Row 1 of the training data has no label"):
         images.with_labels(data, "label", ["a", "b"], "train")
     with pytest.raises(ValueError, match="test data have classes that the model does not know: b"):
         images.with_labels(data, "label", ["a", "c"], "test")
-    hidden = Dataset.from_dict({"label": [-1, -1]}, features=Features({"label": ClassLabel(names=["a", "b"])}))
-    assert images.with_labels(hidden, "label", ["a", "b"], "test").column_names == []
+    hidden = data.remove_columns("label").add_column("label", [-1] * 3, feature=ClassLabel(names=["a", "b"]))
+    assert images.with_labels(hidden, "label", ["a", "b"], "test").column_names == ["text"]
     numbers = Dataset.from_dict({"label": [10, 9, 10]}, features=Features({"label": Value("int32")}))
     assert images.class_names(numbers, "label") == ["9", "10"]
 
@@ -308,14 +333,22 @@ def test_accelerate_configs_are_valid():
     assert kinds == {"cpu": "NO", "fsdp2": "FSDP", "multi_gpu": "MULTI_GPU", "single_gpu": "NO"}
 
 
+def test_processes_that_would_each_train_alone_are_refused(tmp_path, monkeypatch):
+    args = SelfKDConfig(str(tmp_path), use_cpu=True, report_to="none")
+    for name, value in (("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):  # torchrun without --use_cpu, and no accelerator
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="2 processes.*use_cpu=True"):
+        SelfKDTrainer(None, args)
+
+
 @pytest.mark.slow
 def test_two_processes(tmp_path, table):
     file, out = tmp_path / "run.yaml", tmp_path / "out"
-    settings = TEXT_RUN | {"train_file": str(table), "output_dir": str(out), "validation_split_fraction": 0.5}
-    file.write_text(yaml.safe_dump(settings | {"validation_file": str(table)}))
-    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--no-python", sys.executable]
+    settings = TEXT_RUN | {"train_file": str(table), "validation_file": str(table), "output_dir": str(out)}
+    file.write_text(yaml.safe_dump(settings))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *command, str(EXAMPLES / "text_classification.py"), str(file), "--alpha", "0.5"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [EXAMPLES / "text_classification.py", file, "--alpha", "0.5"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("***** eval metrics *****") == 1 and "Process 1 of 2" in done.stdout

@@ -119,13 +119,12 @@ def test_longer_than_written(saved):
         load_tensors(saved)
 
 
-@pytest.mark.parametrize("bit", [0, 5])
-def test_one_flipped_bit_in_any_byte(saved, bit):
+def test_one_flipped_bit_in_any_byte(saved):
     """Header, names, shapes, metadata, values: nothing goes unseen."""
     whole = saved.read_bytes()
     for position in range(len(whole)):
         changed = bytearray(whole)
-        changed[position] ^= 1 << bit
+        changed[position] ^= 1 << (position % 7)
         saved.write_bytes(changed)
         with pytest.raises(ValueError, match="a.safetensors is .*resume from another checkpoint"):
             load_tensors(saved)

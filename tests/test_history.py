@@ -426,6 +426,30 @@ def test_changed_labels_raise(tmp_path, side):
     table.read(sample_keys(torch.tensor([4, 2]), changed), labels.numel(), CPU)
 
 
+@pytest.mark.parametrize("own", [None, np.array([40, 50, 60])])
+def test_an_id_with_two_labels_in_one_epoch(tmp_path, own):
+    """Two samples share it: found at the end of the epoch, also when they are on two processes."""
+    ids = torch.tensor([1, 2]) if own is None else torch.tensor([50, 60])
+
+    def process(rank, gather):
+        table = make(tmp_path, size=3, ids=own)
+        labels = torch.tensor([1, 2 + rank])
+        table.write(sample_keys(ids, labels), log_rows(2, rank), labels)
+        table.end_epoch(0, gather, rank)
+
+    with pytest.raises(ValueError, match=f"sample_id={ids[1]} came with two different labels in one epoch"):
+        Processes(2).run(process)
+    for others, unique in (((2, 2, 2), True), ((2, 2, 3), False)):
+        table = make(tmp_path, size=3, ids=own)
+        for label in others:
+            table.write(sample_keys(ids[1:], torch.tensor([label])), log_rows(1, label), torch.tensor([label]))
+        if unique:
+            table.end_epoch(0)
+            continue
+        with pytest.raises(ValueError, match="the ids of sample_id_column are not unique"):
+            table.end_epoch(0)
+
+
 def test_token_labels_that_change_while_nobody_reads(tmp_path):
     """At alpha 0 (trace only) the table is written and never read: rows of another length must not spill over."""
     table = make(tmp_path, ragged=True, trace_epochs=3)

@@ -104,7 +104,7 @@ def naive(
         optimizer.step()
         optimizer.zero_grad()
         if teacher == "ema":
-            weight = max(1 - ema_decay, 1 / (step + 1))
+            weight = 1 - min(ema_decay, (1 + step) / (10 + step)) if step else 1.0
             for mean, live in zip(other.parameters(), model.parameters(), strict=True):
                 mean.data.lerp_(live.data, weight)
             for mean, live in zip(other.buffers(), model.buffers(), strict=True):

@@ -100,7 +100,7 @@ def test_row_numbers_of_a_table():
         (lambda d: d.select([4, 0, 2]), ["t4", "t0", "t2"]),
         (lambda d: d.filter(lambda row: row["label"] == 1), ["t1", "t4"]),
         (lambda d: d.with_transform(lambda batch: {"text": [t + "!" for t in batch["text"]]}), None),
-        (lambda d: d.sort("text", reverse=True), ["t5", "t4", "t3", "t2", "t1", "t0"]),
+        (lambda d: d.select(range(5, -1, -1)), ["t5", "t4", "t3", "t2", "t1", "t0"]),
     ],
 )
 def test_changed_tables_keep_working(change, texts):
@@ -116,7 +116,7 @@ def test_changed_tables_keep_working(change, texts):
 
 @pytest.mark.parametrize(
     "change",
-    [lambda d: d, lambda d: d.shuffle(seed=1), lambda d: d.select([4, 0, 2]), lambda d: d.sort("text", reverse=True)],
+    [lambda d: d, lambda d: d.shuffle(seed=1), lambda d: d.select([4, 0, 2]), lambda d: d.select(range(5, -1, -1))],
 )
 def test_an_id_column_of_a_table_follows_the_rows(change):
     """Whatever was done to the dataset before."""

@@ -1,0 +1,287 @@
+"""Faults of the stock Trainer: ours is right; a test in the stock Trainer's name tells when upstream is, too."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Stream, add_noise, difference, logged, make_model, make_samples, state_of, train
+from safetensors.torch import load_file
+from transformers import Trainer, set_seed
+
+from hf_selfkd import SelfKDTrainer
+from hf_selfkd.fixes import EpochLengthGroupedSampler, hub_copy, load_renamed_weights, stream_position
+
+
+def check_still_wrong(is_right, issue, correction):
+    if is_right:
+        pytest.fail(f"upstream fixed {issue}: remove the correction, {correction}")
+
+
+def resumed_difference(folder, trainer, name, samples, step, **options):
+    """How far a resumed run (with other initial weights) ends from the run that was not interrupted."""
+    options |= {"trainer": trainer, "save_strategy": "steps", "save_steps": step}
+    options |= {"alpha": 0.0} if trainer is SelfKDTrainer else {}
+    whole = train(folder / "whole", name, samples, **options)
+    resumed = train(
+        folder / "resumed", make_model(name, seed=1), samples, resume=folder / f"whole/checkpoint-{step}", **options
+    )
+    return difference(whole, resumed)
+
+
+# Weights under their old names: transformers#48805
+
+RENAMED = ("#48805 (PR #48822)", "fixes.load_renamed_weights")
+
+
+def test_resume_restores_renamed_weights(tmp_path):
+    assert resumed_difference(tmp_path, SelfKDTrainer, "vit", make_samples("vit"), step=8) == 0
+
+
+def test_upstream_still_loses_renamed_weights_on_resume(tmp_path):
+    check_still_wrong(resumed_difference(tmp_path, Trainer, "vit", make_samples("vit"), step=8) == 0, *RENAMED)
+
+
+def test_a_resnet_would_not_show_it(tmp_path):
+    assert resumed_difference(tmp_path, Trainer, "resnet", make_samples("resnet"), step=8) == 0
+
+
+def best_model_difference(folder, trainer, **options):
+    """How far the model at the end is from the best checkpoint, which is the first."""
+    count = []
+
+    def worse_every_time(prediction):
+        count.append(1)
+        return {"quality": -len(count)}
+
+    samples = make_samples("vit")
+    ended = train(
+        folder,
+        "vit",
+        samples,
+        trainer=trainer,
+        eval_dataset=samples,
+        compute_metrics=worse_every_time,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="quality",
+        **options,
+    )
+    assert Path(ended.state.best_model_checkpoint).name == "checkpoint-6"
+    return difference(ended.model, type(ended.model).from_pretrained(folder / "checkpoint-6"))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.8])
+def test_best_model_has_the_renamed_weights_of_the_best_checkpoint(tmp_path, alpha):
+    assert best_model_difference(tmp_path, SelfKDTrainer, alpha=alpha) == 0
+
+
+def test_upstream_still_mixes_the_best_model_with_the_last(tmp_path):
+    check_still_wrong(best_model_difference(tmp_path, Trainer) == 0, *RENAMED)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["vit", "swin", "convnext", "timm", "bert", "wav2vec2"])
+def test_load_renamed_weights_restores_every_bit(tmp_path, name, dtype):
+    saved, other = make_model(name).to(dtype), make_model(name, seed=1).to(dtype)
+    saved.save_pretrained(tmp_path)
+    assert difference(saved, other) > 0
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)  # as the Trainer does before
+    load_renamed_weights(other, tmp_path)
+    assert difference(saved, other) == 0
+
+
+def test_load_renamed_weights_keeps_precision_of_mixed_types(tmp_path):
+    saved, other = make_model("vit").bfloat16(), make_model("vit", seed=1).bfloat16()
+    for model in (saved, other):
+        model.classifier.float()
+    torch.nn.init.normal_(saved.classifier.weight)  # values that bfloat16 would round
+    saved.save_pretrained(tmp_path)
+    config = other.config.to_dict()
+    load_renamed_weights(other, tmp_path)
+    assert difference(saved, other) == 0
+    assert other.config.to_dict() == config
+
+
+def test_load_renamed_weights_of_several_files(tmp_path):
+    saved, other = make_model("vit"), make_model("vit", seed=1)
+    saved.save_pretrained(tmp_path, max_shard_size="5KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    load_renamed_weights(other, tmp_path)
+    assert difference(saved, other) == 0
+
+
+def test_resume_of_a_model_that_from_pretrained_cannot_make(tmp_path):
+    class ScaledForImageClassification(type(make_model("resnet"))):
+        def __init__(self, config, scale):  # a second parameter
+            super().__init__(config)
+            self.scale = scale
+
+    def make(seed):
+        set_seed(seed)
+        return ScaledForImageClassification(make_model("resnet").config, 2.0)
+
+    samples, options = make_samples("resnet"), {"save_strategy": "steps", "save_steps": 8}
+    whole = train(tmp_path, make(0), samples, **options)
+    assert difference(whole, train(tmp_path, make(1), samples, resume=8, **options)) == 0
+
+
+def test_load_renamed_weights_draws_no_random_numbers_that_matter(tmp_path):
+    make_model("vit").save_pretrained(tmp_path)
+    model = make_model("vit", seed=1)
+    before = torch.get_rng_state()
+    load_renamed_weights(model, tmp_path)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_load_renamed_weights_leaves_other_modules_alone(tmp_path):
+    module = torch.nn.Linear(2, 2)
+    before = state_of(module)
+    load_renamed_weights(module, tmp_path)
+    assert difference(before, module) == 0
+
+
+# Loss inflated by accumulation: transformers#47688
+
+
+def first_loss_by_accumulation(folder, name, **options):
+    """The loss of the first optimizer step over the same 16 samples, as 16 x 1 and as 4 x 4."""
+    samples, losses, norms = make_samples(name, size=16), [], []
+    for batch, accumulation in ((16, 1), (4, 4)):
+        ran = train(
+            folder,
+            name,
+            samples,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=0.0,
+            num_train_epochs=1,
+            **options,
+        )
+        losses += logged(ran, "loss")
+        norms += logged(ran, "grad_norm")
+    return losses, norms
+
+
+@pytest.mark.parametrize("name", ["resnet", "plain_bert", "plain_bert_tokens", "plain_vit"])
+def test_loss_does_not_depend_on_accumulation(tmp_path, name):
+    losses, norms = first_loss_by_accumulation(tmp_path, name, alpha=0.0)
+    if name == "resnet":  # statistics of batches of 4 are not those of 16, but the loss stays one loss
+        assert losses[1] == pytest.approx(losses[0], rel=0.3)
+    else:
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+        assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["resnet", "plain_bert", "plain_bert_tokens"])
+def test_upstream_still_inflates_the_loss_by_accumulation(tmp_path, name):
+    losses, _ = first_loss_by_accumulation(tmp_path, name, trainer=Trainer)
+    check_still_wrong(losses[1] < 2 * losses[0], "#47688", "the docstring of fixes and docs/why")
+    assert losses[1] > 3 * losses[0]
+
+
+# Order by length after a resume
+
+
+class Seen:
+    """Notes the first word of each sample of each step; every sample has its own."""
+
+    def compute_loss(self, model, inputs, *arguments, **keywords):
+        self.__dict__.setdefault("seen", []).append((self.state.global_step, inputs["input_ids"][:, 0].tolist()))
+        return super().compute_loss(model, inputs, *arguments, **keywords)
+
+
+class StockSeen(Seen, Trainer):
+    pass
+
+
+class OurSeen(Seen, SelfKDTrainer):
+    pass
+
+
+def seen_after_resume(folder, trainer, step=8):
+    samples = make_samples("bert")
+    for n, item in enumerate(samples.items):
+        item["input_ids"][0] = 3 + n
+    options = {"train_sampling_strategy": "group_by_length", "save_strategy": "steps", "save_steps": step}
+    whole = train(folder / "whole", "bert", samples, trainer=trainer, **options)
+    resumed = train(
+        folder / "resumed", "bert", samples, trainer=trainer, resume=folder / f"whole/checkpoint-{step}", **options
+    )
+    return [visit for visit in whole.seen if visit[0] >= step], resumed.seen
+
+
+def test_group_by_length_visits_the_same_samples_after_a_resume(tmp_path):
+    whole, resumed = seen_after_resume(tmp_path, OurSeen)
+    assert whole == resumed
+    last_epoch = sorted(word for step, words in resumed if step >= 12 for word in words)
+    assert last_epoch == list(range(3, 25))
+
+
+def test_upstream_still_visits_other_samples_after_a_resume_by_length(tmp_path):
+    whole, resumed = seen_after_resume(tmp_path, StockSeen)
+    check_still_wrong(whole == resumed, "the order of group_by_length on resume", "fixes.EpochLengthGroupedSampler")
+
+
+def test_length_sampler_depends_on_seed_and_epoch_only():
+    def order(seed, epoch):
+        sampler = EpochLengthGroupedSampler(4, lengths=[3 + n % 7 for n in range(30)], seed=seed)
+        sampler.set_epoch(epoch)
+        torch.manual_seed(epoch)  # of no consequence
+        return list(sampler)
+
+    assert order(0, 0) == order(0, 0)
+    assert sorted(order(0, 0)) == list(range(30))
+    assert order(0, 0) != order(0, 1)
+    assert order(0, 0) != order(1, 0)
+
+
+# Random augmentation after a resume: accelerate#4191
+
+
+def test_random_augmentation_resumes_with_seeded_transforms(tmp_path):
+    samples = make_samples("resnet", transform=add_noise)
+    assert resumed_difference(tmp_path, SelfKDTrainer, "resnet", samples, step=8, seed_transforms=True) == 0
+
+
+def test_upstream_still_loses_the_random_numbers_of_prefetched_batches(tmp_path):
+    samples = make_samples("resnet", transform=add_noise)
+    right = resumed_difference(tmp_path, Trainer, "resnet", samples, step=8) == 0
+    check_still_wrong(right, "accelerate#4191", "seed_transforms stays useful, for workers; see its documentation")
+
+
+# A dataset without length after a resume: transformers#26413
+
+
+@pytest.mark.parametrize("trainer", [SelfKDTrainer, Trainer])
+def test_stream_resumes_within_its_first_pass(tmp_path, trainer):
+    stream = Stream(make_samples("resnet"))
+    options = {"max_steps": 15, "alpha_schedule": "linear_step"} if trainer is SelfKDTrainer else {"max_steps": 15}
+    assert resumed_difference(tmp_path, trainer, "resnet", stream, step=4, **options) == 0
+
+
+def test_stream_resumes_within_its_second_pass(tmp_path):
+    stream, options = Stream(make_samples("resnet")), {"max_steps": 15, "alpha_schedule": "linear_step"}
+    assert resumed_difference(tmp_path, SelfKDTrainer, "resnet", stream, step=8, **options) == 0
+    assert stream_position(tmp_path / "whole/checkpoint-8", 1) == (1, 2)
+
+
+def test_upstream_still_skips_too_much_of_a_stream(tmp_path):
+    right = resumed_difference(tmp_path, Trainer, "resnet", Stream(make_samples("resnet")), step=8, max_steps=15) == 0
+    check_still_wrong(right, "#26413 (PR #33544)", "fixes.stream_position")
+
+
+# The copy for the Hub
+
+
+def test_hub_copy_leaves_out_what_is_private(tmp_path):
+    checkpoint = tmp_path / "checkpoint-3"
+    for name in ("model.bin", "_selfkd/teacher.bin", "nested/kept.bin"):
+        (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoint / name).write_text(name)
+    for _ in range(2):  # again, over an older copy
+        copy = hub_copy(checkpoint, tmp_path, "_selfkd")
+        assert copy.name == checkpoint.name
+        assert sorted(p.relative_to(copy).as_posix() for p in copy.rglob("*.bin")) == ["model.bin", "nested/kept.bin"]
+        assert (copy / "model.bin").read_text() == "model.bin"
+    assert (checkpoint / "_selfkd/teacher.bin").is_file()
