@@ -121,17 +121,18 @@ def test_training_draws_no_random_numbers_of_its_own(tmp_path):
 
 
 def test_bare_module_that_is_no_transformers_model(tmp_path):
+    samples = make_samples("images")
+
     class Linear(torch.nn.Module):
         def __init__(self):
             super().__init__()
             torch.manual_seed(0)
-            self.layer = torch.nn.Linear(192, CLASSES)
+            self.layer = torch.nn.Linear(samples[0]["pixel_values"].numel(), CLASSES)
 
         def forward(self, pixel_values, labels=None):
             logits = self.layer(pixel_values.flatten(1))
             return (logits,) if labels is None else (F.cross_entropy(logits, labels), logits)
 
-    samples = make_samples("images")
     plain = train(tmp_path, Linear(), samples, trainer=Trainer)
     before = state_of(Linear())
     assert difference(plain, train(tmp_path, Linear(), samples, alpha=0.0)) == 0
