@@ -341,12 +341,12 @@ class SelfKDMixin:
         return logits if logits.dim() == 2 else logits.flatten(0, -2)
 
     def _begin_epoch(self) -> None:
-        if has_length(self.train_dataset):
-            epoch = int(self.state.epoch or 0)
-        else:  # the Trainer's epoch of a stream without length counts steps, not passes
+        # Counted: a callback may end an epoch early, and of a stream without length the Trainer's epoch counts steps.
+        if self._resumed and has_length(self.train_dataset):
+            self._passes = int(self.state.epoch)
+        else:
             self._passes += not self._resumed
-            epoch = self._passes
-        self._resumed = False
+        epoch, self._resumed = self._passes, False
         self.teacher.begin_epoch(epoch)
         if self._train_samples is not None:
             self._train_samples.set_epoch(epoch)
