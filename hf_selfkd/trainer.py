@@ -22,7 +22,7 @@ from .config import SelfKDConfig, alpha_at
 from .files import load_tensors, save_tensors
 from .fixes import EpochLengthGroupedSampler, hub_copy, load_renamed_weights, stream_position
 from .losses import Past, cross_entropy_sum, progressive_cross_entropy, target_entropy
-from .rows import Rows, adapter_for, check_labels, logits_of
+from .rows import Rows, adapter_for, base_model, check_labels, logits_of
 from .samples import (
     IGNORE_INDEX,
     MIX_LAMBDA,
@@ -425,8 +425,8 @@ class SelfKDMixin:
                 num_items_in_batch = None
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = self._take(inputs)
-        if self._ours is None:
-            check_labels(batch.labels)
+        if self._ours is None:  # before the model sees them: its own loss may not say what is wrong
+            check_labels(batch.labels, getattr(getattr(base_model(self.model), "config", None), "num_labels", None))
         outputs = model(**batch.inputs, labels=batch.labels) if self._asks_model else model(**batch.inputs)
         rows = self._rows(logits_of(outputs, has_loss=self._asks_model), batch.labels)
         if self._ours is None:

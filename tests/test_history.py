@@ -839,6 +839,19 @@ def test_state_before_the_first_epoch_ends(tmp_path):
     assert torch.equal(other.read(batch([0, 1], 0)[0], 2, CPU).log_probs, rows)
 
 
+def test_a_replay_after_resuming_is_still_later(tmp_path):
+    """Also on a process that had seen more batches than the first, whose state is saved (it mixed fewer images)."""
+    idle, busy = make(tmp_path), make(tmp_path)
+    rows = [write(busy, [i], i) for i in range(3)]
+    other = make(tmp_path)
+    other.load_state(idle.state()[0])
+    other.add_journal(busy.journal_state())
+    write(other, [2, 3], 9)
+    other.end_epoch(0)
+    assert torch.equal(other.read(batch([2], 0)[0], 1, CPU).log_probs, rows[2])
+    assert other.stamps[:4].tolist() == [0, 0, 0, 0]
+
+
 def test_state_says_what_it_is(tmp_path):
     """Enough to refuse another dataset or another codec."""
     ids = np.array([5, 9])

@@ -585,6 +585,16 @@ def test_cutmix():
     assert len(seen) > 30 and any(top > 0 and bottom < 6 for top, bottom, _, _ in seen)
 
 
+@pytest.mark.parametrize("arguments", [{"mixup_alpha": 1.0}, {"cutmix_alpha": 1.0}])
+def test_mixing_does_not_change_the_tensors_of_the_collator(arguments):
+    """They may be views of a dataset in memory."""
+    pixels = images(6)
+    kept = pixels.clone()
+    collator = SelfKDDataCollator(lambda items: {"pixel_values": pixels, "labels": torch.zeros(6).long()}, **arguments)
+    batch = collator([{SAMPLE_ID: i} for i in range(20, 26)])
+    assert torch.equal(pixels, kept) and not torch.equal(batch["pixel_values"], pixels)
+
+
 def test_mixup_lambda_is_beta_distributed():
     """Kolmogorov-Smirnov distance to Beta(a, a); to another a it is large."""
     from scipy.stats import beta, kstest
