@@ -5,7 +5,10 @@ Plain training, label smoothing and PS-KD, with the same budget and several seed
 training labels is wrong and the model trains long enough to learn them by heart; the labels are right and the model
 trains briefly. Prints one table and saves a reliability diagram.
 
-    python examples/demo_digits.py --seeds 0 1 2 --output_dir outputs/demo_digits
+    python examples/demo_digits.py --seeds 10 11 12 --output_dir outputs/demo_digits
+
+The two settings were chosen among a handful, on seeds 0 to 2, because they show a gain and a loss; the seeds that are
+run by default had no part in that, and nothing was tuned within a setting. Seeds change split, noise, weights, order.
 """
 
 from __future__ import annotations
@@ -154,7 +157,7 @@ def verdict(results: list[dict], setting: Setting) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[10, 11, 12])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo_digits"))
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
