@@ -47,7 +47,7 @@ METHODS = {
     "PS-KD snapshot": {"teacher": "snapshot"},
     "PS-KD ema": {"teacher": "ema"},
 }
-FIGURES = {"error": "error %", "nll": "NLL", "ece": "ECE %", "aurc": "AURC x1000", "train_seconds": "training s"}
+FIGURES = {"error": "error %", "nll": "NLL", "ece": "ECE %", "aurc": "AURC x1000"}
 REPORTED = ("accuracy", "top5_accuracy", "nll", "brier", "ece", "ece_15", "aurc", "eaurc")
 MEAN, STD = torch.tensor((0.5071, 0.4865, 0.4409)), torch.tensor((0.2673, 0.2564, 0.2762))
 
@@ -227,7 +227,7 @@ def table(results: list[dict]) -> str:
         cells = []
         for name in FIGURES:
             values = [row[name] for row in rows]
-            digits = 3 if name == "nll" else 0 if name == "train_seconds" else 2
+            digits = 3 if name == "nll" else 2
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
         lines.append(f"| {method} | {len(rows)} | " + " | ".join(cells) + " |")

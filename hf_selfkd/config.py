@@ -49,7 +49,7 @@ class SelfKDConfig(TrainingArguments):
             `trainer.teacher.trace`.
         history_top_k (`int`, *optional*):
             Entries kept per stored row; the rest of the mass is one bucket. `None` keeps whole rows while the history
-            is small (256 MiB in all) and 32 entries otherwise.
+            is small (256 MiB in all) or has at most 64 classes, and 32 entries otherwise.
         history_dtype (`str`, *optional*, defaults to `"auto"`):
             Type of the stored log-probabilities: `"float32"`, `"float16"`, `"bfloat16"` or `"auto"` (`float32` while
             the history is small, `float16` otherwise).

@@ -124,7 +124,7 @@ class SampleIdDataset(Dataset):
         return {**item, SAMPLE_ID: index if self.ids is None else int(self.ids[index])}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        index = int(index)
+        index = range(len(self))[int(index)]
         if self.transform_seed is None:
             return self._with_id(index, self.dataset[index])
         sample_id = index if self.ids is None else int(self.ids[index])

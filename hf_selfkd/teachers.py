@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from .config import SelfKDConfig
-from .history import WARM_START, Codec, Plan, PredictionHistory, plan_history
+from .history import WARM_START, Plan, PredictionHistory, plan_history
 from .losses import Past, log_softmax
 from .rows import Rows
 from .samples import SampleKeys
@@ -216,8 +217,9 @@ class HistoryTeacher(Teacher):
                     f"{name}={asked} but the checkpoint's history has {value}: resume with {name}={value}."
                 )
         rows = int(tensors["counts"].sum()) if ragged else self.size
-        plan = plan_history(self.config, max(rows, 1), num_classes, self.device, self.folder)
-        plan.codec = Codec(num_classes, getattr(torch, metadata["dtype"]), top_k)
+        config = copy.copy(self.config)  # what is stored decides, not what would be chosen for a new history
+        config.history_top_k, config.history_dtype = top_k or num_classes, metadata["dtype"]
+        plan = plan_history(config, max(rows, 1), num_classes, self.device, self.folder)
         self.history = self._new_history(plan, ragged)
         self.history.load_state(tensors, self.gather)
         for journal in journals:

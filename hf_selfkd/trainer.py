@@ -165,6 +165,13 @@ class SelfKDMixin:
             )
         if self.args.use_liger_kernel:
             raise ValueError("use_liger_kernel=True hides the logits that self-distillation needs: set it to False.")
+        classes = type(self).__mro__
+        for owner in classes[classes.index(SelfKDMixin) + 1 : classes.index(Trainer)]:
+            if "compute_loss" in vars(owner):
+                raise ValueError(
+                    f"{owner.__name__}.compute_loss would never be called in training: pass its loss as "
+                    f"compute_loss_func or, if it calls super().compute_loss, put {owner.__name__} before SelfKDMixin."
+                )
         self._check_dataset()
 
     def _check_dataset(self) -> None:
@@ -553,7 +560,8 @@ class SelfKDMixin:
         if not self.args.distils:
             return measures
         if past is None:
-            return measures | {"rows_with_history": (0.0, count)}
+            measures["rows_with_history"] = (0.0, count)
+            return measures | ({"target_entropy": (0.0, count)} if len(sides) == 1 else {})
         learning = _learning(sides[0])
         learners = learning.sum()
         guess = past.log_probs.argmax(dim=-1)

@@ -4,8 +4,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import CLASSES, Samples, make_model, make_samples, make_trainer, refused, state_of
-from torch.utils.data import IterableDataset
+from helpers import CLASSES, Samples, SizedStream, Stream, make_model, make_samples, make_trainer, refused, state_of
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -13,23 +12,11 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    Trainer,
     TrainingArguments,
 )
 
-from hf_selfkd import SelfKDConfig, SelfKDDataCollator
-
-
-class Stream(IterableDataset):
-    def __init__(self, samples):
-        self.samples = samples
-
-    def __iter__(self):
-        return iter(self.samples[n] for n in range(len(self.samples)))
-
-
-class SizedStream(Stream):
-    def __len__(self):
-        return len(self.samples)
+from hf_selfkd import SelfKDConfig, SelfKDDataCollator, SelfKDMixin
 
 
 def refused_at_training(tmp_path, *parts, model="vit", samples=None, **options):
@@ -61,7 +48,10 @@ def changed(samples, **values):
         ({"alpha": float("nan")}, ["alpha=nan", "[0, 1]"]),
         ({"alpha_schedule": "sigmoid"}, ["alpha_schedule='sigmoid'", "cosine"]),
         ({"teacher": "big"}, ["teacher='big'", "history, snapshot, ema, none"]),
+        ({"history_dtype": "int8"}, ["history_dtype='int8'", "auto, float32, float16, bfloat16"]),
+        ({"history_device": "cuda"}, ["history_device='cuda'", "auto, model, cpu, disk"]),
         ({"temperature": 0.0}, ["temperature=0.0", "positive"]),
+        ({"temperature": float("inf")}, ["temperature=inf", "finite"]),
         ({"ema_decay": 1.0}, ["ema_decay=1.0", "[0, 1)"]),
         ({"history_top_k": 0}, ["history_top_k=0", "at least 1"]),
         ({"label_smoothing_factor": 0.1}, ["label_smoothing_factor=0.1", "alpha=0.8", "Set label_smoothing_factor=0"]),
@@ -221,6 +211,21 @@ def test_liger_kernel(tmp_path):
     trainer = make_trainer(tmp_path, "vit", make_samples("vit"))
     trainer.args.use_liger_kernel = True
     refused(trainer._check_setup, "use_liger_kernel=True", "False")
+
+
+def test_compute_loss_that_would_be_passed_over(tmp_path):
+    class Own(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return super().compute_loss(model, inputs, return_outputs)
+
+    class After(SelfKDMixin, Own):
+        pass
+
+    class Before(Own, SelfKDMixin, Trainer):
+        pass
+
+    refused_at_training(tmp_path, "Own.compute_loss", "compute_loss_func", "before SelfKDMixin", trainer=After)
+    make_trainer(tmp_path, "vit", make_samples("vit"), trainer=Before)
 
 
 def test_more_entries_than_classes(tmp_path):

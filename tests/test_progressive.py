@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CLASSES, Recording, collate, difference, make_model, make_samples, train
+from helpers import CLASSES, Recording, Samples, collate, difference, make_model, make_samples, train
 
 from hf_selfkd import SelfKDDataCollator
 
@@ -114,7 +114,7 @@ def naive(
 
 def check_against_naive(tmp_path, name, naive_options=None, dataset=None, **options):
     """Train with the trainer and naively; the same comparison must tell that from training without a past."""
-    samples = make_samples(name)
+    samples = dataset if isinstance(dataset, Samples) else make_samples(name)
     dataset, options = dataset or samples, SGD | options
     trainer = train(tmp_path, name, dataset, trainer=Recording, **options)
     epochs = trainer.state.num_train_epochs
@@ -199,6 +199,16 @@ def test_history_with_ids_of_an_own_column_equals_naive_loop(tmp_path):
     assert trainer.teacher.stored(ids).isfinite().all()
     in_order = train(tmp_path, "plain_vit", samples, **SGD)
     assert difference(trainer, in_order) == 0  # ids are names: they change nothing
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("name", ["plain_vit", "resnet", "plain_bert_tokens"])
+def test_history_with_samples_without_a_label_equals_naive_loop(tmp_path, name, accumulation):
+    samples = make_samples(name)
+    for item in samples.items[:6]:
+        item["labels"] = [-100] * len(item["labels"]) if isinstance(item["labels"], list) else -100
+    trainer = check_against_naive(tmp_path, name, dataset=samples, gradient_accumulation_steps=accumulation)
+    assert trainer.teacher.stored(range(6, 22)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["plain_vit", "resnet", "plain_bert_tokens"])

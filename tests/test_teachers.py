@@ -370,7 +370,7 @@ def test_history_teacher_reads_what_it_observed_an_epoch_ago(tmp_path):
     past, first = visit(teacher, [0, 1, 2, 3], 1)
     assert past is None
     teacher.begin_epoch(0)  # again: changes nothing
-    assert visit(teacher, [4], 2)[0] is None
+    assert visit(teacher, [4, 0], 2)[0] is None
     teacher.begin_epoch(1)
     past, second = visit(teacher, [3, 5, 1], 3)
     assert past.mask.tolist() == [True, False, True] and not past.log_probs.requires_grad

@@ -26,7 +26,6 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import HPSearchBackend
 
 from hf_selfkd import SelfKDConfig, SelfKDDataCollator, SelfKDMixin, SelfKDTrainer, with_sample_ids
 
@@ -50,27 +49,24 @@ class Logits(Recording):
 
 
 def rows(inputs):
-    """`(sample id, logits, label)` of every labelled row of a micro-batch."""
-    logits, labels = (inputs[name].reshape(len(inputs["sample_id"]), -1, *size) for name, size in _SHAPES)
+    """`(sample id, position), logits, label` of every labelled row of a micro-batch."""
+    count = len(inputs["sample_id"])
+    logits, labels = inputs["logits"].reshape(count, -1, CLASSES), inputs["labels"].reshape(count, -1)
     for n, sample_logits, sample_labels in zip(inputs["sample_id"].tolist(), logits, labels, strict=True):
         for position, label in enumerate(sample_labels.tolist()):
             if label != -100:
                 yield (n, position), sample_logits[position], label
 
 
-_SHAPES = (("logits", (CLASSES,)), ("labels", ()))
-
-
-def recompute(visits, steps_per_epoch, epochs, every):
-    """The logged values, row by row, of each `every` optimizer steps."""
+def recompute(visits, steps_per_epoch, epochs, window):
+    """The values to be logged for each `window` optimizer steps, row by row."""
     table, fresh, logs = {}, {}, []
-    for first in range(0, visits[-1][0] + 1, every):
+    for first in range(0, visits[-1][0] + 1, window):
         sums = dict.fromkeys(("hard", "soft", "entropy", "agree", "known", "rows", "alpha", "batches"), 0.0)
-        for step, inputs in (visit for visit in visits if first <= visit[0] < first + every):
+        for step, inputs in (visit for visit in visits if first <= visit[0] < first + window):
             epoch = step // steps_per_epoch
-            if step % steps_per_epoch == 0 and epoch not in fresh:
-                table = table | fresh.get(epoch - 1, {})
-                fresh[epoch] = {}
+            fresh.setdefault(epoch, {})
+            table |= fresh.get(epoch - 1, {})
             alpha = 0.8 * (epoch + 1) / epochs
             sums["alpha"] += alpha
             sums["batches"] += 1
@@ -90,14 +86,11 @@ def recompute(visits, steps_per_epoch, epochs, every):
             "alpha": sums["alpha"] / sums["batches"],
             "hard_loss": sums["hard"] / sums["rows"],
             "rows_with_history": sums["known"] / sums["rows"],
+            "target_entropy": sums["entropy"] / sums["rows"],
         }
         if sums["known"]:
-            log |= {
-                "soft_loss": sums["soft"] / sums["known"],
-                "past_agreement": sums["agree"] / sums["known"],
-                "target_entropy": sums["entropy"] / sums["rows"],
-            }
-        logs.append(log)
+            past = {"soft_loss": sums["soft"] / sums["known"], "past_agreement": sums["agree"] / sums["known"]}
+        logs.append(log | (past if sums["known"] else {}))
     return logs
 
 
@@ -128,19 +121,19 @@ def test_loss_logged_is_the_mixture_of_hard_and_soft_loss(tmp_path):
 
 
 @pytest.mark.parametrize("teacher", ["history", "snapshot", "ema"])
-@pytest.mark.parametrize("name", ["vit", "resnet", "bert_tokens"])
+@pytest.mark.parametrize("name", ["plain_vit", "resnet", "plain_bert_tokens"])
 def test_evaluation_changes_nothing_and_gives_the_loss_of_trainer(tmp_path, name, teacher):
     samples = make_samples(name)
     without = train(tmp_path, name, samples, teacher=teacher)
     options = {"eval_dataset": samples, "eval_strategy": "steps", "eval_steps": 5, "per_device_eval_batch_size": 5}
     trainer = train(tmp_path, name, samples, teacher=teacher, **options)
     assert difference(without, trainer) == 0
-    for name_, tensor in without.teacher.state()[0].items():
-        assert torch.equal(tensor.nan_to_num(), trainer.teacher.state()[0][name_].nan_to_num())
+    for part, tensor in without.teacher.state()[0].items():
+        assert torch.equal(tensor.nan_to_num(), trainer.teacher.state()[0][part].nan_to_num())
     plain = make_trainer(tmp_path, trainer.model, samples, trainer=Trainer, **options)
     ours, stock = trainer.evaluate(), plain.evaluate()
     assert ours["eval_loss"] == stock["eval_loss"]
-    assert ours.keys() - {"epoch"} == stock.keys() - {"epoch"}
+    assert ours.keys() ^ stock.keys() <= {"epoch", "eval_model_preparation_time"}  # of the stock Trainer, untrained
 
 
 def test_evaluation_before_training(tmp_path):
@@ -241,7 +234,7 @@ def test_every_map_style_dataset_gives_the_same_run(tmp_path):
 def test_default_collator_and_names_of_the_label(tmp_path):
     samples = make_samples("vit")
     expected = train(tmp_path, "vit", samples)
-    for name in ("label", "labels", "label_ids"):
+    for name in ("label", "labels"):
         items = [{"pixel_values": item["pixel_values"], name: item["labels"]} for item in samples.items]
         assert difference(expected, train(tmp_path, "vit", Samples(items), data_collator=None)) == 0
 
@@ -315,11 +308,11 @@ def test_iterable_dataset_with_ids_and_length_has_a_history(tmp_path, warm):
 @pytest.mark.slow
 @pytest.mark.parametrize("persistent", [False, True])
 def test_workers_change_nothing(tmp_path, persistent):
-    samples = make_samples("vit", transform=add_noise)
-    alone = train(tmp_path, "vit", samples, seed_transforms=True)
+    samples = make_samples("plain_vit", transform=add_noise)  # dropout would see that workers draw random numbers
+    alone = train(tmp_path, "plain_vit", samples, seed_transforms=True)
     options = {"dataloader_num_workers": 2, "dataloader_persistent_workers": persistent}
-    assert difference(alone, train(tmp_path, "vit", samples, seed_transforms=True, **options)) == 0
-    assert difference(alone, train(tmp_path, "vit", samples, seed_transforms=True, data_seed=7)) > 1e-4
+    assert difference(alone, train(tmp_path, "plain_vit", samples, seed_transforms=True, **options)) == 0
+    assert difference(alone, train(tmp_path, "plain_vit", samples, seed_transforms=True, data_seed=7)) > 1e-4
 
 
 def test_seeded_transforms_differ_between_epochs_and_samples(tmp_path):
@@ -420,9 +413,9 @@ class SkipNaN(torch.optim.SGD):
 def test_history_survives_steps_that_are_not_finite(tmp_path):
     calls = []
 
-    def overflow_once(item):  # every second visit of sample 4
-        calls.append(1)
-        if item.pop("number") == 4 and len([c for c in calls if c == 1]) in range(23, 45):
+    def overflow_once(item):
+        calls.append(item.pop("number"))
+        if calls.count(4) == 2 and calls[-1] == 4:
             return item | {"pixel_values": item["pixel_values"] * float("inf")}
         return item
 
@@ -442,10 +435,9 @@ def test_history_survives_steps_that_are_not_finite(tmp_path):
     assert all(tensor.isfinite().all() for tensor in state_of(trainer).values())
     stored = trainer.teacher.stored(range(22))
     assert stored.isfinite().all()
-    for step, inputs in trainer.visits:  # sample 4, and whoever had no finite row, keeps epoch 1
+    for step, inputs in trainer.visits:  # sample 4 keeps what it had, its neighbours in the batch do not
         for (n, _), logits, _ in rows(inputs):
-            kept = step < 6 if n == 4 else step >= 6 and (step != broken[0] or logits.isfinite().all())
-            if kept:
+            if (step < 6) == (n == 4):
                 torch.testing.assert_close(stored[n], F.softmax(logits, -1))
 
 
@@ -505,28 +497,30 @@ def test_own_compute_loss_around_ours(tmp_path):
     assert difference(twice, once) < 1e-6
 
 
-def test_model_init_and_search_of_hyperparameters(tmp_path):
-    samples = make_samples("vit")
+def test_trainer_is_reused_as_hyperparameter_search_does(tmp_path):
+    """A new model by `model_init` and fields set one by one, cast to the type that they had."""
 
-    def run(trainer, trial):
-        trainer.train(trial=trial)
+    def run(trainer, **trial):
+        for field, value in trial.items():
+            old = getattr(trainer.args, field)
+            setattr(trainer.args, field, value if old is None else type(old)(value))
+        trainer.train()
         return state_of(trainer)
 
-    trainer = make_trainer(tmp_path, None, samples, model_init=lambda: make_model("vit"))
-    trainer.hp_search_backend = HPSearchBackend.WANDB
-    first = run(trainer, {"alpha": 0.3, "teacher": "snapshot", "num_train_epochs": 2})
-    second = run(trainer, {"alpha": 0.9, "teacher": "history", "num_train_epochs": 3, "temperature": 2})
-    third = run(trainer, {"alpha": 0.0})
-    for state, options in (
-        (first, {"alpha": 0.3, "teacher": "snapshot", "num_train_epochs": 2}),
-        (second, {"alpha": 0.9, "temperature": 2.0}),
-        (third, {"alpha": 0.0}),
+    def make(**options):
+        return make_trainer(tmp_path, None, make_samples("vit"), model_init=lambda: make_model("vit"), **options)
+
+    searched = make()
+    for trial in (
+        {"alpha": 0.3, "teacher": "snapshot", "num_train_epochs": 2},
+        {"alpha": 1, "teacher": "history", "num_train_epochs": 3, "temperature": 2, "history_top_k": 3},
+        {"alpha": 0.0, "temperature": 1.0},
+        {"alpha": 0.5, "teacher": "ema", "ema_decay": 0.9},
     ):
-        single = make_trainer(tmp_path, None, samples, model_init=lambda: make_model("vit"), **options)
-        assert difference(state, run(single, None)) == 0
-    before = state_of(trainer)
-    refused(lambda: run(trainer, {"alpha": 2.0}), "alpha=2.0", "[0, 1]")
-    assert difference(make_model("vit"), trainer) == 0 != difference(before, trainer)
+        found = run(searched, **trial)
+        assert difference(found, run(make(**trial))) == 0
+    refused(lambda: run(searched, alpha=2), "alpha=2.0", "[0, 1]")
+    assert difference(make_model("vit"), searched) == 0 != difference(found, searched)
 
 
 def test_bfloat16_autocast(tmp_path):
@@ -577,6 +571,7 @@ def lora(seed=0):
     return get_peft_model(model, config)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # of peft
 @pytest.mark.parametrize("teacher", ["history", "snapshot", "ema"])
 def test_peft_model(tmp_path, teacher):
     samples, options = make_samples("vit"), {"save_strategy": "steps", "save_steps": 8, "teacher": teacher}
