@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .samples import IGNORE_INDEX
+
 
 LOG_ZERO = -1.0e4  # a finite stand-in for log(0): exp gives exactly 0 and 0 * LOG_ZERO is 0, not NaN
 
@@ -32,6 +34,32 @@ class Past:
         """The rows in another order (`torch.LongTensor` of shape `[R]`)."""
         index = None if self.index is None else self.index[order]
         return Past(self.log_probs[order], self.mask[order], index)
+
+
+@dataclass
+class Side:
+    """Labels `[R]` and past rows to learn from; `weight` is a scalar tensor for mixed images."""
+
+    labels: torch.Tensor
+    past: Past | None
+    weight: torch.Tensor | None
+
+
+def labelled(labels: torch.Tensor) -> torch.Tensor:
+    """Which rows `[R]` have a label."""
+    return labels != IGNORE_INDEX
+
+
+def learning(side: Side) -> torch.Tensor:
+    """Which rows `[R]` have both a label and a past prediction."""
+    return side.past.mask & labelled(side.labels)
+
+
+def weighted(values: list[torch.Tensor], sides: list[Side]) -> torch.Tensor:
+    """The values of the sides as one, by their weights; a single value comes back untouched."""
+    if len(values) == 1:
+        return values[0]
+    return sum(side.weight * value for side, value in zip(sides, values, strict=True))
 
 
 def log_softmax(logits: torch.Tensor) -> torch.Tensor:
@@ -124,7 +152,7 @@ def progressive_cross_entropy(
     logits = logits.float()  # once, so that both parts of the gradient are added in float32
     log_probs = F.log_softmax(logits, dim=-1)
     hard = F.nll_loss(log_probs, labels, reduction="none")
-    mask = past.mask & (labels != -100) & (alpha > 0)
+    mask = past.mask & (labels != IGNORE_INDEX) & (alpha > 0)
     past = Past(past.log_probs, mask, past.index)
     soft = _soft(log_probs, past, 1.0) if temperature == 1.0 else soft_cross_entropy(logits, past, temperature)
     soft = torch.where(mask, soft, 0.0)

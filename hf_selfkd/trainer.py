@@ -21,7 +21,8 @@ from transformers.trainer_utils import has_length
 from .config import SelfKDConfig, alpha_at
 from .files import load_tensors, save_tensors
 from .fixes import EpochLengthGroupedSampler, hub_copy, load_renamed_weights, stream_position
-from .losses import Past, cross_entropy_sum, progressive_cross_entropy, target_entropy
+from .losses import Past, Side, cross_entropy_sum, labelled, learning, progressive_cross_entropy, weighted
+from .measures import RunningMeans, measures
 from .rows import Rows, adapter_for, base_model, check_labels, logits_of
 from .samples import (
     IGNORE_INDEX,
@@ -64,15 +65,6 @@ class Batch:
     mix: Mix | None
 
 
-@dataclass
-class Side:
-    """Labels `[R]` and past rows to learn from; `weight` is a scalar tensor for mixed images."""
-
-    labels: torch.Tensor
-    past: Past | None
-    weight: torch.Tensor | None
-
-
 class _Epochs(TrainerCallback):
     """Tells the trainer what the loop does."""
 
@@ -90,31 +82,6 @@ class _Epochs(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.teacher.begin_epoch(self.trainer.teacher.epoch + 1)
-
-
-class RunningMeans:
-    """Sums on the device, so that logging waits for it once; see [`~SelfKDMixin.log`]."""
-
-    names = ("hard_loss", "soft_loss", "target_entropy", "past_agreement", "rows_with_history", "alpha")
-
-    def __init__(self):
-        self.sums: torch.Tensor | None = None  # [names, (sum, weight)]
-
-    def add(self, pairs: dict[str, tuple[torch.Tensor | float, torch.Tensor | float]], device: torch.device) -> None:
-        """Add `name: (sum, weight)` pairs; names that are left out keep their mean."""
-        zero = torch.zeros((), device=device)
-        values = [value for name in self.names for value in pairs.get(name, (zero, zero))]
-        values = [v if isinstance(v, torch.Tensor) else torch.full_like(zero, v) for v in values]
-        sums = torch.stack([value.detach().float() for value in values])
-        self.sums = sums if self.sums is None else self.sums + sums
-
-    def take(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """The means since the last call, of all processes; this waits for the device."""
-        if self.sums is None:
-            return {}
-        pairs = reduce(self.sums).view(-1, 2).tolist()
-        self.sums = None
-        return {name: total / weight for name, (total, weight) in zip(self.names, pairs, strict=True) if weight > 0}
 
 
 class SelfKDMixin:
@@ -443,7 +410,7 @@ class SelfKDMixin:
         sides = self._sides(rows.labels, past, batch.mix)
         loss, sums = self._scaled_loss(outputs, rows, sides, alpha, num_items_in_batch, batch.labels.shape)
         self.teacher.observe(batch.keys, rows, mixed=batch.mix is not None)
-        self._means.add(self._measures(rows, sides, alpha, sums), loss.device)
+        self._means.add(measures(sides, alpha if self.args.distils else None, sums), loss.device)
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, *arguments: Any, **keywords: Any):
@@ -515,26 +482,24 @@ class SelfKDMixin:
             if side.past is not None
         ]
         if parts:
-            sums["soft_loss"] = _weighted([part.soft.sum() for part in parts], sides)
+            sums["soft_loss"] = weighted([part.soft.sum() for part in parts], sides)
         if self._ours:
             if parts:
-                total = _weighted([part.total.sum() for part in parts], sides)
-                sums["hard_loss"] = _weighted([part.hard.sum() for part in parts], sides)
+                total = weighted([part.total.sum() for part in parts], sides)
+                sums["hard_loss"] = weighted([part.hard.sum() for part in parts], sides)
             else:
-                total = _weighted([cross_entropy_sum(rows.logits, side.labels) for side in sides], sides)
+                total = weighted([cross_entropy_sum(rows.logits, side.labels) for side in sides], sides)
                 sums["hard_loss"] = total.detach()
             loss = total / num_items
             return (loss * world if world > 1 else loss), sums
-        hard = _weighted(
-            [self._hard_loss(outputs, rows, side.labels, num_items, label_shape) for side in sides], sides
-        )
+        hard = weighted([self._hard_loss(outputs, rows, side.labels, num_items, label_shape) for side in sides], sides)
         hard = hard * world if world > 1 else hard
         sums["hard_loss"] = hard.detach() * num_items / world
         if not parts:
             return hard, sums
         # One number for all rows cannot be weighted row by row: it gives way by the share of rows with a past.
-        soft = _weighted([part.soft.sum() for part in parts], sides) / num_items * world
-        share = _weighted([_learning(side).sum() for side in sides], sides) / _labelled(rows.labels).sum()
+        soft = weighted([part.soft.sum() for part in parts], sides) / num_items * world
+        share = weighted([learning(side).sum() for side in sides], sides) / labelled(rows.labels).sum().clamp_min(1)
         return (1 - alpha * share) * hard + alpha * soft, sums
 
     def _hard_loss(
@@ -551,28 +516,7 @@ class SelfKDMixin:
                 "it as compute_loss_func, or turn mixing off."
             )
         mean = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
-        return mean * (_labelled(labels).sum() / num_items)
-
-    def _measures(self, rows: Rows, sides: list[Side], alpha: float, sums: dict[str, torch.Tensor]) -> dict[str, Any]:
-        count = _labelled(rows.labels).sum()
-        measures = {"hard_loss": (sums["hard_loss"], count), "alpha": (alpha, 1.0)}
-        past = sides[0].past
-        if not self.args.distils:
-            return measures
-        if past is None:
-            measures["rows_with_history"] = (0.0, count)
-            return measures | ({"target_entropy": (0.0, count)} if len(sides) == 1 else {})
-        learning = _learning(sides[0])
-        learners = learning.sum()
-        guess = past.log_probs.argmax(dim=-1)
-        guess = guess if past.index is None else past.index.gather(-1, guess.unsqueeze(-1)).squeeze(-1)
-        measures["soft_loss"] = (sums["soft_loss"], learners)
-        measures["past_agreement"] = (((guess == rows.labels) & learning).sum(), learners)
-        measures["rows_with_history"] = (learners, count)
-        if len(sides) == 1:
-            entropy = target_entropy(past, rows.labels, alpha)
-            measures["target_entropy"] = (torch.where(learning, entropy, 0.0).sum(), count)
-        return measures
+        return mean * (labelled(labels).sum() / num_items)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the means of self-distillation since the last time beside the training loss."""
@@ -658,21 +602,6 @@ class SelfKDMixin:
         super()._finish_current_push()
         if self.is_world_process_zero():
             shutil.rmtree(Path(self.args.output_dir) / "_hub", ignore_errors=True)
-
-
-def _labelled(labels: torch.Tensor) -> torch.Tensor:
-    return labels != IGNORE_INDEX
-
-
-def _learning(side: Side) -> torch.Tensor:
-    """Which rows have both a label and a past prediction."""
-    return side.past.mask & _labelled(side.labels)
-
-
-def _weighted(values: list[torch.Tensor], sides: list[Side]) -> torch.Tensor:
-    if len(values) == 1:
-        return values[0]
-    return sum(side.weight * value for side, value in zip(sides, values, strict=True))
 
 
 class SelfKDTrainer(SelfKDMixin, Trainer):
