@@ -370,7 +370,9 @@ class PredictionHistory:
             rank (`int`, *optional*, defaults to 0): of this process.
         """
         samples, parts = self._take_journal()
-        samples, rows = _only_finite(samples, torch.isfinite(parts["log_probs"]).all(dim=-1).cpu().numpy())
+        samples, rows = _only_finite(
+            samples, torch.isfinite(parts["log_probs"].sum(dim=-1, dtype=torch.float32)).cpu().numpy()
+        )
         everyone, owners, local = _gather_samples(samples, gather)
         first = _first_of_each(everyone)
         self._check_labels_agree(everyone, first)
@@ -378,8 +380,10 @@ class PredictionHistory:
         destination = self._allocate(everyone[:, 0], everyone[:, 3], gather)
         starts = np.cumsum(samples[:, 3]) - samples[:, 3]
         mine = local[owners == rank]
-        rows = torch.from_numpy(rows[_ranges(starts[mine], samples[mine, 3])]).to(self.device)
-        parts = {name: part.index_select(0, rows) for name, part in parts.items()}
+        rows = rows[_ranges(starts[mine], samples[mine, 3])]
+        if len(rows) < len(parts["log_probs"]):  # else all of them, in order
+            index = torch.from_numpy(rows).to(self.device)
+            parts = {name: part.index_select(0, index) for name, part in parts.items()}
         row_owners = np.repeat(owners, everyone[:, 3])
         self._store(parts, lambda owner: torch.from_numpy(destination[row_owners == owner]), gather)
         self.stamps[everyone[:, 0]] = stamp

@@ -250,6 +250,7 @@ class SelfKDDataCollator:
         self.mixup_alpha, self.cutmix_alpha, self.mix_probability = mixup_alpha, cutmix_alpha, mix_probability
         self.id_column = id_column
         self.host_keys = True  # off where batches travel between processes, which takes tensors only
+        self.owns_features = False  # set by the trainer for its own wrapper, whose items are made for this one batch
         self.seed, self.epoch = 0, None  # set by the trainer: args.seed and the epoch in shared memory
 
     @property
@@ -261,7 +262,10 @@ class SelfKDDataCollator:
         ids = None
         if isinstance(features[0], Mapping) and self.id_column in features[0]:
             ids = [_as_id(feature.get(self.id_column), self.id_column) for feature in features]
-            features = [{key: value for key, value in f.items() if key != self.id_column} for f in features]
+            if not self.owns_features:
+                features = [dict(feature) for feature in features]
+            for feature in features:
+                del feature[self.id_column]
         batch = self.collator(features)
         if ids is not None:
             batch[SAMPLE_ID] = torch.as_tensor(ids, dtype=torch.int64)

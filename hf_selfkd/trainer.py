@@ -215,6 +215,7 @@ class SelfKDMixin:
         # Accelerate sends the batches of an iterable dataset from process to process, as tensors only.
         dispatched = iterable and self.args.accelerator_config.dispatch_batches is not False
         collator.host_keys = not (dispatched and self.args.world_size > 1)
+        collator.owns_features = not iterable
         collator.seed = self.args.seed
         collator.epoch = None if iterable else dataset.epoch
         return collator

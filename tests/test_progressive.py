@@ -269,6 +269,17 @@ def test_warm_start_with_mixed_images_equals_naive_loop(tmp_path, name):
     assert trainer.teacher.stored(range(22)).isfinite().all()
 
 
+def test_mixing_depends_on_seed_and_epoch(tmp_path):
+    collator = SelfKDDataCollator(collate, mixup_alpha=1.0)
+    options = {"data_collator": collator, "teacher": "snapshot", "train_sampling_strategy": "sequential"}
+    shares = []
+    for seed in (1, 1, 2):
+        trainer = train(tmp_path, "plain_vit", make_samples("plain_vit"), trainer=Recording, seed=seed, **options)
+        shares.append([inputs["mix_lambda"][0].item() for _, inputs in trainer.visits])
+    assert shares[0] == shares[1]
+    assert len(set(shares[0] + shares[2])) == 36
+
+
 def test_mixing_learns_the_history_from_unmixed_batches_only(tmp_path):
     collator = SelfKDDataCollator(collate, mixup_alpha=1.0, mix_probability=0.5)
     samples = make_samples("plain_vit")
