@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+.NOTPARALLEL:
 .PHONY: demo test lint docs clean
 
 demo: $(VENV)/.demo
@@ -19,9 +20,10 @@ lint: $(VENV)/.dev
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
 
-# One stamp an extra, so that each command works alone and in any order.
+# One stamp an extra, so that each command works alone and in any order. venv writes pip last: without it, it was stopped.
 $(VENV)/.%: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@echo "Installing hf_selfkd[$*] into $(VENV): the first time this takes minutes, most of them for PyTorch."
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
 	touch $@
 
