@@ -81,6 +81,11 @@ class _Epochs(TrainerCallback):
         self.trainer.teacher.after_step()
 
     def on_train_end(self, args, state, control, **kwargs):
+        if args.distils and self.trainer.teacher.epoch < 1 and not args.warm_start_history:
+            logger.warning(
+                f"teacher={args.teacher_kind!r} never taught: training ended in its first pass over the data, so this "
+                "was plain training. Let the dataset end several times before max_steps."
+            )
         self.trainer.teacher.begin_epoch(self.trainer.teacher.epoch + 1)
 
 

@@ -590,3 +590,10 @@ def test_peft_model(tmp_path, teacher):
         assert sum(t.numel() for t in load_file(folder / "_selfkd/teacher.safetensors").values()) < frozen
     resumed = train(tmp_path / "resumed", lora(), samples, resume=folder, **options)
     assert difference(whole, resumed) == 0
+
+
+@pytest.mark.parametrize("max_steps, taught", [(4, False), (8, True)])
+def test_stream_that_ends_in_its_first_pass_says_that_nothing_was_taught(tmp_path, caplog, max_steps, taught):
+    options = {"teacher": "snapshot", "alpha_schedule": "linear_step", "max_steps": max_steps}
+    train(tmp_path, "vit", Stream(make_samples("vit")), **options)
+    assert ("never taught" not in caplog.text) == taught
