@@ -1,13 +1,16 @@
-# make demo, make test: each makes .venv and installs what it needs, then runs. PYTHON=python3.12 chooses another one.
+# make demo, demo-translation, test: each makes .venv and installs what it needs, then runs. PYTHON=python3.12 chooses one.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
 .NOTPARALLEL:
-.PHONY: demo test lint docs clean
+.PHONY: demo demo-translation test lint docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo_digits.py
+
+demo-translation: $(VENV)/.translation
+	$(BIN)/python examples/translation.py
 
 # One thread a process: two processes of two threads each would fight for two cores.
 test: $(VENV)/.dev

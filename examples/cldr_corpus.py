@@ -9,8 +9,8 @@ Everything comes from the CLDR, the locale data that operating systems and brows
     Peru, Côte d'Ivoire, or Sri Lanka       Peru, Côte d'Ivoire oder Sri Lanka
     two hundred and seven                   zweihundertsieben
 
-Validation and test combine the words of train, some numbers aside, in ways that train does not have: the splits share no
-sentence in either language, not even one with its words in another order.
+Validation and test combine the words of train, some numbers aside, in ways that train does not have: the splits share
+no sentence in either language, not even one with its words in another order.
 
     pip install "hf_selfkd[translation]"
     python examples/cldr_corpus.py corpus --seed 0    # corpus/train.jsonl, corpus/validation.jsonl, corpus/test.jsonl
