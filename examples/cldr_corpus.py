@@ -171,13 +171,13 @@ class Phrases:
         return self.rng.choice(self.locales)
 
     def enumeration(self) -> Pair:
-        """Two to four things: names of one kind, or short phrases of one kind."""
-        size, style = self.rng.choice([2, 2, 3, 3, 4]), self.rng.choice(["standard", "or"])
+        """Two or three names of one kind, or two short phrases of one kind."""
+        size, style = self.rng.choice([2, 3]), self.rng.choice(["standard", "or"])
         source = self.rng.choice([*self.names, *self.names, "quantity", "quantity", "money", "words", "delay"])
         if source in self.names:
             items = self.rng.sample(self.names[source], size)
         else:
-            items = [getattr(self, source)() for _ in range(size)]
+            items = [getattr(self, source)() for _ in range(2)]
         english, german = (
             format_list(texts, style=style, locale=locale)
             for texts, locale in zip(zip(*items, strict=True), ENGLISH_GERMAN, strict=True)
