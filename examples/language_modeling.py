@@ -383,9 +383,16 @@ class Masking:
         self.collator = collator
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        pairs = [self.collator.torch_mask_tokens(torch.tensor([ids])) for ids in batch["input_ids"]]
-        hidden, labels = ([tokens[0].tolist() for tokens in column] for column in zip(*pairs, strict=True))
-        return batch | {"input_ids": hidden, "labels": labels}
+        hidden, labels = zip(*map(self.hide, batch["input_ids"]), strict=True)
+        return batch | {"input_ids": list(hidden), "labels": list(labels)}
+
+    def hide(self, tokens: list[int]) -> tuple[list[int], list[int]]:
+        """Tokens, some of them hidden, and labels, -100 for the others."""
+        for _ in range(100):  # short texts often get no mask at first, and a batch needs something to predict
+            hidden, labels = self.collator.torch_mask_tokens(torch.tensor([tokens]))
+            if (labels != NO_LABEL).any():
+                break
+        return hidden[0].tolist(), labels[0].tolist()
 
     def fixed(self, sample: dict[str, list], index: int) -> dict[str, list]:
         """One sample with the masks that depend on its number only."""

@@ -236,6 +236,15 @@ def test_masks_of_evaluation_do_not_depend_on_the_run(run, lines):
     assert results(again)["eval_nll"] == pytest.approx(figures["eval_nll"])
 
 
+def test_short_texts_have_something_to_predict(run, tmp_path):
+    (tmp_path / "short.txt").write_text("a\nb\nc\nd\n")
+    rare = {"mlm_probability": 0.1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+    file = tmp_path / "short.txt"
+    out = run(MASKED | rare | {"train_file": file, "validation_file": file})
+    assert results(out)["eval_tokens"] >= 4
+    assert results(out)["eval_nll"] < 100 and all(0 < loss < 100 for loss in logged(out, "hard_loss"))
+
+
 def test_a_model_of_a_folder_is_tuned(run, lines, tmp_path):
     """Its tokenizer has one token for the end of a text and for padding, and adds none by itself, as GPT-2's."""
     tokenizer = script.train_tokenizer([lines.read_text().split("\n")], 300, masked=False, token_types=False)
