@@ -7,12 +7,13 @@ import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal, get_args
 
-from transformers import TrainingArguments
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 
 AlphaSchedule = Literal["linear", "constant", "cosine", "linear_step"]
 Teacher = Literal["auto", "history", "snapshot", "ema", "none"]
 HistoryDtype = Literal["auto", "float32", "float16", "bfloat16"]
+HistoryRemainder = Literal["auto", "bucket", "label", "uniform", "renormalize"]
 HistoryDevice = Literal["auto", "model", "cpu", "disk"]
 
 
@@ -50,6 +51,11 @@ class SelfKDConfig(TrainingArguments):
         history_top_k (`int`, *optional*):
             Entries kept per stored row; the rest of the mass is one bucket. `None` keeps whole rows while the history
             is small (256 MiB in all) or has at most 64 classes, and 32 entries otherwise.
+        history_remainder (`str`, *optional*, defaults to `"auto"`):
+            Where the mass goes that the stored entries lack: `"bucket"` (to the other classes together: only their
+            total mass is compared), `"label"` (to the label), `"uniform"` (evenly to the other classes),
+            `"renormalize"` (nowhere: the entries are scaled up) or `"auto"` (`"label"` for language models, `"bucket"`
+            otherwise).
         history_dtype (`str`, *optional*, defaults to `"auto"`):
             Type of the stored log-probabilities: `"float32"`, `"float16"`, `"bfloat16"` or `"auto"` (`float32` while
             the history is small, `float16` otherwise).
@@ -90,6 +96,10 @@ class SelfKDConfig(TrainingArguments):
     history_top_k: int | None = field(
         default=None, metadata={"help": "Entries kept per stored row; whole rows while the history is small."}
     )
+    history_remainder: HistoryRemainder = field(
+        default="auto",
+        metadata={"help": "Where unstored mass goes: bucket, label, uniform, renormalize or auto."},
+    )
     history_dtype: HistoryDtype = field(
         default="auto", metadata={"help": "Type of stored rows: auto, float32, float16 or bfloat16."}
     )
@@ -127,6 +137,7 @@ class SelfKDConfig(TrainingArguments):
         for name, allowed in (
             ("alpha_schedule", get_args(AlphaSchedule)),
             ("teacher", get_args(Teacher)),
+            ("history_remainder", get_args(HistoryRemainder)),
             ("history_dtype", get_args(HistoryDtype)),
             ("history_device", get_args(HistoryDevice)),
         ):
@@ -175,6 +186,14 @@ class SelfKDConfig(TrainingArguments):
                 setattr(config, spec.name, spec.default if spec.default is not MISSING else spec.default_factory())
         config.validate()
         return config
+
+
+@dataclass
+class Seq2SeqSelfKDConfig(SelfKDConfig, Seq2SeqTrainingArguments):
+    """
+    Arguments of [`Seq2SeqSelfKDTrainer`]: all of [`~transformers.Seq2SeqTrainingArguments`] (`predict_with_generate`,
+    `generation_max_length`, `generation_num_beams`, ...) and all of [`SelfKDConfig`].
+    """
 
 
 def alpha_at(

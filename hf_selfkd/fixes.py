@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -122,3 +123,14 @@ def hub_copy(checkpoint: str | Path, output_dir: str | Path, private: str) -> Pa
 
     shutil.copytree(checkpoint, copy, copy_function=link, ignore=shutil.ignore_patterns(private))
     return copy
+
+
+def generation_gather(accelerator: Any) -> Callable:
+    """
+    How generated sentences of several processes are collected: each once.
+
+    `Seq2SeqTrainer` collects with `accelerator.gather` and keeps the samples that fill the last batch, so that
+    `compute_metrics` sees some sentences twice (transformers#26818; `Trainer` itself drops them). Not for several
+    sequences a sample, where the count of samples does not tell how many rows to drop.
+    """
+    return accelerator.gather_for_metrics

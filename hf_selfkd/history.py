@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from .config import SelfKDConfig
-from .losses import Past
+from .losses import LOG_ZERO, Past, Remainder, chunks
 from .samples import SampleKeys
 
 
@@ -38,11 +38,13 @@ class Codec:
         num_classes (`int`): C.
         dtype (`torch.dtype`): of the stored log-probabilities.
         top_k (`int`, *optional*): entries kept; `None` keeps all.
+        remainder (`str`, *optional*): where the mass goes that they lack; see [`~hf_selfkd.losses.Past`].
     """
 
     num_classes: int
     dtype: torch.dtype
     top_k: int | None = None
+    remainder: Remainder = "bucket"
 
     @property
     def index_dtype(self) -> torch.dtype:
@@ -61,11 +63,13 @@ class Codec:
         """`int`: bytes of a stored row."""
         return sum(width * dtype.itemsize for width, dtype in self.widths.values())
 
-    def encode(self, log_probs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Rows `[R, C]` of float32 log-probabilities as stored parts; NaN stays NaN."""
+    def encode(self, logits: torch.Tensor, log_norm: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Rows `[R, C]` as stored parts: log-probabilities or, with their log-normalizer `[R]`, scores; NaN stays."""
         if self.top_k is None:
-            return {"log_probs": log_probs.to(self.dtype)}
-        values, index = log_probs.topk(self.top_k, dim=-1)
+            return {"log_probs": (logits if log_norm is None else logits - log_norm.unsqueeze(-1)).to(self.dtype)}
+        values, index = top_entries(logits, self.top_k)
+        if log_norm is not None:
+            values = values.float().sub_(log_norm.unsqueeze(-1)).clamp_min_(LOG_ZERO)
         return {"log_probs": values.to(self.dtype), "index": index.to(self.index_dtype)}
 
     def decode(self, parts: dict[str, torch.Tensor], mask: torch.Tensor) -> Past:
@@ -74,20 +78,27 @@ class Codec:
         if self.dtype != torch.float32:
             total = torch.logsumexp(log_probs, dim=-1, keepdim=True)
             log_probs = log_probs - (total if self.top_k is None else total.clamp_min(0))
-        return Past(log_probs, mask, parts["index"].long() if self.top_k is not None else None)
+        index = None if self.top_k is None else parts["index"].long()
+        return Past(log_probs, mask, index, self.remainder)
 
 
 @dataclass
 class Plan:
-    """Codec and place of a history; see [`plan_history`]."""
+    """Codec, place and rows of a history; see [`plan_history`]."""
 
     codec: Codec
     place: str
     num_bytes: int
+    num_rows: int
 
 
 def plan_history(
-    config: SelfKDConfig, num_rows: int, num_classes: int, device: torch.device, folder: str | Path
+    config: SelfKDConfig,
+    num_rows: int,
+    num_classes: int,
+    device: torch.device,
+    folder: str | Path,
+    ragged: bool = False,
 ) -> Plan:
     """
     Choose how and where to keep a history, or refuse it.
@@ -98,6 +109,7 @@ def plan_history(
         num_classes (`int`): classes of a row.
         device (`torch.device`): where the model is.
         folder (`str` or `Path`): where `history_device="disk"` keeps its files.
+        ragged (`bool`, *optional*, defaults to `False`): whether samples have several rows each.
 
     Returns:
         [`Plan`]: with `num_bytes` for both the table and the journals of one epoch.
@@ -118,7 +130,10 @@ def plan_history(
     dtype = config.history_dtype
     if dtype == "auto":
         dtype = "float32" if small else "float16"
-    codec = Codec(num_classes, getattr(torch, dtype), None if top_k == num_classes else top_k)
+    remainder = config.history_remainder
+    if remainder == "auto":
+        remainder = "label" if ragged else "bucket"
+    codec = Codec(num_classes, getattr(torch, dtype), None if top_k == num_classes else top_k, remainder)
     num_bytes = generations * num_rows * codec.row_bytes
     place = config.history_device
     if place == "auto":
@@ -137,7 +152,7 @@ def plan_history(
             f"the history of {num_rows} rows x {num_classes} classes needs {num_bytes} bytes on {place!r} and may "
             f"take {limit} (history_max_bytes): {remedy}, or raise history_max_bytes."
         )
-    return Plan(codec, place, num_bytes)
+    return Plan(codec, place, num_bytes, num_rows)
 
 
 def _free_bytes(place: str, device: torch.device, folder: str | Path) -> int:
@@ -147,6 +162,40 @@ def _free_bytes(place: str, device: torch.device, folder: str | Path) -> int:
     if place == "model" and device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
+
+
+def top_entries(rows: torch.Tensor, k: int, block: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The largest entries of each row, in descending order.
+
+    Wide rows are searched by blocks: the k largest entries lie in the k blocks with the largest maxima, so one fast
+    pass for the maxima spares the selection most of the row.
+
+    Args:
+        rows (`torch.Tensor` of shape `[R, C]`): scores.
+        k (`int`): how many entries, at most C.
+        block (`int`, *optional*, defaults to 64): classes of a block.
+
+    Returns:
+        `tuple`: values and `torch.LongTensor` indices, `[R, k]` each.
+    """
+    classes = rows.shape[-1]
+    blocks = classes // block
+    if blocks < 4 * k:
+        return rows.topk(k, dim=-1)
+    tail = rows[:, blocks * block :]
+    values, index = [], []
+    for part in chunks(rows):
+        split = rows[part, : blocks * block].unflatten(-1, (blocks, block))
+        best = split.amax(dim=-1).topk(k, dim=-1, sorted=False).indices
+        found = split.gather(1, best.unsqueeze(-1).expand(-1, -1, block)).flatten(1)
+        found = torch.cat((found, tail[part]), dim=-1)
+        where = (best.unsqueeze(-1) * block + torch.arange(block, device=rows.device)).flatten(1)
+        rest = torch.arange(blocks * block, classes, device=rows.device).expand(len(where), -1)
+        chosen = found.topk(k, dim=-1)
+        values.append(chosen.values)
+        index.append(torch.cat((where, rest), dim=-1).gather(-1, chosen.indices))
+    return torch.cat(values), torch.cat(index)
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -178,6 +227,7 @@ class PredictionHistory:
         trace_epochs (`int`, *optional*, defaults to 0): epochs for which to keep the true-class probabilities.
         writes (`bool`, *optional*, defaults to `True`):
             whether this process writes the files of `"disk"`, which the processes of a node share.
+        expected_rows (`int`, *optional*, defaults to 0): rows that this process will predict in an epoch, about.
     """
 
     def __init__(
@@ -191,7 +241,9 @@ class PredictionHistory:
         ragged: bool = False,
         trace_epochs: int = 0,
         writes: bool = True,
+        expected_rows: int = 0,
     ):
+        self.expected_rows = expected_rows
         self.size, self.ids, self.codec, self.ragged = size, ids, codec, ragged
         self.place, self.folder, self.writes = place, Path(folder), writes
         self.device = torch.device(device) if place == "model" else torch.device("cpu")
@@ -201,7 +253,12 @@ class PredictionHistory:
         self.starts = np.full(size, -1, dtype=np.int64) if ragged else None
         self.table: dict[str, torch.Tensor] = {}
         self.trace = torch.full((size, trace_epochs), math.nan, dtype=torch.float16) if trace_epochs else None
-        self.journal: list[tuple[np.ndarray, dict[str, torch.Tensor]]] = []
+        # What was predicted in this epoch: which samples, and their rows in buffers that are made once. Tensors that
+        # outlive a step would scatter the memory that the next step needs in one piece.
+        self.samples: list[np.ndarray] = []
+        self.journal: dict[str, torch.Tensor] = {}
+        self.filled = 0
+        self._last: tuple[SampleKeys, np.ndarray, np.ndarray] | None = None  # what `_known` said of the last batch
         self.visits = 0  # micro-batches of this epoch so far, the order in which predictions were made
 
     # Reading
@@ -253,7 +310,9 @@ class PredictionHistory:
             index = _to(index, self.device)
         parts = {name: _to(part.index_select(0, index), device) for name, part in self.table.items()}
         if len(target) == num_rows:
-            return self.codec.decode(parts, torch.ones(num_rows, dtype=torch.bool, device=device))
+            past = self.codec.decode(parts, torch.ones(num_rows, dtype=torch.bool, device=device))
+            past.whole = bool((keys.counts > 0).all())
+            return past
         target = _to(torch.from_numpy(target), device)
         mask = torch.zeros(num_rows, dtype=torch.bool, device=device).index_fill_(0, target, True)
         past = self.codec.decode(parts, mask)
@@ -266,6 +325,8 @@ class PredictionHistory:
 
     def _known(self, keys: SampleKeys) -> tuple[np.ndarray, np.ndarray]:
         """Where these samples are kept and which have a prediction, made for the labels that they have now."""
+        if self._last is not None and self._last[0] is keys:
+            return self._last[1:]  # of the same batch, read before it is written
         slots = self.slots(keys.ids)
         known = self.stamps[slots] != NEVER
         changed = known & (self.hashes[slots] != keys.label_hash)
@@ -276,6 +337,7 @@ class PredictionHistory:
                 f"{keys.label_hash[where]} now, {self.hashes[slots[where]]} stored): the training set was shuffled, "
                 "filtered or relabelled since. Give the same dataset, or name a stable id in sample_id_column."
             )
+        self._last = (keys, slots, known)
         return slots, known
 
     def probabilities(self, ids: np.ndarray) -> torch.Tensor:
@@ -312,50 +374,65 @@ class PredictionHistory:
 
     # Writing
 
-    def write(self, keys: SampleKeys, log_probs: torch.Tensor, labels: torch.Tensor) -> None:
+    def write(
+        self, keys: SampleKeys, logits: torch.Tensor, labels: torch.Tensor, log_norm: torch.Tensor | None = None
+    ) -> None:
         """
         Note the predictions of a batch, to be read from the next epoch on.
 
         Args:
             keys ([`~hf_selfkd.samples.SampleKeys`]): of the batch.
-            log_probs (`torch.FloatTensor` of shape `[R, C]`): float32, detached.
+            logits (`torch.FloatTensor` of shape `[R, C]`): detached; log-probabilities without `log_norm`.
             labels (`torch.LongTensor` of shape `[R]`): for the trace.
+            log_norm (`torch.FloatTensor` of shape `[R]`, *optional*): log-normalizer of the logits.
 
         Raises:
             ValueError: as [`~PredictionHistory.read`] does, which is not called at alpha 0.
         """
         slots, _ = self._known(keys)
-        if self.ragged:
-            rows = _to(torch.from_numpy(keys.rows), log_probs.device)
-            log_probs, labels = log_probs.index_select(0, rows), labels.index_select(0, rows)
-        parts = self.codec.encode(log_probs)
+        parts = self.codec.encode(logits, log_norm)
         if self.trace is not None:
-            true = log_probs.gather(-1, labels.clamp_min(0).unsqueeze(-1)).exp()
+            true = logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).float()
+            true = (true if log_norm is None else true - log_norm.unsqueeze(-1)).exp()
             parts["true_probs"] = true.masked_fill_(labels.unsqueeze(-1) < 0, math.nan).to(torch.float16)
-        parts = {name: part.to(self.device, non_blocking=True) for name, part in parts.items()}
+        if self.ragged:
+            rows = _to(torch.from_numpy(keys.rows), logits.device)
+            parts = {name: part.index_select(0, rows) for name, part in parts.items()}
         counts = keys.counts if self.ragged else np.ones_like(keys.counts)
         order = np.full(len(keys.ids), self.visits, dtype=np.int64)
-        samples = np.stack((slots, order, keys.label_hash, counts), axis=1)
-        self.journal.append((samples[counts > 0], parts))
+        self._note(np.stack((slots, order, keys.label_hash, counts), axis=1), parts)
         self.visits += 1
+
+    def _note(self, samples: np.ndarray, parts: dict[str, torch.Tensor]) -> None:
+        start, self.filled = self.filled, self.filled + len(parts["log_probs"])
+        held = len(self.journal["log_probs"]) if self.journal else 0
+        if self.filled > held or not self.journal:
+            size = max(self.filled, 2 * held, self.expected_rows)
+            pinned = self.device.type == "cpu" and parts["log_probs"].is_cuda
+            for name, (width, dtype) in self._columns.items():
+                buffer = torch.empty(size, width, dtype=dtype, device=self.device, pin_memory=pinned)
+                if held:
+                    buffer[:start] = self.journal[name][:start]
+                self.journal[name] = buffer
+        for name, part in parts.items():
+            self.journal[name][start : self.filled].copy_(part, non_blocking=True)
+        self.samples.append(samples[samples[:, 3] > 0])
 
     @property
     def _columns(self) -> dict[str, tuple[int, torch.dtype]]:
         return self.codec.widths | ({"true_probs": (1, torch.float16)} if self.trace is not None else {})
 
     def _take_journal(self) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
-        """The journal as one piece: `[n, 4]` of (slot, order, label hash, rows), and the parts of their rows."""
-        if len(self.journal) > 1:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()  # copies to the host may be under way; once an epoch, not once a step
-            samples = np.concatenate([samples for samples, _ in self.journal])
-            parts = {name: torch.cat([parts[name] for _, parts in self.journal]) for name in self._columns}
-            self.journal = [(samples, parts)]
+        """The journal: `[n, 4]` of (slot, order, label hash, rows), and the parts of their rows."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # copies to the host may be under way; once an epoch, not once a step
+        if len(self.samples) != 1:
+            self.samples = [np.concatenate([np.zeros((0, 4), dtype=np.int64), *self.samples])]
         if self.journal:
-            return self.journal[0]
+            return self.samples[0], {name: buffer[: self.filled] for name, buffer in self.journal.items()}
         columns = self._columns.items()
         parts = {name: torch.zeros(0, width, dtype=dtype, device=self.device) for name, (width, dtype) in columns}
-        return np.zeros((0, 4), dtype=np.int64), parts
+        return self.samples[0], parts
 
     def end_epoch(
         self, stamp: int, gather: Callable[[torch.Tensor], torch.Tensor] | None = None, rank: int = 0
@@ -392,7 +469,7 @@ class PredictionHistory:
             true = self.table["true_probs"].index_select(0, torch.from_numpy(destination).to(self.device)).float()
             sums = np.add.reduceat(true.cpu().numpy()[:, 0], np.cumsum(everyone[:, 3]) - everyone[:, 3])
             self.trace[everyone[:, 0], stamp] = torch.from_numpy(sums / everyone[:, 3]).to(torch.float16)
-        self.journal, self.visits = [], 0
+        self.samples, self.filled, self.visits, self._last = [], 0, 0, None
 
     def _check_labels_agree(self, samples: np.ndarray, first: np.ndarray) -> None:
         by_slot = samples[first][np.argsort(samples[first, 0])]
@@ -517,9 +594,8 @@ class PredictionHistory:
 
     def add_journal(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take over a journal; several may follow one another when the number of processes changed."""
-        samples = tensors["samples"].numpy()
-        if len(samples):
-            self.journal.append((samples, {name: tensors[name].to(self.device) for name in self._columns}))
+        if len(tensors["samples"]):
+            self._note(tensors["samples"].numpy(), {name: tensors[name] for name in self._columns})
         self.visits = max(self.visits, int(tensors["visits"]))
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 from .samples import IGNORE_INDEX
+
+
+Remainder = Literal["bucket", "label", "uniform", "renormalize"]
 
 
 LOG_ZERO = -1.0e4  # a finite stand-in for log(0): exp gives exactly 0 and 0 * LOG_ZERO is 0, not NaN
@@ -23,17 +29,25 @@ class Past:
             values are arbitrary.
         mask (`torch.BoolTensor` of shape `[R]`): which rows have a past prediction.
         index (`torch.LongTensor` of shape `[R, k]`, *optional*):
-            classes of the entries; the mass that they lack belongs to the other classes together.
+            classes of the entries, each once, the most probable first.
+        remainder (`str`, *optional*, defaults to `"bucket"`):
+            where the mass goes that the entries lack: `"bucket"` (to the other classes together: their total mass is
+            compared, no gradient among them), `"label"` (to the label), `"uniform"` (evenly to the other classes) or
+            `"renormalize"` (nowhere: the entries are scaled up to the whole mass).
+        whole (`bool`, *optional*, defaults to `False`):
+            the host knows that every row has a past and a label, which spares the masking.
     """
 
     log_probs: torch.Tensor
     mask: torch.Tensor
     index: torch.Tensor | None = None
+    remainder: Remainder = "bucket"
+    whole: bool = False
 
     def select(self, order: torch.Tensor) -> Past:
         """The rows in another order (`torch.LongTensor` of shape `[R]`)."""
         index = None if self.index is None else self.index[order]
-        return Past(self.log_probs[order], self.mask[order], index)
+        return Past(self.log_probs[order], self.mask[order], index, self.remainder, self.whole)
 
 
 @dataclass
@@ -50,11 +64,6 @@ def labelled(labels: torch.Tensor) -> torch.Tensor:
     return labels != IGNORE_INDEX
 
 
-def learning(side: Side) -> torch.Tensor:
-    """Which rows `[R]` have both a label and a past prediction."""
-    return side.past.mask & labelled(side.labels)
-
-
 def weighted(values: list[torch.Tensor], sides: list[Side]) -> torch.Tensor:
     """The values of the sides as one, by their weights; a single value comes back untouched."""
     if len(values) == 1:
@@ -64,56 +73,44 @@ def weighted(values: list[torch.Tensor], sides: list[Side]) -> torch.Tensor:
 
 def log_softmax(logits: torch.Tensor) -> torch.Tensor:
     """Log-probabilities in float32, with `LOG_ZERO` for classes of probability 0."""
-    return F.log_softmax(logits.float(), dim=-1).clamp_min(LOG_ZERO)
+    return F.log_softmax(logits, dim=-1, dtype=torch.float32).clamp_min_(LOG_ZERO)
 
 
-def _log_rest(log_probs: torch.Tensor) -> torch.Tensor:
-    """log(1 - sum of the given probabilities) along the last dimension, finite also where nothing is left."""
-    kept = torch.logsumexp(log_probs, dim=-1).clamp_max(-1e-6)
-    return torch.log(-torch.expm1(kept))
+def chunks(logits: torch.Tensor) -> Iterator[slice]:
+    """Slices of rows `[R, C]` that are small enough to stay in a cache while several operations pass over them."""
+    size = max(1, (2**24 if logits.is_cuda else 2**18) // logits.shape[-1])
+    return (slice(start, start + size) for start in range(0, len(logits), size))
 
 
-def _soften(log_probs: torch.Tensor, temperature: float, rest_classes: int) -> torch.Tensor:
-    """Log-probabilities at a temperature; with a rest column (`rest_classes` > 0) its mass counts as spread evenly."""
-    if temperature == 1.0:
-        return log_probs
-    scaled = log_probs / temperature
-    if rest_classes:
-        even = torch.full_like(scaled[..., -1:], rest_classes).log()
-        scaled = torch.cat((scaled[..., :-1], (log_probs[..., -1:] - even) / temperature + even), dim=-1)
-    return F.log_softmax(scaled, dim=-1)
+@torch.no_grad()
+def log_normalizer(logits: torch.Tensor) -> torch.Tensor:
+    """log(sum(exp(logits))) of rows `[R, C]`, float32, without a temporary of their size."""
+    result = torch.empty(len(logits), device=logits.device)
+    for part in chunks(logits):
+        torch.logsumexp(logits[part].float(), dim=-1, out=result[part])
+    return result
 
 
-def soft_cross_entropy(logits: torch.Tensor, past: Past, temperature: float = 1.0) -> torch.Tensor:
+@dataclass
+class RowLosses:
     """
-    Cross-entropy of the present predictions under the past ones, one value per row.
+    Losses of each row, `[R]`, float32, in nats. Only `total` has a gradient.
 
     Args:
-        logits (`torch.FloatTensor` of shape `[R, C]`): present scores.
-        past ([`Past`]): targets; no gradient flows into them.
-        temperature (`float`, *optional*, defaults to 1.0):
-            softens both sides; the result is multiplied by its square (Hinton et al., 2015).
-
-    Returns:
-        `torch.FloatTensor` of shape `[R]`: in nats, float32; 0 where `past.mask` is false. With `past.index`, the
-        classes outside the stored entries are one bucket, compared by their total mass.
+        total: the loss of the row.
+        hard: its cross-entropy with the label; 0 where there is none.
+        soft: its cross-entropy with the past; 0 where nothing was learned from one.
+        learners (`torch.BoolTensor`, *optional*): which rows have both a label and a past; `None` for all.
     """
-    return _soft(F.log_softmax(logits.float() / temperature, dim=-1), past, temperature)
+
+    total: torch.Tensor
+    hard: torch.Tensor
+    soft: torch.Tensor
+    learners: torch.Tensor | None
 
 
-def _soft(log_probs: torch.Tensor, past: Past, temperature: float) -> torch.Tensor:
-    """[`soft_cross_entropy`] from present log-probabilities that are already at the temperature."""
-    past_log_probs = past.log_probs.detach()
-    rest = 0 if past.index is None else log_probs.shape[-1] - past.index.shape[-1]
-    log_probs = log_probs.clamp_min(LOG_ZERO)
-    if past.index is not None:
-        log_probs = log_probs.gather(-1, past.index)
-    if rest:
-        log_probs = torch.cat((log_probs, _log_rest(log_probs).unsqueeze(-1)), dim=-1)
-        past_log_probs = torch.cat((past_log_probs, _log_rest(past_log_probs).unsqueeze(-1)), dim=-1)
-    target = _soften(past_log_probs, temperature, rest).exp()
-    target.masked_fill_(~past.mask.unsqueeze(-1), 0.0)  # and not only the result: its gradient would be 0 * NaN
-    return -(target * log_probs).sum(dim=-1) * temperature**2
+def _only(values: torch.Tensor, mask: torch.Tensor | None, otherwise: torch.Tensor | float = 0.0) -> torch.Tensor:
+    return values if mask is None else torch.where(mask, values, otherwise)
 
 
 def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -121,65 +118,251 @@ def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     return F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
-@dataclass
-class RowLosses:
-    """Losses of each row, `[R]`, float32; `soft` is 0 where there is no past, `hard` where there is no label."""
+def _log_rest(log_probs: torch.Tensor) -> torch.Tensor:
+    """log(1 - sum of the given probabilities) along the last dimension, finite also where nothing is left."""
+    kept = torch.logsumexp(log_probs, dim=-1, keepdim=True).clamp_max(-1e-6)
+    return torch.log(-torch.expm1(kept))
 
-    total: torch.Tensor
-    hard: torch.Tensor
-    soft: torch.Tensor
+
+def _soften(log_probs: torch.Tensor, temperature: float, rest_classes: int) -> torch.Tensor:
+    """Log-probabilities at a temperature; the last of them stands for `rest_classes` even ones, if not 0."""
+    if temperature == 1.0:
+        return log_probs
+    scaled = log_probs / temperature
+    if rest_classes:
+        even = math.log(rest_classes)
+        scaled = torch.cat((scaled[..., :-1], (log_probs[..., -1:] - even) / temperature + even), dim=-1)
+    return F.log_softmax(scaled, dim=-1)
+
+
+def _columns(
+    log_probs: torch.Tensor, past: Past, labels: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Present and past log-probabilities of the stored entries, the remainder as one more column; its classes."""
+    present, stored = log_probs.gather(-1, past.index), past.log_probs.detach()
+    others = log_probs.shape[-1] - past.index.shape[-1]
+    if past.remainder == "renormalize":
+        return present, stored - torch.logsumexp(stored, dim=-1, keepdim=True), 0
+    if not others:
+        return present, stored, 0
+    rest = _log_rest(stored)
+    if past.remainder == "label":
+        label = labels.clamp_min(0).unsqueeze(-1)
+        hit = past.index == label
+        stored = torch.where(hit, torch.logaddexp(stored, rest), stored)
+        rest = rest.masked_fill(hit.any(-1, keepdim=True), LOG_ZERO)
+        return torch.cat((present, log_probs.gather(-1, label)), -1), torch.cat((stored, rest), -1), 0
+    if past.remainder == "uniform":
+        column = (log_probs.sum(-1, keepdim=True) - present.sum(-1, keepdim=True)) / others
+    else:
+        column = _log_rest(present)
+    return torch.cat((present, column), -1), torch.cat((stored, rest), -1), others
+
+
+def soft_cross_entropy(
+    logits: torch.Tensor, past: Past, temperature: float = 1.0, labels: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Cross-entropy of the present predictions under the past ones, one value per row, at any temperature.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `[R, C]`): present scores.
+        past ([`Past`]): targets; no gradient flows into them.
+        temperature (`float`, *optional*, defaults to 1.0):
+            softens both sides; the result is multiplied by its square (Hinton et al., 2015).
+        labels (`torch.LongTensor` of shape `[R]`, *optional*): for a past whose remainder goes to the label.
+
+    Returns:
+        `torch.FloatTensor` of shape `[R]`: in nats, float32; 0 where `past.mask` is false.
+    """
+    present, stored, others = (
+        F.log_softmax(logits.float() / temperature, dim=-1).clamp_min(LOG_ZERO),
+        past.log_probs,
+        0,
+    )
+    if past.index is not None:
+        present, stored, others = _columns(present, past, labels)
+    target = _soften(stored.detach(), temperature, others).exp()
+    target = target.masked_fill(
+        ~past.mask.unsqueeze(-1), 0.0
+    )  # and not only the result: its gradient would be 0 * NaN
+    return -(target * present).sum(dim=-1) * temperature**2
 
 
 def progressive_cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, past: Past, alpha: float, temperature: float = 1.0
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    past: Past,
+    alpha: float,
+    temperature: float = 1.0,
+    normalized: torch.Tensor | None = None,
 ) -> RowLosses:
     """
     Cross-entropy with the target `(1 - alpha) * onehot + alpha * past` (PS-KD, Kim et al., ICCV 2021, section 3).
 
-    The two parts are kept apart, so that a row without a past prediction costs exactly its hard cross-entropy and a
-    poisoned past row cannot reach it; both come from one log-softmax.
+    Hard and soft part are kept apart, so that a poisoned past row cannot reach a row that does not learn from it, and
+    a row without a past costs its hard cross-entropy (with whole rows: to the bit). At temperature 1 both come from
+    one pass over the logits with a backward of its own; with stored entries, nothing but the gradient is as large as
+    the logits.
 
     Args:
         logits (`torch.FloatTensor` of shape `[R, C]`): present scores.
         labels (`torch.LongTensor` of shape `[R]`): classes; -100 for rows that do not count.
-        past ([`Past`]): past predictions and which rows have one.
+        past ([`Past`]): past predictions and which rows have one; no gradient flows into them.
         alpha (`float`): weight of the past, in [0, 1].
-        temperature (`float`, *optional*, defaults to 1.0): see [`soft_cross_entropy`].
+        temperature (`float`, *optional*, defaults to 1.0):
+            softens both sides of the soft part, which is multiplied by its square (Hinton et al., 2015).
+        normalized (`torch.FloatTensor`, *optional*):
+            [`log_softmax`] of the logits or, for a past with `index`, [`log_normalizer`], if known already.
 
     Returns:
-        [`RowLosses`]: in nats.
+        [`RowLosses`]: one value per row.
     """
+    learners = None if past.whole else past.mask & labelled(labels)
+    if alpha == 0:
+        learners = torch.zeros_like(past.mask)
+    log_probs = past.log_probs.detach()
+    if past.index is None:
+        function, parts = _WholeRows, (log_probs,)
+    else:
+        function, parts = _StoredEntries, (log_probs, past.index, past.remainder)
+    if temperature == 1.0:
+        return RowLosses(*function.apply(logits, normalized, labels, learners, alpha, *parts), learners)
     logits = logits.float()  # once, so that both parts of the gradient are added in float32
-    log_probs = F.log_softmax(logits, dim=-1)
-    hard = F.nll_loss(log_probs, labels, reduction="none")
-    mask = past.mask & (labels != IGNORE_INDEX) & (alpha > 0)
-    past = Past(past.log_probs, mask, past.index)
-    soft = _soft(log_probs, past, 1.0) if temperature == 1.0 else soft_cross_entropy(logits, past, temperature)
-    soft = torch.where(mask, soft, 0.0)
-    total = torch.where(mask, (1 - alpha) * hard + alpha * soft, hard)
-    return RowLosses(total, hard, soft)
+    hard = F.cross_entropy(logits, labels, reduction="none")
+    if learners is not None:
+        past = replace(past, mask=learners)
+    soft = _only(soft_cross_entropy(logits, past, temperature, labels), learners)
+    total = _only((1 - alpha) * hard + alpha * soft, learners, hard)
+    return RowLosses(total, hard.detach(), soft.detach(), learners)
+
+
+class _WholeRows(torch.autograd.Function):
+    """[`progressive_cross_entropy`] with whole past rows: total, hard and soft loss of each row."""
+
+    @staticmethod
+    def forward(ctx, logits, normalized, labels, learners, alpha, past_log_probs):
+        log_probs = log_softmax(logits) if normalized is None else normalized
+        probs = past_log_probs.exp()
+        if learners is not None:
+            probs.masked_fill_(~learners.unsqueeze(-1), 0.0)  # and not only the result: its gradient would be 0 * NaN
+        hard = F.nll_loss(log_probs, labels, reduction="none")
+        soft = _only((probs * log_probs).sum(-1).neg_(), learners)
+        total = _only(torch.lerp(hard, soft, alpha), learners, hard)
+        ctx.save_for_backward(log_probs, labels, learners, probs)
+        ctx.alpha, ctx.dtype = alpha, logits.dtype
+        ctx.mark_non_differentiable(hard, soft)
+        return total, hard, soft
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        log_probs, labels, learners, probs = ctx.saved_tensors
+        gradient = probs * (grad * -ctx.alpha).unsqueeze(-1)
+        at_label = grad * (ctx.alpha - 1)
+        if learners is not None:
+            at_label = torch.where(learners, at_label, -grad).masked_fill_(~labelled(labels), 0.0)
+            labels = labels.clamp_min(0)
+        gradient.scatter_add_(-1, labels.unsqueeze(-1), at_label.unsqueeze(-1))
+        # What log_softmax itself would do with it: rows without a past get the very bits of F.cross_entropy.
+        gradient = torch._log_softmax_backward_data(gradient, log_probs, -1, torch.float32)
+        return gradient.to(ctx.dtype), None, None, None, None, None
+
+
+class _StoredEntries(torch.autograd.Function):
+    """[`progressive_cross_entropy`] with the top entries of past rows: total, hard and soft loss of each row."""
+
+    @staticmethod
+    def forward(ctx, logits, normalized, labels, learners, alpha, past_log_probs, index, remainder):
+        log_norm = log_normalizer(logits) if normalized is None else normalized
+        log_probs = logits.gather(-1, index).float().sub_(log_norm.unsqueeze(-1)).clamp_min_(LOG_ZERO)
+        hard = log_norm - logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1).float()
+        hard.masked_fill_(~labelled(labels), 0.0)
+        probs, rest = _entries(past_log_probs, learners, remainder, logits.shape[-1])
+        soft = -(probs * log_probs).sum(-1)
+        outside = offset = None
+        if remainder == "bucket":
+            outside = (1 - log_probs.exp().sum(-1)).clamp_min_(1e-6)
+            soft -= rest * outside.log()
+        elif remainder == "label":
+            soft += rest * hard
+        elif remainder == "uniform":
+            classes = logits.shape[-1]
+            offset = rest / max(classes - index.shape[-1], 1)
+            soft -= offset * (logits.sum(-1, dtype=torch.float32) - log_norm * classes - log_probs.sum(-1))
+        soft = _only(soft, learners)
+        total = _only(torch.lerp(hard, soft, alpha), learners, hard)
+        ctx.save_for_backward(logits, log_norm, labels, learners, probs, index, log_probs, rest, outside, offset)
+        ctx.alpha, ctx.to_label = alpha, remainder == "label"
+        ctx.mark_non_differentiable(hard, soft)
+        return total, hard, soft
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        logits, log_norm, labels, learners, probs, index, log_probs, rest, outside, offset = ctx.saved_tensors
+        grad = grad.masked_fill(~labelled(labels), 0.0)
+        soft_grad = _only(grad * ctx.alpha, learners)
+        scale = grad if outside is None else grad - soft_grad * rest / outside
+        gradient = torch.empty_like(logits)
+        for part in chunks(logits):
+            piece = gradient[part] if gradient.dtype == torch.float32 else logits[part].float()
+            torch.sub(logits[part], log_norm[part].unsqueeze(-1), out=piece)
+            piece.exp_().mul_(scale[part].unsqueeze(-1))
+            if offset is not None:
+                piece -= (soft_grad * offset)[part].unsqueeze(-1)
+            if piece.dtype != gradient.dtype:
+                gradient[part] = piece
+        # Set and not added to: in a bucket of almost no mass the scale is huge, and the difference would be noise.
+        entries = log_probs.exp() * grad.unsqueeze(-1) - probs * soft_grad.unsqueeze(-1)
+        gradient.scatter_(-1, index, entries.to(gradient.dtype))
+        at_label = soft_grad - grad
+        if ctx.to_label:
+            at_label = at_label - soft_grad * rest
+        gradient.scatter_add_(-1, labels.clamp_min(0).unsqueeze(-1), at_label.unsqueeze(-1).to(gradient.dtype))
+        return gradient, None, None, None, None, None, None, None
+
+
+def _entries(
+    log_probs: torch.Tensor, learners: torch.Tensor | None, remainder: str, classes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities of stored entries `[R, k]` and the mass that they lack `[R]`; 0 for rows that learn nothing."""
+    probs = log_probs.exp()
+    if learners is not None:
+        probs = probs.masked_fill_(~learners.unsqueeze(-1), 0.0)
+    kept = probs.sum(-1)
+    if remainder == "renormalize":
+        return probs / kept.clamp_min(1e-30).unsqueeze(-1), torch.zeros_like(kept)
+    if log_probs.shape[-1] == classes:
+        return probs, torch.zeros_like(kept)
+    return probs, _only((1 - kept).clamp_min_(0.0), learners)
 
 
 def target_entropy(past: Past, labels: torch.Tensor, alpha: float) -> torch.Tensor:
     """
-    Entropy of the targets `(1 - alpha) * onehot + alpha * past`, one value per row.
+    Entropy of the targets `(1 - alpha) * onehot + alpha * past`, one value per row, without making them.
 
     Args:
         past ([`Past`]): past predictions.
         labels (`torch.LongTensor` of shape `[R]`): classes; a row with -100 gives an arbitrary value.
-        alpha (`float`): weight of the past.
+        alpha (`float`): weight of the past, in (0, 1].
 
     Returns:
-        `torch.FloatTensor` of shape `[R]`: in nats; with stored top-k entries the bucket (and the label, if it is not
-        among the entries) counts as one class, which makes it a lower bound.
+        `torch.FloatTensor` of shape `[R]`: in nats; with stored entries, the mass that they lack counts as one class
+        (the label's if it is not among the entries), which makes it a lower bound.
     """
-    labels = labels.clamp_min(0).unsqueeze(-1)
-    target = alpha * past.log_probs.exp()
+    label = labels.clamp_min(0).unsqueeze(-1)
     if past.index is None:
-        target = target.scatter_add(-1, labels, torch.full_like(target[..., :1], 1 - alpha))
+        # Sums of p and p log(p) over all classes, and the label's share of both.
+        sum_prob, sum_plogp = 1.0, (past.log_probs.exp() * past.log_probs).sum(-1)
+        label_logp = past.log_probs.gather(-1, label).squeeze(-1)
+        label_prob = label_logp.exp()
+        label_plogp = label_prob * label_logp
     else:
-        hit = past.index == labels
-        rest = (alpha - target.sum(dim=-1, keepdim=True)).clamp_min(0)
-        rest = rest + (1 - alpha) * ~hit.any(dim=-1, keepdim=True)
-        target = torch.cat((target + (1 - alpha) * hit, rest), dim=-1)
-    return torch.special.entr(target).sum(dim=-1)
+        probs, rest = _entries(past.log_probs, None, past.remainder, math.inf)
+        hit, plogp = past.index == label, -torch.special.entr(probs)
+        at_label = 1.0 if past.remainder == "label" else 1.0 - hit.any(-1).float()
+        label_prob, label_plogp = (probs * hit).sum(-1) + rest * at_label, (plogp * hit).sum(-1)
+        sum_prob, sum_plogp = probs.sum(-1) + rest, plogp.sum(-1) - torch.special.entr(rest) * (1 - at_label)
+    others = (sum_plogp - label_plogp) * alpha + (sum_prob - label_prob) * (alpha * math.log(alpha))
+    return torch.special.entr((1 - alpha) + alpha * label_prob) - others

@@ -6,62 +6,132 @@ from collections.abc import Callable
 
 import torch
 
-from .losses import Side, labelled, learning, target_entropy
+from .losses import RowLosses, Side, chunks, labelled, target_entropy, weighted
 
 
-Measures = dict[str, tuple[torch.Tensor | float, torch.Tensor | float]]
+SUMS = ("hard_loss", "soft_loss", "target_entropy", "past_agreement", "learners", "rows", "rows_with_entropy")
 
 
-def measures(sides: list[Side], alpha: float | None, sums: dict[str, torch.Tensor]) -> Measures:
+@torch.no_grad()
+def measures(
+    sides: list[Side], parts: list[RowLosses], alpha: float, hard: torch.Tensor | None = None
+) -> torch.Tensor:
     """
-    What one batch adds to the log, as `name: (sum, weight)`, on the device.
+    What rows add to the log, on the device.
 
     Args:
         sides (`list` of [`~hf_selfkd.losses.Side`]): the labels and past rows that were learned from.
-        alpha (`float`, *optional*): weight of the past now; `None` where nothing is distilled.
-        sums (`dict[str, torch.Tensor]`): `hard_loss` and, with a past, `soft_loss`, summed over the rows.
+        parts (`list` of [`~hf_selfkd.losses.RowLosses`]): the losses of each side; empty without a past.
+        alpha (`float`): the weight of the past.
+        hard (`torch.Tensor`, *optional*): sum of the hard losses of the rows, where `parts` do not tell.
+
+    Returns:
+        `torch.FloatTensor` of shape `[7]`: sums over the rows, in the order of `SUMS`.
     """
     labels, past = sides[0].labels, sides[0].past
-    count = labelled(labels).sum()
-    result: Measures = {"hard_loss": (sums["hard_loss"], count), "alpha": (alpha or 0.0, 1.0)}
-    if alpha is None:
-        return result
-    if past is None:
-        result["rows_with_history"] = (0.0, count)
-        return result | ({"target_entropy": (0.0, count)} if len(sides) == 1 else {})
-    learners = learning(sides[0])
-    number = learners.sum()
-    guess = past.log_probs.argmax(dim=-1)
-    guess = guess if past.index is None else past.index.gather(-1, guess.unsqueeze(-1)).squeeze(-1)
-    result["soft_loss"] = (sums["soft_loss"], number)
-    result["past_agreement"] = (((guess == labels) & learners).sum(), number)
-    result["rows_with_history"] = (number, count)
-    if len(sides) == 1:
-        entropy = target_entropy(past, labels, alpha)
-        result["target_entropy"] = (torch.where(learners, entropy, 0.0).sum(), count)
-    return result
+    rows = labelled(labels).float()
+    with_entropy = rows if len(sides) == 1 else torch.zeros_like(rows)  # the target of a mixed image is another one
+    if not parts:
+        zero = torch.zeros_like(hard, dtype=torch.float32)
+        return torch.stack((hard.float(), zero, zero, zero, zero, rows.sum(), with_entropy.sum()))
+    learners = rows if parts[0].learners is None else parts[0].learners.float()
+    guess = past.log_probs.argmax(dim=-1) if past.index is None else past.index[:, 0]
+    entropy = _finite(target_entropy(past, labels, alpha), parts[0].learners) if len(sides) == 1 else with_entropy
+    columns = (
+        weighted([part.hard for part in parts], sides),
+        weighted([part.soft for part in parts], sides),
+        entropy,
+        (guess == labels) * learners,
+        learners,
+        rows,
+        with_entropy,
+    )
+    sums = torch.stack(columns).sum(dim=-1)
+    if hard is not None:
+        sums[0] = hard
+    return sums
+
+
+def _finite(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return values if mask is None else torch.where(mask, values, 0.0)
 
 
 class RunningMeans:
     """Sums on the device, so that logging waits for it once; see [`~SelfKDMixin.log`]."""
 
-    names = ("hard_loss", "soft_loss", "target_entropy", "past_agreement", "rows_with_history", "alpha")
-
     def __init__(self):
-        self.sums: torch.Tensor | None = None  # [names, (sum, weight)]
+        self.sums: torch.Tensor | float = 0.0
+        self.alpha, self.batches = 0.0, 0  # the same in every process
 
-    def add(self, pairs: Measures, device: torch.device) -> None:
-        """Add `name: (sum, weight)` pairs; names that are left out keep their mean."""
-        zero = torch.zeros((), device=device)
-        values = [value for name in self.names for value in pairs.get(name, (zero, zero))]
-        values = [v if isinstance(v, torch.Tensor) else torch.full_like(zero, v) for v in values]
-        sums = torch.stack([value.detach().float() for value in values])
-        self.sums = sums if self.sums is None else self.sums + sums
+    def add(self, sides: list[Side], parts: list[RowLosses], alpha: float, hard: torch.Tensor | None = None) -> None:
+        """Add a batch; the arguments are those of [`measures`]."""
+        self.alpha += alpha
+        self.batches += 1
+        self.sums = self.sums + measures(sides, parts, alpha, hard)
 
-    def take(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+    def take(self, reduce: Callable[[torch.Tensor], torch.Tensor], distils: bool) -> dict[str, float]:
         """The means since the last call, of all processes; this waits for the device."""
-        if self.sums is None:
+        if not self.batches:
             return {}
-        pairs = reduce(self.sums).view(-1, 2).tolist()
-        self.sums = None
-        return {name: total / weight for name, (total, weight) in zip(self.names, pairs, strict=True) if weight > 0}
+        sums = dict(zip(SUMS, reduce(self.sums).tolist(), strict=True))
+        means = {"hard_loss": (sums["hard_loss"], sums["rows"]), "alpha": (self.alpha, self.batches)}
+        if distils:
+            means["soft_loss"] = (sums["soft_loss"], sums["learners"])
+            means["past_agreement"] = (sums["past_agreement"], sums["learners"])
+            means["rows_with_history"] = (sums["learners"], sums["rows"])
+            means["target_entropy"] = (sums["target_entropy"], sums["rows_with_entropy"])
+        self.__init__()
+        return {name: total / weight for name, (total, weight) in means.items() if weight > 0}
+
+
+class TokenFigures:
+    """
+    How well the target tokens of an evaluation were predicted: sums per sample, so that the samples that fill the last
+    batch of several processes can be dropped again.
+
+    Args:
+        gather (`Callable`): concatenates `[B, n]` of all processes, without the samples that were repeated.
+        bins (`int`, *optional*, defaults to 10): of the calibration error, right-closed.
+    """
+
+    def __init__(self, gather: Callable[[torch.Tensor], torch.Tensor], bins: int = 10):
+        self.gather_samples, self.bins = gather, bins
+        self.seen: torch.Tensor | None = None
+        self.sums: torch.Tensor | float = 0.0
+
+    @torch.no_grad()
+    def see(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Take note of the predictions `[B, L, V]` for the labels `[B, L]` of a batch."""
+        flat, label = logits.flatten(0, 1), labels.clamp_min(0).flatten()
+        nll, confidence, guess = (torch.empty(len(flat), device=flat.device) for _ in range(3))
+        for part in chunks(flat):
+            rows = flat[part].float()
+            best = rows.max(dim=-1)
+            norm = torch.logsumexp(rows, dim=-1)
+            nll[part] = norm - rows.gather(-1, label[part].unsqueeze(-1)).squeeze(-1)
+            confidence[part], guess[part] = (best.values - norm).exp(), (best.indices == label[part]).float()
+        counts = labelled(labels)
+        edges = torch.arange(1, self.bins, device=flat.device) / self.bins
+        in_bin = torch.nn.functional.one_hot(torch.bucketize(confidence, edges).view_as(labels), self.bins)
+        in_bin = in_bin * counts.unsqueeze(-1)
+        parts = [torch.where(counts, values.view_as(labels), 0.0) for values in (nll, confidence, guess)]
+        by_bin = [(in_bin * part.unsqueeze(-1)).sum(1) for part in parts[1:]]
+        self.seen = torch.cat([parts[0].sum(1, keepdim=True), in_bin.sum(1), *by_bin], dim=-1)
+
+    def gather(self) -> None:
+        """Add the batch that was seen last."""
+        if self.seen is not None:
+            self.sums = self.sums + self.gather_samples(self.seen).double().sum(0)
+        self.seen = None
+
+    def compute(self) -> dict[str, float]:
+        """`token_nll`, `token_accuracy` and `token_ece`; empty if no labels were seen."""
+        if isinstance(self.sums, float):
+            return {}
+        nll, *figures = self.sums.tolist()
+        count, confidence, correct = (figures[i * self.bins : (i + 1) * self.bins] for i in range(3))
+        total = sum(count)
+        if not total:
+            return {}
+        gap = sum(abs(a - b) for a, b in zip(confidence, correct, strict=True))
+        return {"token_nll": nll / total, "token_accuracy": sum(correct) / total, "token_ece": 100 * gap / total}

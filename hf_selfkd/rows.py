@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.models.auto import modeling_auto
+
+from .losses import log_normalizer, log_softmax
+from .samples import IGNORE_INDEX
 
 
 @dataclass
@@ -23,6 +29,16 @@ class Rows:
 
     logits: torch.Tensor
     labels: torch.Tensor
+
+    @cached_property
+    def log_probs(self) -> torch.Tensor:
+        """[`~hf_selfkd.losses.log_softmax`] of the logits, without a gradient; made once for loss and history."""
+        return log_softmax(self.logits.detach())
+
+    @cached_property
+    def log_norm(self) -> torch.Tensor:
+        """[`~hf_selfkd.losses.log_normalizer`] of the logits, without a gradient; made once for loss and history."""
+        return log_normalizer(self.logits.detach())
 
 
 def sample_rows(logits: torch.Tensor, labels: torch.Tensor) -> Rows:
@@ -40,23 +56,44 @@ def sample_rows(logits: torch.Tensor, labels: torch.Tensor) -> Rows:
 
 
 def token_rows(logits: torch.Tensor, labels: torch.Tensor) -> Rows:
-    """One row per position: token classification. Padding stays in place, with label -100.
+    """
+    One row per position: token classification, masked language models, targets of encoder-decoder models. Padding
+    stays in place, with label -100: shapes stay static and no device is waited for.
 
     Raises:
         ValueError: if `logits` are not `[B, L, C]` or `labels` not `[B, L]`.
     """
     if logits.dim() != 3 or labels.shape != logits.shape[:2]:
         raise ValueError(
-            f"logits of shape {list(logits.shape)} with labels of shape {list(labels.shape)}: token classification "
-            "needs [batch, length, classes] and [batch, length]."
+            f"logits of shape {list(logits.shape)} with labels of shape {list(labels.shape)}: predictions of tokens "
+            "need [batch, length, classes] and [batch, length]."
         )
     return Rows(logits.flatten(0, 1), labels.reshape(-1))
 
 
+def next_tokens(labels: torch.Tensor) -> torch.Tensor:
+    """The labels `[B, L]` of a causal language model where its predictions stand: one to the left, -100 at the end."""
+    return F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def causal_rows(logits: torch.Tensor, labels: torch.Tensor) -> Rows:
+    """One row per position of a causal language model; its label is the next token.
+
+    Raises:
+        ValueError: as [`token_rows`].
+    """
+    return token_rows(logits, next_tokens(labels))
+
+
 _SAMPLE_TASKS = ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "VIDEO_CLASSIFICATION")
 _SAMPLE_SUFFIXES = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")
-_TOKEN_SUFFIXES = ("ForTokenClassification",)
-SUPPORTED = "single-label sequence, image, audio and video classification, and token classification"
+_TOKEN_SUFFIXES = ("ForTokenClassification", "ForMaskedLM")
+_TOKEN_TASKS = ("TOKEN_CLASSIFICATION", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM")
+_CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
+SUPPORTED = (
+    "single-label sequence, image, audio and video classification, token classification, and causal, masked and "
+    "encoder-decoder language models"
+)
 
 
 def _classes_of(*tasks: str) -> set[str]:
@@ -81,8 +118,8 @@ def adapter_for(model: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], Rows
         model (`nn.Module`): a transformers model, PEFT-wrapped or not, or any module that returns logits.
 
     Returns:
-        `Callable`: [`sample_rows`] or [`token_rows`]; for a class that transformers does not know, a function that
-        decides by the shapes.
+        `Callable`: [`sample_rows`], [`token_rows`] or [`causal_rows`]; for a class that transformers does not know, a
+        function that decides by the shapes.
 
     Raises:
         ValueError: if the task or the problem type is not supported.
@@ -95,8 +132,10 @@ def adapter_for(model: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], Rows
             f"problem_type={problem!r} is not supported: self-distillation needs one class per row "
             "(problem_type='single_label_classification')."
         )
-    if _matches(names, _classes_of("TOKEN_CLASSIFICATION"), _TOKEN_SUFFIXES):
-        return token_rows
+    if _matches(names, _classes_of(*_TOKEN_TASKS), _TOKEN_SUFFIXES):
+        return token_rows  # before causal models: those with an encoder count as both, and do not shift
+    if _matches(names, _classes_of("CAUSAL_LM"), _CAUSAL_SUFFIXES):
+        return causal_rows
     if _matches(names, _classes_of(*_SAMPLE_TASKS), _SAMPLE_SUFFIXES):
         if getattr(config, "num_labels", 2) == 1:
             raise ValueError(
@@ -119,6 +158,46 @@ def _matches(names: list[str], known: set[str], suffixes: tuple[str, ...]) -> bo
 
 def _rows_by_shape(logits: torch.Tensor, labels: torch.Tensor) -> Rows:
     return token_rows(logits, labels) if logits.dim() == 3 else sample_rows(logits, labels)
+
+
+def num_classes_of(model: nn.Module) -> int | None:
+    """Classes of a model's rows, as far as it tells before it has run."""
+    model = base_model(model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None and hasattr(head, "weight"):
+        return head.weight.shape[0]
+    config = getattr(model, "config", None)
+    return getattr(config, "num_labels", None)
+
+
+def _decoder_input_ids(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels=labels)
+    # M2M100 and NLLB have no such method, but a function beside the class that their forward calls.
+    shift = getattr(sys.modules[type(model).__module__], "shift_tokens_right", None)
+    if shift is None:
+        raise ValueError(
+            f"the batch has no decoder_input_ids, and {type(model).__name__} cannot make them from the labels: add "
+            "them in your data collator."
+        )
+    return shift(labels, model.config.pad_token_id, model.config.decoder_start_token_id)
+
+
+def without_labels(model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor) -> dict[str, Any]:
+    """
+    What a language model needs to be run without labels as it runs with them. An encoder-decoder model makes its
+    decoder's inputs from the labels and then keeps no cache of keys and values; others need nothing.
+
+    Raises:
+        ValueError: if the decoder's inputs are missing and the model cannot make them.
+    """
+    base = base_model(model)
+    if not getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        return inputs
+    inputs = {"use_cache": False} | inputs
+    if not inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
+        inputs["decoder_input_ids"] = _decoder_input_ids(base, labels)
+    return inputs
 
 
 def logits_of(outputs: Any, has_loss: bool) -> torch.Tensor:

@@ -41,19 +41,31 @@ class SampleKeys:
     rows: np.ndarray | None = None
 
 
-def sample_keys(ids: torch.Tensor, labels: torch.Tensor) -> SampleKeys:
+def sample_keys(ids: torch.Tensor, labels: torch.Tensor, shifted: bool = False) -> SampleKeys:
     """
     Make the host-side keys of a batch.
 
     Args:
         ids (`torch.LongTensor` of shape `[B]`): sample ids, on the CPU.
         labels (`torch.LongTensor` of shape `[B]` or `[B, L]`): labels, -100 where there is none, on the CPU.
+        shifted (`bool`, *optional*, defaults to `False`): whether position `i` predicts label `i + 1`.
 
     Returns:
         [`SampleKeys`]: the hash of a sample does not depend on where its padding stands.
+
+    Raises:
+        ValueError: if the samples were merged into rows of another number (packing).
     """
     ids = ids.numpy().astype(np.int64)
     labels = labels.numpy()
+    if labels.ndim == 2 and len(labels) != len(ids):
+        raise ValueError(
+            f"the batch has {len(labels)} rows of labels for {len(ids)} samples: a collator that packs samples leaves "
+            "no place to address their predictions. Pad instead, pack when the dataset is made, or use "
+            "teacher='snapshot'."
+        )
+    if shifted and labels.ndim == 2:
+        labels = np.concatenate((labels[:, 1:], np.full((len(ids), 1), IGNORE_INDEX, labels.dtype)), axis=1)
     if labels.ndim < 2:  # and not by the size: a batch of sequences may have length 1
         labels = labels.reshape(len(ids)).astype(np.int64)
         return SampleKeys(ids, labels, (labels != IGNORE_INDEX).astype(np.int64))
@@ -250,6 +262,7 @@ class SelfKDDataCollator:
         self.mixup_alpha, self.cutmix_alpha, self.mix_probability = mixup_alpha, cutmix_alpha, mix_probability
         self.id_column = id_column
         self.host_keys = True  # off where batches travel between processes, which takes tensors only
+        self.shifts_labels = False  # set by the trainer for causal language models
         self.owns_features = False  # set by the trainer for its own wrapper, whose items are made for this one batch
         self.seed, self.epoch = 0, None  # set by the trainer: args.seed and the epoch in shared memory
 
@@ -270,7 +283,7 @@ class SelfKDDataCollator:
         if ids is not None:
             batch[SAMPLE_ID] = torch.as_tensor(ids, dtype=torch.int64)
             if self.host_keys and isinstance(batch.get("labels"), torch.Tensor):
-                batch[SAMPLE_KEYS] = sample_keys(batch[SAMPLE_ID], batch["labels"])
+                batch[SAMPLE_KEYS] = sample_keys(batch[SAMPLE_ID], batch["labels"], self.shifts_labels)
         if self.mixes:
             self._mix(batch)
         return batch

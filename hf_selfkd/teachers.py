@@ -141,7 +141,10 @@ class HistoryTeacher(Teacher):
         if mixed:
             return
         with torch.no_grad():
-            self.history.write(keys, log_softmax(rows.logits), rows.labels)
+            if self.history.codec.top_k is None:
+                self.history.write(keys, rows.log_probs, rows.labels)
+            else:
+                self.history.write(keys, rows.logits.detach(), rows.labels, rows.log_norm)
 
     def _prepare(self, keys: SampleKeys, rows: Rows) -> None:
         if self.history is None:
@@ -159,7 +162,7 @@ class HistoryTeacher(Teacher):
             counted = self.gather(counted).view(-1, 2).sum(dim=0)
         samples, num_rows = counted.tolist()
         num_rows = -(-self.size * num_rows // samples)  # for tokens an estimate from the first batch
-        plan = plan_history(self.config, num_rows, rows.logits.shape[-1], self.device, self.folder)
+        plan = plan_history(self.config, num_rows, rows.logits.shape[-1], self.device, self.folder, ragged)
         self.history = self._new_history(plan, ragged)
         logger.info(
             f"Prediction history: about {plan.num_bytes} bytes on {plan.place!r} for {self.size} samples, "
@@ -167,6 +170,7 @@ class HistoryTeacher(Teacher):
         )
 
     def _new_history(self, plan: Plan, ragged: bool) -> PredictionHistory:
+        processes = 1 if self.gather is None else len(self.gather(torch.zeros(1)))
         return PredictionHistory(
             self.size,
             plan.codec,
@@ -177,6 +181,7 @@ class HistoryTeacher(Teacher):
             ragged=ragged,
             trace_epochs=self.num_epochs if self.config.history_trace else 0,
             writes=self.writes,
+            expected_rows=plan.num_rows * 17 // (16 * processes),  # some are replayed to fill the last batch
         )
 
     def stored(self, sample_ids: Any) -> torch.Tensor:
@@ -219,7 +224,7 @@ class HistoryTeacher(Teacher):
         rows = int(tensors["counts"].sum()) if ragged else self.size
         config = copy.copy(self.config)  # what is stored decides, not what would be chosen for a new history
         config.history_top_k, config.history_dtype = top_k or num_classes, metadata["dtype"]
-        plan = plan_history(config, max(rows, 1), num_classes, self.device, self.folder)
+        plan = plan_history(config, max(rows, 1), num_classes, self.device, self.folder, ragged)
         self.history = self._new_history(plan, ragged)
         self.history.load_state(tensors, self.gather)
         for journal in journals:

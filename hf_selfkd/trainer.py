@@ -14,16 +14,35 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import broadcast
-from torch.utils.data import Dataset, IterableDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import has_length
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, has_length
 
-from .config import SelfKDConfig, alpha_at
+from .config import SelfKDConfig, Seq2SeqSelfKDConfig, alpha_at
 from .files import load_tensors, save_tensors
-from .fixes import EpochLengthGroupedSampler, hub_copy, load_renamed_weights, stream_position
-from .losses import Past, Side, cross_entropy_sum, labelled, learning, progressive_cross_entropy, weighted
-from .measures import RunningMeans, measures
-from .rows import Rows, adapter_for, base_model, check_labels, logits_of
+from .fixes import EpochLengthGroupedSampler, generation_gather, hub_copy, load_renamed_weights, stream_position
+from .losses import (
+    Past,
+    RowLosses,
+    Side,
+    cross_entropy_sum,
+    labelled,
+    progressive_cross_entropy,
+    soft_cross_entropy,
+    weighted,
+)
+from .measures import RunningMeans, TokenFigures
+from .rows import (
+    Rows,
+    adapter_for,
+    causal_rows,
+    check_labels,
+    logits_of,
+    next_tokens,
+    num_classes_of,
+    token_rows,
+    without_labels,
+)
 from .samples import (
     IGNORE_INDEX,
     MIX_LAMBDA,
@@ -126,6 +145,7 @@ class SelfKDMixin:
         self._ours: bool | None = None  # whether our cross-entropy is the hard loss; None until a batch tells
         super().__init__(model, args, *arguments, **keywords)
         self._rows: Callable[[torch.Tensor, torch.Tensor], Rows] = adapter_for(self.model)
+        self._loss_shifts_labels = False  # what the stock Trainer counts by: we shift the labels that it is given
         self._check_setup()
         self.add_callback(_Epochs(self))
 
@@ -219,6 +239,7 @@ class SelfKDMixin:
                 setattr(collator, name, getattr(outer, name))
         # Accelerate sends the batches of an iterable dataset from process to process, as tensors only.
         dispatched = iterable and self.args.accelerator_config.dispatch_batches is not False
+        collator.shifts_labels = self._rows is causal_rows
         collator.host_keys = not (dispatched and self.args.world_size > 1)
         collator.owns_features = not iterable
         collator.seed = self.args.seed
@@ -355,7 +376,7 @@ class SelfKDMixin:
             for inputs in dataloader:
                 batch = self._take(self._prepare_inputs(inputs))
                 with self.compute_loss_context_manager():
-                    outputs = self.model(**batch.inputs)
+                    outputs = self.model(**self._unlabelled(batch))
                 self.teacher.observe(batch.keys, self._rows(logits_of(outputs, has_loss=False), batch.labels))
             self.model.train()
         self._train_samples = samples
@@ -364,9 +385,17 @@ class SelfKDMixin:
     # The loss
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        keys = [batch.get(SAMPLE_KEYS) for batch in batch_samples]
+        if keys and None not in keys and self.args.world_size == 1:
+            return torch.tensor(sum(int(part.counts.sum()) for part in keys)).to(device, non_blocking=True)
         # The stock Trainer counts only for models that ask for it; our loss divides by the count for every model.
         accepts = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = True
+        if self._rows is causal_rows:
+            batch_samples = [
+                {**batch, "labels": next_tokens(batch["labels"])} if "labels" in batch else batch
+                for batch in batch_samples
+            ]
         try:
             return super()._get_num_items_in_batch(batch_samples, device)
         finally:
@@ -384,7 +413,7 @@ class SelfKDMixin:
             )
         labels = inputs.pop("labels")
         if keys is None and ids is not None and self.teacher.needs_ids:
-            keys = sample_keys(ids.cpu(), labels.cpu())
+            keys = sample_keys(ids.cpu(), labels.cpu(), self._rows is causal_rows)
         if keys is None and self.teacher.needs_ids:
             raise ValueError(
                 "the batch has no sample_id for teacher='history': let the trainer build the dataloader, or carry "
@@ -406,18 +435,29 @@ class SelfKDMixin:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = self._take(inputs)
         if self._ours is None:  # before the model sees them: its own loss may not say what is wrong
-            check_labels(batch.labels, getattr(getattr(base_model(self.model), "config", None), "num_labels", None))
-        outputs = model(**batch.inputs, labels=batch.labels) if self._asks_model else model(**batch.inputs)
+            check_labels(batch.labels, num_classes_of(self.model))
+        if self._asks_model:
+            outputs = model(**batch.inputs, labels=batch.labels)
+        else:
+            outputs = model(**self._unlabelled(batch))
         rows = self._rows(logits_of(outputs, has_loss=self._asks_model), batch.labels)
         if self._ours is None:
             self._inspect(outputs, rows)
         alpha = self._alpha()
-        past = self.teacher.targets(batch.keys, batch.inputs, rows) if alpha > 0 else None
+        past = self._past(batch, rows) if alpha > 0 else None
         sides = self._sides(rows.labels, past, batch.mix)
-        loss, sums = self._scaled_loss(outputs, rows, sides, alpha, num_items_in_batch, batch.labels.shape)
+        loss = self._scaled_loss(outputs, rows, sides, alpha, num_items_in_batch, batch.labels)
         self.teacher.observe(batch.keys, rows, mixed=batch.mix is not None)
-        self._means.add(measures(sides, alpha if self.args.distils else None, sums), loss.device)
         return (loss, outputs) if return_outputs else loss
+
+    def _past(self, batch: Batch, rows: Rows) -> Past | None:
+        inputs = batch.inputs if self.teacher.needs_ids else self._unlabelled(batch)  # others run the model themselves
+        return self.teacher.targets(batch.keys, inputs, rows)
+
+    def _unlabelled(self, batch: Batch) -> dict[str, Any]:
+        if self._rows in (causal_rows, token_rows):
+            return without_labels(self.model, batch.inputs, batch.labels)
+        return batch.inputs
 
     def prediction_step(self, model, inputs, *arguments: Any, **keywords: Any):
         """As in [`~transformers.Trainer`]; ids that a dataset carries never reach the model."""
@@ -450,11 +490,13 @@ class SelfKDMixin:
             return
         own = outputs.get("loss") if isinstance(outputs, dict) else outputs[0]
         labels = rows.labels[rows.labels != IGNORE_INDEX]
-        spread = (rows.logits - rows.logits.mean(dim=-1, keepdim=True)).abs().max() if len(labels) else 0
+        some = rows.logits[:64]
+        spread = (some - some.mean(dim=-1, keepdim=True)).abs().max() if len(labels) else 0
         if own is not None and (labels.unique().numel() < 2 or spread < 1e-2):
             return  # here a weighted or smoothed loss would look the same: wait for a batch that can tell
-        with torch.no_grad():
-            ours = cross_entropy_sum(rows.logits, rows.labels) / len(labels)
+        label = rows.labels.clamp_min(0).unsqueeze(-1)
+        hard = rows.log_norm - rows.logits.detach().gather(-1, label).squeeze(-1).float()
+        ours = hard[labelled(rows.labels)].mean()
         self._ours = own is None or bool(torch.isclose(own.detach().float(), ours, rtol=1e-5, atol=0))
         logger.info(
             "The model's loss is plain cross-entropy: hard and soft part are computed together."
@@ -477,45 +519,48 @@ class SelfKDMixin:
         sides: list[Side],
         alpha: float,
         num_items: torch.Tensor,
-        label_shape: torch.Size,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss, divided by the rows of the whole step, and the sums of its parts over the rows of this batch."""
+        labels: torch.Tensor,
+    ) -> torch.Tensor:
+        """The loss, divided by the rows of the whole step; what the batch adds to the log is noted."""
         world = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
-        sums = {}
-        parts = [
-            progressive_cross_entropy(rows.logits, side.labels, side.past, alpha, self.args.temperature)
-            for side in sides
-            if side.past is not None
-        ]
-        if parts:
-            sums["soft_loss"] = weighted([part.soft.sum() for part in parts], sides)
+        parts = [self._row_losses(rows, side, alpha) for side in sides if side.past is not None]
         if self._ours:
             if parts:
                 total = weighted([part.total.sum() for part in parts], sides)
-                sums["hard_loss"] = weighted([part.hard.sum() for part in parts], sides)
             else:
                 total = weighted([cross_entropy_sum(rows.logits, side.labels) for side in sides], sides)
-                sums["hard_loss"] = total.detach()
+            self._means.add(sides, parts, alpha, None if parts else total.detach())
             loss = total / num_items
-            return (loss * world if world > 1 else loss), sums
-        hard = weighted([self._hard_loss(outputs, rows, side.labels, num_items, label_shape) for side in sides], sides)
+            return loss * world if world > 1 else loss
+        hard = weighted([self._hard_loss(outputs, rows, side.labels, num_items, labels) for side in sides], sides)
         hard = hard * world if world > 1 else hard
-        sums["hard_loss"] = hard.detach() * num_items / world
+        self._means.add(sides, parts, alpha, hard.detach() * num_items / world)
         if not parts:
-            return hard, sums
+            return hard
         # One number for all rows cannot be weighted row by row: it gives way by the share of rows with a past.
-        soft = weighted([part.soft.sum() for part in parts], sides) / num_items * world
-        share = weighted([learning(side).sum() for side in sides], sides) / labelled(rows.labels).sum().clamp_min(1)
-        return (1 - alpha * share) * hard + alpha * soft, sums
+        masks = [labelled(side.labels) for side in sides]
+        learners = [mask if part.learners is None else part.learners for mask, part in zip(masks, parts, strict=True)]
+        share = weighted([mask.sum() for mask in learners], sides) / masks[0].sum().clamp_min(1)
+        soft = weighted([self._soft_sum(rows, side, mask) for side, mask in zip(sides, learners, strict=True)], sides)
+        return (1 - alpha * share) * hard + (alpha * world / num_items) * soft
+
+    def _row_losses(self, rows: Rows, side: Side, alpha: float) -> RowLosses:
+        normalized = rows.log_probs if side.past.index is None else rows.log_norm
+        return progressive_cross_entropy(rows.logits, side.labels, side.past, alpha, self.args.temperature, normalized)
+
+    def _soft_sum(self, rows: Rows, side: Side, learners: torch.Tensor) -> torch.Tensor:
+        soft = soft_cross_entropy(rows.logits, side.past, self.args.temperature, side.labels)
+        return torch.where(learners, soft, 0.0).sum()
 
     def _hard_loss(
-        self, outputs: Any, rows: Rows, labels: torch.Tensor, num_items: torch.Tensor, label_shape: torch.Size
+        self, outputs: Any, rows: Rows, labels: torch.Tensor, num_items: torch.Tensor, given: torch.Tensor
     ) -> torch.Tensor:
-        """The user's or the model's own loss, over the rows of the whole step."""
+        """The user's or the model's own loss, over the rows of the whole step; `given` are the labels of the batch."""
+        if self.label_smoother is not None and self.compute_loss_func is None:
+            return self.label_smoother(outputs, labels.view(given.shape), num_items_in_batch=num_items)
         if self.compute_loss_func is not None:
-            return self.compute_loss_func(outputs, labels.view(label_shape), num_items_in_batch=num_items)
-        if self.label_smoother is not None:
-            return self.label_smoother(outputs, labels.view(label_shape), num_items_in_batch=num_items)
+            given = given if labels is rows.labels else labels.view(given.shape)
+            return self.compute_loss_func(outputs, given, num_items_in_batch=num_items)
         if labels is not rows.labels:
             raise ValueError(
                 "mixed images need a loss for two labels, and this model's own loss is not plain cross-entropy: pass "
@@ -529,7 +574,7 @@ class SelfKDMixin:
         if "loss" in logs and self.is_in_train:
             several = self.args.world_size > 1
             reduce = (lambda sums: self.accelerator.reduce(sums, "sum")) if several else (lambda sums: sums)
-            logs |= self._means.take(reduce)
+            logs |= self._means.take(reduce, self.args.distils)
         super().log(logs, start_time)
 
     # Checkpoints
@@ -636,3 +681,61 @@ class SelfKDTrainer(SelfKDMixin, Trainer):
     trainer.train()
     ```
     """
+
+
+class Seq2SeqSelfKDTrainer(SelfKDMixin, Seq2SeqTrainer):
+    """
+    [`~transformers.Seq2SeqTrainer`] with progressive self-distillation of every target token.
+
+    Every argument keeps its meaning, `predict_with_generate` and the other generation arguments included. A plain
+    [`~transformers.Seq2SeqTrainingArguments`] is accepted and takes the defaults of [`Seq2SeqSelfKDConfig`].
+
+    Args:
+        model ([`~transformers.PreTrainedModel`], *optional*): an encoder-decoder model with a language modeling head.
+        args ([`Seq2SeqSelfKDConfig`] or [`~transformers.Seq2SeqTrainingArguments`], *optional*): the arguments.
+        *arguments, **keywords: as for [`~transformers.Seq2SeqTrainer`].
+    """
+
+    _config_class = Seq2SeqSelfKDConfig
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """
+        As in [`~transformers.Seq2SeqTrainer`], with every sentence once in `compute_metrics` for any number of
+        processes, and with `token_nll` (nats), `token_accuracy` and `token_ece` (per cent, 10 right-closed bins) over
+        all target tokens among the metrics, generated or not.
+        """
+        if not self._several_sequences():
+            self.gather_function = generation_gather(self.accelerator)
+        self._token_figures = TokenFigures(self.accelerator.gather_for_metrics)
+        handle = self.model.register_forward_hook(self._see_outputs, with_kwargs=True)
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        finally:
+            handle.remove()
+        for name, value in self._token_figures.compute().items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+    def _several_sequences(self) -> bool:
+        generation = getattr(self.model, "generation_config", None)
+        asked = getattr(self, "_gen_kwargs", {}).get("num_return_sequences")
+        return ((asked if asked is not None else getattr(generation, "num_return_sequences", None)) or 1) > 1
+
+    def _see_outputs(self, model: torch.nn.Module, arguments: tuple, keywords: dict[str, Any], outputs: Any) -> None:
+        if keywords.get("labels") is not None:  # and not one of the steps of generation
+            self._token_figures.see(logits_of(outputs, has_loss=True), keywords["labels"])
+
+    def prediction_step(self, model, inputs, *arguments: Any, **keywords: Any):
+        """As in [`~transformers.Seq2SeqTrainer`]; the figures of the target tokens are noted."""
+        result = super().prediction_step(model, inputs, *arguments, **keywords)
+        self._token_figures.gather()
+        return result

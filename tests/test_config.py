@@ -23,6 +23,7 @@ DEFAULTS = {
     "history_device": "auto",
     "history_max_bytes": None,
     "sample_id_column": None,
+    "history_remainder": "auto",
     "ema_decay": 0.999,
 }
 OTHERS = {
@@ -38,6 +39,7 @@ OTHERS = {
     "history_device": "disk",
     "history_max_bytes": 10**9,
     "sample_id_column": "uid",
+    "history_remainder": "label",
     "ema_decay": 0.99,
 }
 

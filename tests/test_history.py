@@ -669,7 +669,7 @@ def test_processes_equal_one(tmp_path, monkeypatch, world, place, codec, side):
         check(table, expected, list(range(10)), side, atol)
         assert torch.equal(table.trace.isnan(), tables[0].trace.isnan())
         assert torch.equal(table.trace.nan_to_num(), tables[0].trace.nan_to_num())
-        assert table.journal == [] and table.visits == 0
+        assert table.samples == [] and table.filled == table.visits == 0
     assert len(expected.rows) > 4
     swapped = reference([[ranks[::-1] for ranks in steps] for steps in plan], side)
     assert any(not torch.equal(swapped.rows[i][0], expected.rows[i][0]) for i in expected.rows if i in swapped.rows)
@@ -917,7 +917,7 @@ def test_declared_bytes_are_those_of_the_table_and_the_journals(tmp_path):
     table = make(tmp_path, size=40, top_k=2, dtype=torch.float16)
     for _ in range(2):
         write(table, list(range(40)), 1)
-        journal = sum(part.nbytes for _, parts in table.journal for part in parts.values())
+        journal = sum(part[: table.filled].nbytes for part in table.journal.values())
         table.end_epoch(0)
     assert made.num_bytes == journal + sum(part.nbytes for part in table.table.values())
 

@@ -6,7 +6,16 @@ import transformers as tf
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hf_selfkd.rows import SUPPORTED, adapter_for, base_model, check_labels, logits_of, sample_rows, token_rows
+from hf_selfkd.rows import (
+    SUPPORTED,
+    adapter_for,
+    base_model,
+    causal_rows,
+    check_labels,
+    logits_of,
+    sample_rows,
+    token_rows,
+)
 
 
 TEXT = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
@@ -175,8 +184,8 @@ def test_peft_models(task):
 def test_peft_of_an_unsupported_task():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["query"])
-    with pytest.raises(ValueError, match="BertForMaskedLM is of a task that is not supported yet"):
-        adapter_for(peft.get_peft_model(build(tf.BertForMaskedLM, bert()), config))
+    with pytest.raises(ValueError, match="BertForPreTraining is of a task that is not supported yet"):
+        adapter_for(peft.get_peft_model(build(tf.BertForPreTraining, bert()), config))
 
 
 class Mine(tf.BertForSequenceClassification):
@@ -206,18 +215,36 @@ def test_models_of_the_user():
             adapter(torch.zeros(3), torch.tensor([0, 1, 2]))
 
 
+@pytest.mark.parametrize(
+    ("name", "config", "expected"),
+    [
+        ("BertForMaskedLM", bert, token_rows),
+        ("T5ForConditionalGeneration", t5, token_rows),
+        ("GPT2LMHeadModel", gpt2, causal_rows),
+    ],
+)
+def test_language_models(name, config, expected):
+    """Masked and encoder-decoder models have a row where its label is, causal ones where the label before it is."""
+    assert adapter_for(build(getattr(tf, name), config())) is expected
+
+
+def test_causal_rows_predict_the_next_token():
+    """The last position of a sample predicts nothing, nor does one whose next label is -100."""
+    logits, labels = torch.randn(2, 4, 7), torch.tensor([[5, 6, -100, 1], [2, 3, 4, -100]])
+    rows = causal_rows(logits, labels)
+    assert rows.labels.tolist() == [6, -100, 1, -100, 3, 4, -100, -100]
+    assert torch.equal(rows.logits.view(2, 4, 7), logits)
+
+
 # What is refused
 
 UNSUPPORTED = {
-    "GPT2LMHeadModel": gpt2,
     "GPT2DoubleHeadsModel": gpt2,
-    "BertForMaskedLM": bert,
     "BertForQuestionAnswering": bert,
     "BertForMultipleChoice": bert,
     "BertForNextSentencePrediction": bert,
     "BertForPreTraining": bert,
     "BertModel": bert,
-    "T5ForConditionalGeneration": t5,
     "T5ForQuestionAnswering": t5,
     "ViTForMaskedImageModeling": lambda: tf.ViTConfig(**IMAGE, encoder_stride=4),
     "Wav2Vec2ForCTC": wav2vec2,
@@ -245,7 +272,7 @@ def test_tasks_that_are_not_supported(name):
     assert SUPPORTED in str(error.value)
 
 
-class MyLanguageModel(tf.GPT2LMHeadModel):
+class MyLanguageModel(tf.GPT2DoubleHeadsModel):
     """A user's subclass of a model whose rows would be misread."""
 
 

@@ -1,0 +1,254 @@
+"""
+Plain training, label smoothing and PS-KD on a real translation task, with the same budget and several seeds.
+
+PS-KD comes with several sizes and remainder rules of the stored rows, and with the snapshot teacher. Every finished
+run appends one JSON line to `--results`; runs that are already there are not repeated, so the command can be stopped
+and started again. `--table` prints the Markdown table of what is there and trains nothing.
+
+    python benchmarks/translation.py --train_files "train-*.parquet" --test_files "test-*.parquet"
+
+Without files the data come from the Hub (`bentrevett/multi30k`). Columns are named by language.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import Dataset, load_dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    DataCollatorForSeq2Seq,
+    MarianConfig,
+    MarianMTModel,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from hf_selfkd import Seq2SeqSelfKDConfig, Seq2SeqSelfKDTrainer
+from hf_selfkd.losses import Past
+from hf_selfkd.metrics import compute_translation_metrics
+
+
+METHODS = {
+    "plain": {"alpha": 0.0},
+    "label smoothing 0.1": {"alpha": 0.0, "label_smoothing_factor": 0.1},
+    "PS-KD history, top 16, label": {"history_top_k": 16, "history_remainder": "label"},
+    "PS-KD history, top 16, bucket": {"history_top_k": 16, "history_remainder": "bucket"},
+    "PS-KD snapshot": {"teacher": "snapshot"},
+    "PS-KD history, top 4, label": {"history_top_k": 4, "history_remainder": "label"},
+    "PS-KD history, top 64, label": {"history_top_k": 64, "history_remainder": "label"},
+    "PS-KD history, top 16, uniform": {"history_top_k": 16, "history_remainder": "uniform"},
+    "PS-KD history, top 16, renormalize": {"history_top_k": 16, "history_remainder": "renormalize"},
+    # What tells history and snapshot apart: the mass that is not stored, dropout, and the age of the predictions.
+    "PS-KD snapshot, top 16, label": {"teacher": "snapshot"},
+    "PS-KD snapshot with dropout, top 16, label": {"teacher": "snapshot"},
+}
+FIGURES = {"bleu": "BLEU", "chrf": "chrF", "token_nll": "token NLL", "token_ece": "token ECE %"}
+
+
+class Variants(Seq2SeqSelfKDTrainer):
+    """Changes what the snapshot says, to find out why the history says something better."""
+
+    top_k: int | None = None
+    dropout = False
+
+    def _past(self, batch, rows):
+        if self.dropout:
+            self.model.eval = self.model.train  # the teacher asks for evaluation mode
+        try:
+            past = super()._past(batch, rows)
+        finally:
+            vars(self.model).pop("eval", None)
+        if past is None or self.top_k is None:
+            return past
+        log_probs, index = past.log_probs.topk(self.top_k, dim=-1)
+        return Past(log_probs, past.mask, index, "label")
+
+
+def load(files: list[str] | None, split: str, limit: int | None) -> Dataset:
+    """A split from local parquet files, or from the Hub."""
+    if files:
+        dataset = load_dataset("parquet", data_files={split: files}, split=split)
+    else:
+        dataset = load_dataset("bentrevett/multi30k", split=split)
+    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A joint byte-level BPE that ends every sentence with `</s>`."""
+    raw = Tokenizer(models.BPE(unk_token="<unk>"))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
+    special = ["<pad>", "</s>", "<unk>"]
+    raw.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    )
+    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def make_task(args: argparse.Namespace) -> dict:
+    """What the trainer needs."""
+    train, test = load(args.train_files, "train", args.max_train_samples), load(args.test_files, "test", None)
+    tokenizer = train_tokenizer([*train[args.source], *train[args.target]], args.vocab_size)
+
+    def encode(batch: dict) -> dict:
+        return tokenizer(batch[args.source], text_target=batch[args.target], truncation=True, max_length=64)
+
+    config = MarianConfig(
+        vocab_size=len(tokenizer),
+        d_model=args.width,
+        encoder_layers=args.layers,
+        decoder_layers=args.layers,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=4 * args.width,
+        decoder_ffn_dim=4 * args.width,
+        max_position_embeddings=128,
+        dropout=0.1,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+        forced_eos_token_id=None,
+        scale_embedding=True,
+    )
+    return {
+        "config": config,
+        "tokenizer": tokenizer,
+        "train": train.map(encode, batched=True, remove_columns=train.column_names),
+        "test": test.map(encode, batched=True, remove_columns=test.column_names),
+    }
+
+
+def run(task: dict, method: str, seed: int, args: argparse.Namespace) -> dict:
+    """Train once; translate the test set with the weights of the last epoch."""
+    set_seed(seed)
+    model = MarianMTModel(task["config"])
+    model.generation_config.update(max_length=64, num_beams=1, bad_words_ids=None)
+    compute_metrics = compute_translation_metrics(task["tokenizer"])
+    with tempfile.TemporaryDirectory() as folder:
+        config = Seq2SeqSelfKDConfig(
+            folder,
+            seed=seed,
+            num_train_epochs=args.epochs,
+            per_device_train_batch_size=64,
+            per_device_eval_batch_size=100,
+            learning_rate=2e-3,
+            lr_scheduler_type="inverse_sqrt",
+            warmup_steps=300,
+            train_sampling_strategy="group_by_length",
+            predict_with_generate=True,
+            generation_max_length=64,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            log_level="error",
+            logging_strategy="epoch",
+            **METHODS[method],
+        )
+        trainer = Variants(
+            model,
+            config,
+            train_dataset=task["train"],
+            eval_dataset=task["test"],
+            processing_class=task["tokenizer"],
+            data_collator=DataCollatorForSeq2Seq(task["tokenizer"], model=model),
+            compute_metrics=compute_metrics,
+        )
+        if "snapshot" in method:
+            trainer.top_k = 16 if "top 16" in method else None
+            trainer.dropout = "with dropout" in method
+        start = time.process_time()
+        trainer.train()
+        seconds = time.process_time() - start
+        metrics = trainer.evaluate()
+    figures = {key.removeprefix("eval_"): value for key, value in metrics.items()}
+    return {
+        "method": method,
+        "seed": seed,
+        "epochs": args.epochs,
+        "train_samples": len(task["train"]),
+        **{key: figures[key] for key in (*FIGURES, "token_accuracy", "gen_len")},
+        "signatures": compute_metrics.signatures,
+        "train_cpu_seconds": seconds,
+        "hard_loss_by_epoch": [entry["hard_loss"] for entry in trainer.state.log_history if "hard_loss" in entry],
+    }
+
+
+def machine() -> dict:
+    """What the figures were measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def table(results: list[dict]) -> str:
+    """The Markdown table: mean and standard deviation over seeds of every figure."""
+    lines = [
+        "| method | seeds | " + " | ".join(FIGURES.values()) + " | CPU minutes |",
+        "|---|---|" + "---|" * (len(FIGURES) + 1),
+    ]
+    for method in METHODS:
+        rows = [row for row in results if row["method"] == method]
+        if not rows:
+            continue
+        cells = []
+        for name in FIGURES:
+            values = [row[name] for row in rows]
+            digits = 3 if name == "token_nll" else 1
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
+        minutes = statistics.mean(row["train_cpu_seconds"] for row in rows) / 60
+        lines.append(f"| {method} | {len(rows)} | " + " | ".join(cells) + f" | {minutes:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train_files", nargs="+", help="local parquet files; the Hub otherwise")
+    parser.add_argument("--test_files", nargs="+")
+    parser.add_argument("--source", default="de", help="column of the source sentences")
+    parser.add_argument("--target", default="en", help="column of the target sentences")
+    parser.add_argument("--max_train_samples", type=int, default=6000)
+    parser.add_argument("--vocab_size", type=int, default=4000)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--results", type=Path, default=Path("results_translation.jsonl"))
+    parser.add_argument("--table", action="store_true", help="print the table of the results and stop")
+    args = parser.parse_args()
+    done = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.is_file() else []
+    if args.table:
+        print(table(done))
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    task = make_task(args)
+    for seed in args.seeds:
+        for method in args.methods:
+            if any((row["method"], row["seed"]) == (method, seed) for row in done):
+                continue
+            result = run(task, method, seed, args) | machine()
+            done.append(result)
+            with args.results.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            print({key: result[key] for key in ("method", "seed", *FIGURES, "train_cpu_seconds")}, flush=True)
+    print(table(done))
+
+
+if __name__ == "__main__":
+    main()
