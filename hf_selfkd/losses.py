@@ -305,10 +305,13 @@ class _StoredEntries(torch.autograd.Function):
         soft_grad = _only(grad * ctx.alpha, learners)
         scale = grad if outside is None else grad - soft_grad * rest / outside
         gradient = torch.empty_like(logits)
+        in_exponent = logits.device.type == "cpu" and bool((scale >= 0).all())  # one pass less; elsewhere asking waits
+        shift = log_norm - scale.log() if in_exponent else log_norm
         for part in chunks(logits):
             piece = gradient[part] if gradient.dtype == torch.float32 else logits[part].float()
-            torch.sub(logits[part], log_norm[part].unsqueeze(-1), out=piece)
-            piece.exp_().mul_(scale[part].unsqueeze(-1))
+            torch.sub(logits[part], shift[part].unsqueeze(-1), out=piece).exp_()
+            if not in_exponent:
+                piece *= scale[part].unsqueeze(-1)
             if offset is not None:
                 piece -= (soft_grad * offset)[part].unsqueeze(-1)
             if piece.dtype != gradient.dtype:

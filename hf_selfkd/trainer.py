@@ -84,6 +84,12 @@ class Batch:
     mix: Mix | None
 
 
+def _is_mean(loss: torch.Tensor, rows: Rows, labels: torch.Tensor) -> bool:
+    """Whether a loss is the mean cross-entropy of the rows with these labels."""
+    hard = rows.log_norm - rows.logits.detach().gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1).float()
+    return bool(torch.isclose(loss.detach().float(), hard[labelled(labels)].mean(), rtol=1e-5, atol=0))
+
+
 class _Epochs(TrainerCallback):
     """Tells the trainer what the loop does."""
 
@@ -387,7 +393,8 @@ class SelfKDMixin:
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         keys = [batch.get(SAMPLE_KEYS) for batch in batch_samples]
         if keys and None not in keys and self.args.world_size == 1:
-            return torch.tensor(sum(int(part.counts.sum()) for part in keys)).to(device, non_blocking=True)
+            count = max(sum(int(part.counts.sum()) for part in keys), 1)
+            return torch.tensor(count).to(device, non_blocking=True)
         # The stock Trainer counts only for models that ask for it; our loss divides by the count for every model.
         accepts = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = True
@@ -397,9 +404,10 @@ class SelfKDMixin:
                 for batch in batch_samples
             ]
         try:
-            return super()._get_num_items_in_batch(batch_samples, device)
+            count = super()._get_num_items_in_batch(batch_samples, device)
         finally:
             self.model_accepts_loss_kwargs = accepts
+        return count.clamp_min(1) if isinstance(count, torch.Tensor) else count  # a step without labels costs 0
 
     def _take(self, inputs: dict[str, Any]) -> Batch:
         """Split a batch into what the model sees and what is ours."""
@@ -442,7 +450,7 @@ class SelfKDMixin:
             outputs = model(**self._unlabelled(batch))
         rows = self._rows(logits_of(outputs, has_loss=self._asks_model), batch.labels)
         if self._ours is None:
-            self._inspect(outputs, rows)
+            self._inspect(outputs, rows, batch.labels)
         alpha = self._alpha()
         past = self._past(batch, rows) if alpha > 0 else None
         sides = self._sides(rows.labels, past, batch.mix)
@@ -482,7 +490,7 @@ class SelfKDMixin:
             state.max_steps,
         )
 
-    def _inspect(self, outputs: Any, rows: Rows) -> None:
+    def _inspect(self, outputs: Any, rows: Rows, given: torch.Tensor) -> None:
         """Find out whether the model's own loss is plain cross-entropy: then ours replaces it, in one pass."""
         check_labels(rows.labels, rows.logits.shape[-1])
         if not self._asks_model:
@@ -494,10 +502,12 @@ class SelfKDMixin:
         spread = (some - some.mean(dim=-1, keepdim=True)).abs().max() if len(labels) else 0
         if own is not None and (labels.unique().numel() < 2 or spread < 1e-2):
             return  # here a weighted or smoothed loss would look the same: wait for a batch that can tell
-        label = rows.labels.clamp_min(0).unsqueeze(-1)
-        hard = rows.log_norm - rows.logits.detach().gather(-1, label).squeeze(-1).float()
-        ours = hard[labelled(rows.labels)].mean()
-        self._ours = own is None or bool(torch.isclose(own.detach().float(), ours, rtol=1e-5, atol=0))
+        self._ours = own is None or _is_mean(own, rows, rows.labels)
+        if not self._ours and self._rows is causal_rows and _is_mean(own, rows, given.reshape(-1)):
+            raise ValueError(
+                f"{type(self.model).__name__} compares each position with its own label and not with the next one, as "
+                "causal language models do: it is not supported."
+            )
         logger.info(
             "The model's loss is plain cross-entropy: hard and soft part are computed together."
             if self._ours
