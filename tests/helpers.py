@@ -9,20 +9,39 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     BertForTokenClassification,
     ConvNextConfig,
     ConvNextForImageClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    MarianConfig,
+    MarianMTModel,
+    MBartConfig,
+    MBartForConditionalGeneration,
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
     PrinterCallback,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     ResNetConfig,
     ResNetForImageClassification,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
     SwinConfig,
     SwinForImageClassification,
+    T5Config,
+    T5ForConditionalGeneration,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
     TrainingArguments,
@@ -41,9 +60,39 @@ atexit.register(gc.unfreeze)
 torch.set_num_threads(1)
 
 CLASSES = 5
+VOCABULARY, PAD, EOS, MASK = 30, 0, 1, 2  # of the language models
 _TEXT = {"vocab_size": 30, "max_position_embeddings": 16, "num_labels": CLASSES}
 _BERT = _TEXT | {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_TOKENS = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 2, "decoder_start_token_id": PAD}
+_SEQ2SEQ = _TOKENS | {
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 16,
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+    "forced_eos_token_id": None,
+    "init_std": 0.3,
+}
+_CAUSAL = {
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 16,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.3,
+    "pad_token_id": PAD,
+    "bos_token_id": 2,
+    "eos_token_id": EOS,
+}
+_GPT2 = {"vocab_size": VOCABULARY, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_inner": 16}
+_GPT2 |= {"initializer_range": 0.3, "bos_token_id": 2, "eos_token_id": EOS, "pad_token_id": PAD}
 _VIT = {"image_size": 16, "patch_size": 8, "num_labels": CLASSES, "hidden_size": 16, "intermediate_size": 16}
 
 # name: (class, configuration, kind of data); with dropout where the architecture has it, unless "plain"
@@ -130,6 +179,30 @@ _MODELS = {
         ),
         "sounds",
     ),
+    "marian": (MarianMTModel, lambda: MarianConfig(**_SEQ2SEQ), "pairs"),
+    "plain_marian": (MarianMTModel, lambda: MarianConfig(dropout=0.0, **_SEQ2SEQ), "pairs"),
+    "bart": (BartForConditionalGeneration, lambda: BartConfig(**_SEQ2SEQ), "pairs"),
+    "mbart": (MBartForConditionalGeneration, lambda: MBartConfig(**_SEQ2SEQ), "pairs"),
+    "m2m100": (M2M100ForConditionalGeneration, lambda: M2M100Config(**_SEQ2SEQ), "pairs"),
+    "t5": (
+        T5ForConditionalGeneration,
+        lambda: T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, **_TOKENS),
+        "pairs",
+    ),
+    "llama": (LlamaForCausalLM, lambda: LlamaConfig(attention_dropout=0.1, **_CAUSAL), "words"),
+    "qwen2": (Qwen2ForCausalLM, lambda: Qwen2Config(attention_dropout=0.1, **_CAUSAL), "words"),
+    "gpt2": (GPT2LMHeadModel, lambda: GPT2Config(**_GPT2), "words"),
+    "plain_gpt2": (
+        GPT2LMHeadModel,
+        lambda: GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **_GPT2),
+        "words",
+    ),
+    "bert_mlm": (BertForMaskedLM, lambda: BertConfig(initializer_range=0.3, **_BERT), "masked"),
+    "plain_bert_mlm": (
+        BertForMaskedLM,
+        lambda: BertConfig(initializer_range=0.3, **_BERT, **_NO_DROPOUT),
+        "masked",
+    ),
 }
 
 
@@ -178,7 +251,10 @@ def add_noise(item):
 
 
 def make_samples(kind, size=22, transform=None, seed=0):
-    """Samples for the model of that name (or of that kind: images, texts, tokens, sounds); the classes can be told."""
+    """Samples for the model of that name (or of that kind: images, texts, tokens, sounds, pairs, words, masked).
+
+    The classes can be told; `pairs` are for encoder-decoder models, `words` for causal and `masked` for masked ones.
+    """
     kind = _MODELS[kind][2] if kind in _MODELS else kind
     rng = np.random.default_rng(seed)
     items = []
@@ -192,19 +268,34 @@ def make_samples(kind, size=22, transform=None, seed=0):
         else:
             words = rng.integers(3, 30, size=int(rng.integers(3, 10)))
             words[0] = 3 + label
+            if kind in ("pairs", "words", "masked"):
+                items.append(_language_item(kind, words, rng))
+                continue
             labels = label if kind == "texts" else [-100, *(words[1:] % CLASSES).tolist()]
             item = {"input_ids": words.tolist(), "labels": labels}
         items.append(item)
     return Samples(items, transform)
 
 
+def _language_item(kind, words, rng):
+    if kind == "pairs":  # the target has a length of its own
+        target = [(3 * word) % 27 + 3 for word in words[::-1][: int(rng.integers(1, 7))].tolist()]
+        return {"input_ids": words.tolist(), "labels": [*target, EOS]}
+    if kind == "words":  # every other sample starts with a prompt that is not to be learned
+        prompt = 2 * int(rng.integers(2))
+        return {"input_ids": words.tolist(), "labels": [-100] * prompt + words[prompt:].tolist()}
+    masked = rng.random(len(words)) < 0.4
+    masked[int(rng.integers(len(words)))] = True
+    return {"input_ids": np.where(masked, MASK, words).tolist(), "labels": np.where(masked, words, -100).tolist()}
+
+
 def collate(items):
     """Stack images and sounds, pad words with 0 and their labels with -100."""
     if "input_ids" not in items[0]:
         return {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in items[0]}
-    length = max(len(item["input_ids"]) for item in items)
 
     def pad(values, filler):
+        length = max(map(len, values))
         return torch.tensor([list(v) + [filler] * (length - len(v)) for v in values])
 
     batch = {"input_ids": pad([item["input_ids"] for item in items], 0)}
@@ -224,7 +315,8 @@ def make_trainer(output_dir, model, dataset, trainer=SelfKDTrainer, callbacks=No
     parameters += ("model_init", "preprocess_logits_for_metrics", "optimizer_cls_and_kwargs")
     own = {name: options.pop(name) for name in parameters if name in options}
     own["data_collator"] = options.pop("data_collator", collate)
-    config = options.pop("config_class", None) or getattr(trainer, "_config_class", TrainingArguments)
+    stock = Seq2SeqTrainingArguments if issubclass(trainer, Seq2SeqTrainer) else TrainingArguments
+    config = options.pop("config_class", None) or getattr(trainer, "_config_class", stock)
     defaults = {
         "per_device_train_batch_size": 4,
         "num_train_epochs": 3,
