@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from .config import SelfKDConfig
-from .losses import LOG_ZERO, Past, Remainder, chunks
+from .losses import Past, Remainder
 from .samples import SampleKeys
 
 
@@ -63,14 +63,13 @@ class Codec:
         """`int`: bytes of a stored row."""
         return sum(width * dtype.itemsize for width, dtype in self.widths.values())
 
-    def encode(self, logits: torch.Tensor, log_norm: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Rows `[R, C]` as stored parts: log-probabilities or, with their log-normalizer `[R]`, scores; NaN stays."""
+    def encode(self, log_probs: torch.Tensor, index: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Log-probabilities, `[R, C]` or those of the top entries `[R, k]` with `index`, as stored; NaN stays NaN."""
         if self.top_k is None:
-            return {"log_probs": (logits if log_norm is None else logits - log_norm.unsqueeze(-1)).to(self.dtype)}
-        values, index = top_entries(logits, self.top_k)
-        if log_norm is not None:
-            values = values.float().sub_(log_norm.unsqueeze(-1)).clamp_min_(LOG_ZERO)
-        return {"log_probs": values.to(self.dtype), "index": index.to(self.index_dtype)}
+            return {"log_probs": log_probs.to(self.dtype)}
+        if index is None:
+            log_probs, index = log_probs.topk(self.top_k, dim=-1)
+        return {"log_probs": log_probs.to(self.dtype), "index": index.to(self.index_dtype)}
 
     def decode(self, parts: dict[str, torch.Tensor], mask: torch.Tensor) -> Past:
         """Stored parts as [`~hf_selfkd.losses.Past`]; rounding never leaves more than the whole mass."""
@@ -162,40 +161,6 @@ def _free_bytes(place: str, device: torch.device, folder: str | Path) -> int:
     if place == "model" and device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
-
-
-def top_entries(rows: torch.Tensor, k: int, block: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The largest entries of each row, in descending order.
-
-    Wide rows are searched by blocks: the k largest entries lie in the k blocks with the largest maxima, so one fast
-    pass for the maxima spares the selection most of the row.
-
-    Args:
-        rows (`torch.Tensor` of shape `[R, C]`): scores.
-        k (`int`): how many entries, at most C.
-        block (`int`, *optional*, defaults to 64): classes of a block.
-
-    Returns:
-        `tuple`: values and `torch.LongTensor` indices, `[R, k]` each.
-    """
-    classes = rows.shape[-1]
-    blocks = classes // block
-    if blocks < 4 * k:
-        return rows.topk(k, dim=-1)
-    tail = rows[:, blocks * block :]
-    values, index = [], []
-    for part in chunks(rows):
-        split = rows[part, : blocks * block].unflatten(-1, (blocks, block))
-        best = split.amax(dim=-1).topk(k, dim=-1, sorted=False).indices
-        found = split.gather(1, best.unsqueeze(-1).expand(-1, -1, block)).flatten(1)
-        found = torch.cat((found, tail[part]), dim=-1)
-        where = (best.unsqueeze(-1) * block + torch.arange(block, device=rows.device)).flatten(1)
-        rest = torch.arange(blocks * block, classes, device=rows.device).expand(len(where), -1)
-        chosen = found.topk(k, dim=-1)
-        values.append(chosen.values)
-        index.append(torch.cat((where, rest), dim=-1).gather(-1, chosen.indices))
-    return torch.cat(values), torch.cat(index)
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -375,28 +340,35 @@ class PredictionHistory:
     # Writing
 
     def write(
-        self, keys: SampleKeys, logits: torch.Tensor, labels: torch.Tensor, log_norm: torch.Tensor | None = None
+        self,
+        keys: SampleKeys,
+        log_probs: torch.Tensor,
+        labels: torch.Tensor,
+        index: torch.Tensor | None = None,
+        true_log_probs: torch.Tensor | None = None,
     ) -> None:
         """
         Note the predictions of a batch, to be read from the next epoch on.
 
         Args:
             keys ([`~hf_selfkd.samples.SampleKeys`]): of the batch.
-            logits (`torch.FloatTensor` of shape `[R, C]`): detached; log-probabilities without `log_norm`.
+            log_probs (`torch.FloatTensor` of shape `[R, C]`, or `[R, k]` with `index`): float32, detached.
             labels (`torch.LongTensor` of shape `[R]`): for the trace.
-            log_norm (`torch.FloatTensor` of shape `[R]`, *optional*): log-normalizer of the logits.
+            index (`torch.LongTensor` of shape `[R, k]`, *optional*): classes of the entries to store.
+            true_log_probs (`torch.FloatTensor` of shape `[R]`, *optional*): of the labels, with `index`, for the trace.
 
         Raises:
             ValueError: as [`~PredictionHistory.read`] does, which is not called at alpha 0.
         """
         slots, _ = self._known(keys)
-        parts = self.codec.encode(logits, log_norm)
+        parts = self.codec.encode(log_probs, index)
         if self.trace is not None:
-            true = logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).float()
-            true = (true if log_norm is None else true - log_norm.unsqueeze(-1)).exp()
-            parts["true_probs"] = true.masked_fill_(labels.unsqueeze(-1) < 0, math.nan).to(torch.float16)
+            if true_log_probs is None:
+                true_log_probs = log_probs.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+            true = true_log_probs.exp().masked_fill_(labels < 0, math.nan)
+            parts["true_probs"] = true.to(torch.float16).unsqueeze(-1)
         if self.ragged:
-            rows = _to(torch.from_numpy(keys.rows), logits.device)
+            rows = _to(torch.from_numpy(keys.rows), log_probs.device)
             parts = {name: part.index_select(0, rows) for name, part in parts.items()}
         counts = keys.counts if self.ragged else np.ones_like(keys.counts)
         order = np.full(len(keys.ids), self.visits, dtype=np.int64)

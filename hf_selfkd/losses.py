@@ -16,6 +16,7 @@ from .samples import IGNORE_INDEX
 Remainder = Literal["bucket", "label", "uniform", "renormalize"]
 
 
+WHOLE = 2**21  # logits up to which a loss is computed in one piece
 LOG_ZERO = -1.0e4  # a finite stand-in for log(0): exp gives exactly 0 and 0 * LOG_ZERO is 0, not NaN
 
 
@@ -82,13 +83,58 @@ def chunks(logits: torch.Tensor) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, len(logits), size))
 
 
+@dataclass
+class Summary:
+    """
+    What loss and history need of rows `[R, C]` that are too wide to be kept: their log-normalizer `[R]`, float32, and
+    the largest scores `[R, k]` with their classes, in descending order.
+    """
+
+    log_norm: torch.Tensor
+    top: torch.Tensor | None = None
+    index: torch.Tensor | None = None
+
+
 @torch.no_grad()
-def log_normalizer(logits: torch.Tensor) -> torch.Tensor:
-    """log(sum(exp(logits))) of rows `[R, C]`, float32, without a temporary of their size."""
-    result = torch.empty(len(logits), device=logits.device)
+def summarize(logits: torch.Tensor, top_k: int | None = None) -> Summary:
+    """The [`Summary`] of rows `[R, C]`, in one pass and without a temporary of their size."""
+    log_norm, top, index = torch.empty(len(logits), device=logits.device), [], []
     for part in chunks(logits):
-        torch.logsumexp(logits[part].float(), dim=-1, out=result[part])
-    return result
+        rows = logits[part].float()
+        torch.logsumexp(rows, dim=-1, out=log_norm[part])
+        if top_k is not None:
+            values, classes = top_entries(rows, top_k)
+            top.append(values)
+            index.append(classes)
+    return Summary(log_norm, torch.cat(top), torch.cat(index)) if top else Summary(log_norm)
+
+
+def top_entries(rows: torch.Tensor, k: int, block: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The largest entries of each row, in descending order.
+
+    Wide rows are searched by blocks: the k largest entries lie in the k blocks with the largest maxima, so one fast
+    pass for the maxima spares the selection most of the row.
+
+    Args:
+        rows (`torch.Tensor` of shape `[R, C]`): scores.
+        k (`int`): how many entries, at most C.
+        block (`int`, *optional*, defaults to 64): classes of a block.
+
+    Returns:
+        `tuple`: values and `torch.LongTensor` indices, `[R, k]` each.
+    """
+    classes = rows.shape[-1]
+    blocks = classes // block
+    if blocks < 4 * k:
+        return rows.topk(k, dim=-1)
+    split = rows[:, : blocks * block].unflatten(-1, (blocks, block))
+    best = split.amax(dim=-1).topk(k, dim=-1, sorted=False).indices
+    found = split.gather(1, best.unsqueeze(-1).expand(-1, -1, block)).flatten(1)
+    chosen = torch.cat((found, rows[:, blocks * block :]), dim=-1).topk(k, dim=-1)
+    inside = best.gather(-1, (chosen.indices // block).clamp_max(k - 1)) * block + chosen.indices % block
+    tail = chosen.indices + (blocks - k) * block
+    return chosen.values, torch.where(chosen.indices < k * block, inside, tail)
 
 
 @dataclass
@@ -114,8 +160,38 @@ def _only(values: torch.Tensor, mask: torch.Tensor | None, otherwise: torch.Tens
 
 
 def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of the hard cross-entropies of rows `[R, C]` with labels `[R]`; label -100 counts nothing."""
-    return F.cross_entropy(logits.float(), labels, reduction="sum")
+    """
+    Sum of the hard cross-entropies of rows `[R, C]` with labels `[R]`; label -100 counts nothing. The value and the
+    gradient are those of `F.cross_entropy` to the bit; large logits are worked off in pieces, which takes a third of
+    its memory.
+    """
+    if logits.numel() <= WHOLE:
+        return F.cross_entropy(logits.float(), labels, reduction="sum")
+    return _InPieces.apply(logits, labels)
+
+
+class _InPieces(torch.autograd.Function):
+    """The sum of the cross-entropies of many rows, with nothing but the gradient as large as the logits."""
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        ctx.save_for_backward(logits, labels)
+        label = labels.clamp_min(0).unsqueeze(-1)
+        log_probs = [F.log_softmax(logits[p], -1, dtype=torch.float32).gather(-1, label[p]) for p in chunks(logits)]
+        only_class = torch.where(labelled(labels), 0, IGNORE_INDEX)
+        return F.nll_loss(torch.cat(log_probs), only_class, reduction="sum")
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        logits, labels = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        label, at_label = labels.clamp_min(0).unsqueeze(-1), torch.where(labelled(labels), -grad, 0.0).unsqueeze(-1)
+        for part in chunks(logits):
+            log_probs = F.log_softmax(logits[part], -1, dtype=torch.float32)
+            piece = torch.zeros_like(log_probs).scatter_(-1, label[part], at_label[part])
+            gradient[part] = torch._log_softmax_backward_data(piece, log_probs, -1, torch.float32)
+        return gradient, None
 
 
 def _log_rest(log_probs: torch.Tensor) -> torch.Tensor:
@@ -213,7 +289,7 @@ def progressive_cross_entropy(
         temperature (`float`, *optional*, defaults to 1.0):
             softens both sides of the soft part, which is multiplied by its square (Hinton et al., 2015).
         normalized (`torch.FloatTensor`, *optional*):
-            [`log_softmax`] of the logits or, for a past with `index`, [`log_normalizer`], if known already.
+            [`log_softmax`] of the logits or, for a past with `index`, their log-normalizer `[R]`, if known already.
 
     Returns:
         [`RowLosses`]: one value per row.
@@ -274,7 +350,7 @@ class _StoredEntries(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, normalized, labels, learners, alpha, past_log_probs, index, remainder):
-        log_norm = log_normalizer(logits) if normalized is None else normalized
+        log_norm = summarize(logits).log_norm if normalized is None else normalized
         log_probs = logits.gather(-1, index).float().sub_(log_norm.unsqueeze(-1)).clamp_min_(LOG_ZERO)
         hard = log_norm - logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1).float()
         hard.masked_fill_(~labelled(labels), 0.0)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.auto import modeling_auto
 
-from .losses import log_normalizer, log_softmax
+from .losses import Summary, log_softmax, summarize
 from .samples import IGNORE_INDEX
 
 
@@ -29,16 +29,18 @@ class Rows:
 
     logits: torch.Tensor
     labels: torch.Tensor
+    _summary: Summary | None = None
 
     @cached_property
     def log_probs(self) -> torch.Tensor:
         """[`~hf_selfkd.losses.log_softmax`] of the logits, without a gradient; made once for loss and history."""
         return log_softmax(self.logits.detach())
 
-    @cached_property
-    def log_norm(self) -> torch.Tensor:
-        """[`~hf_selfkd.losses.log_normalizer`] of the logits, without a gradient; made once for loss and history."""
-        return log_normalizer(self.logits.detach())
+    def summary(self, top_k: int | None = None) -> Summary:
+        """The [`~hf_selfkd.losses.Summary`] of the logits, without a gradient; made once for loss and history."""
+        if self._summary is None or (top_k is not None and self._summary.top is None):
+            self._summary = summarize(self.logits.detach(), top_k)
+        return self._summary
 
 
 def sample_rows(logits: torch.Tensor, labels: torch.Tensor) -> Rows:

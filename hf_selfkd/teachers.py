@@ -14,7 +14,7 @@ from torch import nn
 
 from .config import SelfKDConfig
 from .history import WARM_START, Plan, PredictionHistory, plan_history
-from .losses import Past, log_softmax
+from .losses import LOG_ZERO, Past, log_softmax
 from .rows import Rows
 from .samples import SampleKeys
 
@@ -134,6 +134,8 @@ class HistoryTeacher(Teacher):
 
     def targets(self, keys: SampleKeys, inputs: dict[str, Any], rows: Rows) -> Past | None:
         self._prepare(keys, rows)
+        if self.history.codec.top_k is not None:
+            rows.summary(self.history.codec.top_k)  # before the loss asks for less, so that one pass does for both
         return self.history.read(keys, len(rows.labels), rows.logits.device)
 
     def observe(self, keys: SampleKeys, rows: Rows, mixed: bool = False) -> None:
@@ -141,10 +143,16 @@ class HistoryTeacher(Teacher):
         if mixed:
             return
         with torch.no_grad():
-            if self.history.codec.top_k is None:
+            top_k = self.history.codec.top_k
+            if top_k is None:
                 self.history.write(keys, rows.log_probs, rows.labels)
-            else:
-                self.history.write(keys, rows.logits.detach(), rows.labels, rows.log_norm)
+                return
+            summary, true = rows.summary(top_k), None
+            if self.history.trace is not None:
+                label = rows.labels.clamp_min(0).unsqueeze(-1)
+                true = rows.logits.gather(-1, label).squeeze(-1).float() - summary.log_norm
+            log_probs = (summary.top - summary.log_norm.unsqueeze(-1)).clamp_min_(LOG_ZERO)
+            self.history.write(keys, log_probs, rows.labels, summary.index, true)
 
     def _prepare(self, keys: SampleKeys, rows: Rows) -> None:
         if self.history is None:

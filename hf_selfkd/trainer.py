@@ -86,7 +86,10 @@ class Batch:
 
 def _is_mean(loss: torch.Tensor, rows: Rows, labels: torch.Tensor) -> bool:
     """Whether a loss is the mean cross-entropy of the rows with these labels."""
-    hard = rows.log_norm - rows.logits.detach().gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1).float()
+    hard = (
+        rows.summary().log_norm
+        - rows.logits.detach().gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1).float()
+    )
     return bool(torch.isclose(loss.detach().float(), hard[labelled(labels)].mean(), rtol=1e-5, atol=0))
 
 
@@ -555,7 +558,7 @@ class SelfKDMixin:
         return (1 - alpha * share) * hard + (alpha * world / num_items) * soft
 
     def _row_losses(self, rows: Rows, side: Side, alpha: float) -> RowLosses:
-        normalized = rows.log_probs if side.past.index is None else rows.log_norm
+        normalized = rows.log_probs if side.past.index is None else rows.summary().log_norm
         return progressive_cross_entropy(rows.logits, side.labels, side.past, alpha, self.args.temperature, normalized)
 
     def _soft_sum(self, rows: Rows, side: Side, learners: torch.Tensor) -> torch.Tensor:
