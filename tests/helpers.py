@@ -213,6 +213,15 @@ def make_model(name, seed=0):
     return model_class(config())
 
 
+def make_speaker():
+    """A translation model that says something else of every sentence: with random weights, only larger ones."""
+    model = make_model("plain_marian")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3 if weight.dim() > 1 else 1)
+    return model
+
+
 class Samples(Dataset):
     """A map-style dataset of dictionaries, with a transform if one is given."""
 
@@ -303,6 +312,31 @@ def collate(items):
     labels = [item["labels"] for item in items]
     batch["labels"] = pad(labels, -100) if isinstance(labels[0], list) else torch.tensor(labels)
     return batch
+
+
+def with_decoder_inputs(start=PAD):
+    """A collator that shifts the targets to the right, which the stock trainer needs where it takes the labels out."""
+
+    def collator(items):
+        batch = collate(items)
+        previous = batch["labels"].roll(1, dims=1)
+        previous[:, 0] = start
+        return batch | {"decoder_input_ids": previous.masked_fill(previous == -100, PAD)}
+
+    return collator
+
+
+def words_of(rows):
+    """The tokens of each row, without what fills it up."""
+    return [[token for token in row if token not in (PAD, -100)] for row in np.asarray(rows).tolist()]
+
+
+class Seen:
+    """A `compute_metrics` that keeps what it is shown."""
+
+    def __call__(self, prediction):
+        self.predictions, self.labels = prediction.predictions, prediction.label_ids
+        return {"sentences": len(self.labels)}
 
 
 def make_trainer(output_dir, model, dataset, trainer=SelfKDTrainer, callbacks=None, **options):

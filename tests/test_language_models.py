@@ -21,6 +21,7 @@ from helpers import (
     make_trainer,
     refused,
     train,
+    with_decoder_inputs,
 )
 from transformers import Seq2SeqTrainer, Trainer
 
@@ -50,17 +51,6 @@ def ours(name):
 
 def stock(name):
     return Seq2SeqTrainer if name in SEQ2SEQ else Trainer
-
-
-def with_decoder_inputs(start):
-    """A collator that shifts the targets to the right, which the stock trainer needs where it takes the labels out."""
-
-    def collator(items):
-        batch = collate(items)
-        previous = batch["labels"][:, :-1]
-        return batch | {"decoder_input_ids": F.pad(previous.masked_fill(previous == -100, PAD), (1, 0), value=start)}
-
-    return collator
 
 
 def without_first_label(items):
