@@ -5,10 +5,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from helpers import CLASSES, make_samples, make_trainer, state_of
+from helpers import (
+    CLASSES,
+    Seen,
+    make_samples,
+    make_speaker,
+    make_trainer,
+    state_of,
+    with_decoder_inputs,
+    words_of,
+)
 from torch.utils.data import IterableDataset
+from transformers import Seq2SeqTrainer
 
-from hf_selfkd import SelfKDTrainer
+from hf_selfkd import SelfKDTrainer, Seq2SeqSelfKDTrainer
 
 
 class Stream(IterableDataset):
@@ -107,6 +117,34 @@ def with_processes_changed(out, world):
     return {"weights": state_of(trainer), "stored": trainer.teacher.stored(np.arange(32))}
 
 
+def translation(out, world, accumulation=1, **more):
+    """The end of a Seq2SeqSelfKDTrainer whose steps are of 8 sentences, in so many micro-batches."""
+    more |= {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 8 // world // accumulation}
+    return equal(out, world, "plain_marian", 24, trainer=Seq2SeqSelfKDTrainer, **more)
+
+
+def evaluated(out, world, trainer=Seq2SeqSelfKDTrainer, generate=True, batch_size=4, **more):
+    """What an evaluation of 11 sentences shows to `compute_metrics`, and its figures."""
+    seen = Seen()
+    made = make_trainer(
+        out,
+        make_speaker(),
+        make_samples("pairs"),
+        trainer=trainer,
+        eval_dataset=make_samples("pairs", 11, seed=5),
+        compute_metrics=seen,
+        predict_with_generate=generate,
+        generation_max_length=8,
+        per_device_eval_batch_size=batch_size,
+        data_collator=with_decoder_inputs(),
+        **more,
+    )
+    metrics = made.evaluate()
+    predictions = words_of(seen.predictions) if generate else np.asarray(seen.predictions[0])
+    return {"metrics": metrics, "labels": words_of(seen.labels), "predictions": predictions}
+
+
+SMOOTHING = {"label_smoothing_factor": 0.1, "alpha": 0.0}
 SCENARIOS = {
     "history": lambda out, world: equal(out, world),
     "snapshot": lambda out, world: equal(out, world, teacher="snapshot"),
@@ -126,6 +164,18 @@ SCENARIOS = {
     "resume_ema": lambda out, world: resumed(out, world, "resnet", teacher="ema", save=2),
     "stream": lambda out, world: stream(out, world),
     "processes_changed": with_processes_changed,
+    "translation": lambda out, world: translation(out, world),
+    "translation_accumulation": lambda out, world: translation(out, world, accumulation=2),
+    "translation_top_k": lambda out, world: translation(out, world, history_top_k=4, history_device="disk"),
+    "translation_plain": lambda out, world: translation(out, world, alpha=0.0),
+    "causal": lambda out, world: equal(out, world, "plain_gpt2", 24),
+    "masked": lambda out, world: equal(out, world, "plain_bert_mlm", 24),
+    "generated": lambda out, world: evaluated(out, world),
+    "generated_by_threes": lambda out, world: evaluated(out, world, batch_size=3),
+    "generated_smoothed": lambda out, world: evaluated(out, world, **SMOOTHING),
+    "not_generated": lambda out, world: evaluated(out, world, generate=False),
+    "not_generated_smoothed": lambda out, world: evaluated(out, world, generate=False, **SMOOTHING),
+    "generated_by_stock": lambda out, world: evaluated(out, world, trainer=Seq2SeqTrainer),
 }
 
 
