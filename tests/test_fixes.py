@@ -4,7 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Stream, add_noise, difference, logged, make_model, make_samples, state_of, train
+from helpers import (
+    Stream,
+    add_noise,
+    collate,
+    difference,
+    logged,
+    make_model,
+    make_samples,
+    state_of,
+    train,
+)
 from safetensors.torch import load_file
 from transformers import Trainer, set_seed
 
@@ -269,6 +279,40 @@ def test_stream_resumes_within_its_second_pass(tmp_path):
 def test_upstream_still_skips_too_much_of_a_stream(tmp_path):
     right = resumed_difference(tmp_path, Trainer, "resnet", Stream(make_samples("resnet")), step=8, max_steps=15) == 0
     check_still_wrong(right, "#26413 (PR #33544)", "fixes.stream_position")
+
+
+# Tokens that a causal language model is said to predict
+
+
+def without_first_label(items):
+    """The same task: no position predicts the first word."""
+    batch = collate(items)
+    batch["labels"][:, 0] = -100
+    return batch
+
+
+def first_label_matters(folder, name, trainer):
+    """How far the label that nothing predicts changes a training, which it should not."""
+    samples, options = make_samples(name), {"alpha": 0.0} if trainer is SelfKDTrainer else {}
+    whole = train(folder, name, samples, trainer=trainer, **options)
+    cut = train(folder, name, samples, trainer=trainer, data_collator=without_first_label, **options)
+    assert logged(cut, "loss")[0] > 1
+    return difference(whole, cut)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_label_that_nothing_predicts_is_not_counted(tmp_path, name):
+    assert first_label_matters(tmp_path, name, SelfKDTrainer) == 0
+
+
+def test_upstream_counts_right_for_llama(tmp_path):
+    assert first_label_matters(tmp_path, "llama", Trainer) == 0
+
+
+def test_upstream_still_counts_the_first_label_of_gpt2(tmp_path):
+    """The loss is divided by too many: `LOSS_MAPPING` has no key for the class, and `loss_type` is None."""
+    right = first_label_matters(tmp_path, "gpt2", Trainer) == 0
+    check_still_wrong(right, "the count for GPT2LMHeadModel", "`_loss_shifts_labels` of SelfKDMixin")
 
 
 # The copy for the Hub
