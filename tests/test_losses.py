@@ -689,6 +689,28 @@ def test_stored_entries_and_a_label_of_all_rows_that_are_ignored(rule):
     assert losses.total.abs().sum() == 0 and (gradient == 0).all()
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        *("bucket", "label", "renormalize"),
+        pytest.param("uniform", marks=pytest.mark.xfail(strict=True, reason="the sum of the logits is -inf")),
+    ],
+)
+def test_stored_entries_with_masked_classes_stay_finite(rule):
+    """Logits of -inf cost nothing where the rule gives these classes no mass; never is anything NaN."""
+    logits, labels, past = draw(6, 8)
+    labels, past = labels.clamp_max(4), past[:, :5] / past[:, :5].sum(-1, keepdim=True)
+    entries = stored(past, 3, rule)
+    gap = torch.cat((logits[:, :5], -torch.full((6, 3), math.inf)), dim=1)
+    losses, gradient = run(gap, labels, entries, 0.8)
+    assert not losses.total.isnan().any() and torch.isfinite(gradient).all()
+    if rule != "uniform":
+        expected, narrow = run(logits[:, :5], labels, entries, 0.8)
+        close(losses.total, expected.total)
+        close(gradient[:, :5], narrow)
+        assert (gradient[:, 5:] == 0).all()
+
+
 @pytest.mark.parametrize("rule", ["label", "renormalize"])
 @pytest.mark.parametrize("alpha", [0.05, 1.0])
 def test_target_entropy_of_a_remainder_without_other_classes_is_exact(rule, alpha):
