@@ -14,8 +14,9 @@ processor time of the process instead of seconds, for a machine that is not idle
 
 The control is `Trainer` against itself: how far its ratio is from 1 is the noise of the measurement. For `marian`,
 a translation model whose vocabulary is `--classes`, the other side is `Seq2SeqTrainer` with label smoothing 0.1, which
-is what people use. `history_share` is the time that reading and writing the history took, over that of the step, and
-`peak_ratio` the ratio of the peaks of memory in a step, above what is allocated between steps.
+is what people use. `history_share` is the time that reading and writing the history took, over that of the training
+(for wide rows without the search for the largest entries, which shares a pass with the loss: `benchmarks/loss.py` has
+it), and `peak_ratio` the ratio of the peaks of memory in training, above what is held before it.
 """
 
 from __future__ import annotations
@@ -167,7 +168,8 @@ def make_trainer(self_distils: bool, args: argparse.Namespace, data: InMemory, f
         if not self_distils:
             config = Seq2SeqTrainingArguments(label_smoothing_factor=0.1, **common)
             return Seq2SeqTrainer(marian(args), config, train_dataset=data)
-        config = Seq2SeqSelfKDConfig(teacher=args.teacher, history_top_k=args.top_k, **common)
+        own = {"teacher": args.teacher, "history_top_k": args.top_k, "chunked_logits": args.chunked_logits}
+        config = Seq2SeqSelfKDConfig(**own, **common)
         return Seq2SeqSelfKDTrainer(marian(args), config, train_dataset=data)
     config = ResNetConfig(layer_type="basic", num_labels=args.classes, **MODELS[args.model])
     model = ResNetForImageClassification(config)
@@ -197,6 +199,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--length", type=int, default=24, help="tokens of a sentence")
     parser.add_argument("--top_k", type=int, default=16, help="stored entries of a token")
+    parser.add_argument("--chunked_logits", action="store_true", help="never hold the logits of all tokens")
     args = parser.parse_args()
     size = args.batch_size * args.steps_per_epoch
     if args.model == "marian":
@@ -231,6 +234,7 @@ def main() -> None:
             {
                 "model": args.model,
                 "teacher": args.teacher,
+                "chunked_logits": args.chunked_logits,
                 "batch_size": args.batch_size,
                 "clock": args.clock,
                 "plain_ms": round(1000 * plain, 2),

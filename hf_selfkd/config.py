@@ -67,6 +67,11 @@ class SelfKDConfig(TrainingArguments):
         sample_id_column (`str`, *optional*):
             Your own column of stable, unique, non-negative integer ids. Without it, ids are the row numbers of the
             dataset given to the trainer.
+        chunked_logits (`bool`, *optional*, defaults to `False`):
+            For language models: compute head and loss piece by piece and never hold the logits of all tokens in
+            training, which saves most of a step's memory. The result is the same to rounding. Needs a head that is an
+            `nn.Linear`, plain cross-entropy and `teacher` `"history"` or `"none"`; `outputs.logits` of a training
+            step then hold one position only.
         ema_decay (`float`, *optional*, defaults to `0.999`):
             Decay of the moving average for `teacher="ema"`, in [0, 1); at most `(1 + t) / (10 + t)` after `t` steps.
 
@@ -111,6 +116,9 @@ class SelfKDConfig(TrainingArguments):
     )
     sample_id_column: str | None = field(
         default=None, metadata={"help": "Column of stable, unique, non-negative integer sample ids."}
+    )
+    chunked_logits: bool = field(
+        default=False, metadata={"help": "Never hold the logits of all tokens of a language model in training."}
     )
     ema_decay: float = field(default=0.999, metadata={"help": "Decay of the moving average for the ema teacher."})
 
@@ -164,6 +172,15 @@ class SelfKDConfig(TrainingArguments):
                 raise ValueError(
                     f"{name}=True does nothing with teacher={self.teacher!r}: use {' or '.join(map(repr, kinds))}."
                 )
+
+        if self.chunked_logits and (
+            (self.distils and self.teacher_kind != "history") or self.history_trace or self.label_smoothing_factor
+        ):
+            raise ValueError(
+                f"chunked_logits=True with teacher={self.teacher!r}, history_trace={self.history_trace}, "
+                f"label_smoothing_factor={self.label_smoothing_factor}: it works with teacher='history' or alpha=0, "
+                "without trace and smoothing."
+            )
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments) -> SelfKDConfig:

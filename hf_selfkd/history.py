@@ -124,15 +124,16 @@ def plan_history(
     generations = 2  # the table and the journals
     small = generations * num_rows * num_classes * 4 <= SMALL
     top_k = config.history_top_k
-    if top_k is None and not small and num_classes > 64:
-        top_k = 32
+    if top_k is None and (config.chunked_logits or (num_classes > 64 and not small)):
+        top_k = min(32, num_classes)
+    whole = top_k == num_classes and not config.chunked_logits  # whole rows are made from whole logits
     dtype = config.history_dtype
     if dtype == "auto":
         dtype = "float32" if small else "float16"
     remainder = config.history_remainder
     if remainder == "auto":
         remainder = "label" if ragged else "bucket"
-    codec = Codec(num_classes, getattr(torch, dtype), None if top_k == num_classes else top_k, remainder)
+    codec = Codec(num_classes, getattr(torch, dtype), None if whole else top_k, remainder)
     num_bytes = generations * num_rows * codec.row_bytes
     place = config.history_device
     if place == "auto":
@@ -355,7 +356,7 @@ class PredictionHistory:
             log_probs (`torch.FloatTensor` of shape `[R, C]`, or `[R, k]` with `index`): float32, detached.
             labels (`torch.LongTensor` of shape `[R]`): for the trace.
             index (`torch.LongTensor` of shape `[R, k]`, *optional*): classes of the entries to store.
-            true_log_probs (`torch.FloatTensor` of shape `[R]`, *optional*): of the labels, with `index`, for the trace.
+            true_log_probs (`torch.FloatTensor` of shape `[R]`, *optional*): of the labels, for the trace of entries.
 
         Raises:
             ValueError: as [`~PredictionHistory.read`] does, which is not called at alpha 0.

@@ -98,15 +98,19 @@ class Summary:
 @torch.no_grad()
 def summarize(logits: torch.Tensor, top_k: int | None = None) -> Summary:
     """The [`Summary`] of rows `[R, C]`, in one pass and without a temporary of their size."""
-    log_norm, top, index = torch.empty(len(logits), device=logits.device), [], []
+    # Results are written where they belong: kept one by one, they would scatter the memory of the pieces.
+    log_norm = torch.empty(len(logits), device=logits.device)
+    if top_k is None:
+        for part in chunks(logits):
+            torch.logsumexp(logits[part].float(), dim=-1, out=log_norm[part])
+        return Summary(log_norm)
+    top = torch.empty(len(logits), top_k, device=logits.device)
+    index = torch.empty(len(logits), top_k, dtype=torch.int64, device=logits.device)
     for part in chunks(logits):
         rows = logits[part].float()
         torch.logsumexp(rows, dim=-1, out=log_norm[part])
-        if top_k is not None:
-            values, classes = top_entries(rows, top_k)
-            top.append(values)
-            index.append(classes)
-    return Summary(log_norm, torch.cat(top), torch.cat(index)) if top else Summary(log_norm)
+        top[part], index[part] = top_entries(rows, top_k)
+    return Summary(log_norm, top, index)
 
 
 def top_entries(rows: torch.Tensor, k: int, block: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,9 +181,11 @@ class _InPieces(torch.autograd.Function):
     def forward(ctx, logits, labels):
         ctx.save_for_backward(logits, labels)
         label = labels.clamp_min(0).unsqueeze(-1)
-        log_probs = [F.log_softmax(logits[p], -1, dtype=torch.float32).gather(-1, label[p]) for p in chunks(logits)]
+        log_probs = torch.empty(len(logits), 1, device=logits.device)
+        for part in chunks(logits):
+            log_probs[part] = F.log_softmax(logits[part], -1, dtype=torch.float32).gather(-1, label[part])
         only_class = torch.where(labelled(labels), 0, IGNORE_INDEX)
-        return F.nll_loss(torch.cat(log_probs), only_class, reduction="sum")
+        return F.nll_loss(log_probs, only_class, reduction="sum")
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -363,9 +369,8 @@ class _StoredEntries(torch.autograd.Function):
         elif remainder == "label":
             soft += rest * hard
         elif remainder == "uniform":
-            classes = logits.shape[-1]
-            offset = rest / max(classes - index.shape[-1], 1)
-            soft -= offset * (logits.sum(-1, dtype=torch.float32) - log_norm * classes - log_probs.sum(-1))
+            offset = rest / max(logits.shape[-1] - index.shape[-1], 1)
+            soft -= offset * (_log_prob_sums(logits, log_norm) - log_probs.sum(-1))
         soft = _only(soft, learners)
         total = _only(torch.lerp(hard, soft, alpha), learners, hard)
         ctx.save_for_backward(logits, log_norm, labels, learners, probs, index, log_probs, rest, outside, offset)
@@ -392,14 +397,27 @@ class _StoredEntries(torch.autograd.Function):
                 piece -= (soft_grad * offset)[part].unsqueeze(-1)
             if piece.dtype != gradient.dtype:
                 gradient[part] = piece
-        # Set and not added to: in a bucket of almost no mass the scale is huge, and the difference would be noise.
-        entries = log_probs.exp() * grad.unsqueeze(-1) - probs * soft_grad.unsqueeze(-1)
+        # Set, in float32, and not added to: in a bucket of almost no mass the scale is huge, and a difference would be
+        # noise; in half precision a sum would be rounded twice.
+        label = labels.clamp_min(0).unsqueeze(-1)
+        at_label = soft_grad - grad if not ctx.to_label else soft_grad * (1 - rest) - grad
+        hit = index == label
+        entries = log_probs.exp() * grad.unsqueeze(-1) - probs * soft_grad.unsqueeze(-1) + hit * at_label.unsqueeze(-1)
+        base = (logits.gather(-1, label).squeeze(-1).float() - log_norm).exp() * scale
+        if offset is not None:
+            base = base - soft_grad * offset
+        at_label = torch.where(hit.any(-1), (entries * hit).sum(-1), base + at_label).masked_fill_(grad == 0, 0.0)
         gradient.scatter_(-1, index, entries.to(gradient.dtype))
-        at_label = soft_grad - grad
-        if ctx.to_label:
-            at_label = at_label - soft_grad * rest
-        gradient.scatter_add_(-1, labels.clamp_min(0).unsqueeze(-1), at_label.unsqueeze(-1).to(gradient.dtype))
+        gradient.scatter_(-1, label, at_label.unsqueeze(-1).to(gradient.dtype))
         return gradient, None, None, None, None, None, None, None
+
+
+def _log_prob_sums(logits: torch.Tensor, log_norm: torch.Tensor) -> torch.Tensor:
+    """Sum of the log-probabilities of each row, with `LOG_ZERO` for classes of probability 0."""
+    result = torch.empty_like(log_norm)
+    for part in chunks(logits):
+        result[part] = (logits[part] - log_norm[part].unsqueeze(-1)).clamp_min_(LOG_ZERO).sum(-1)
+    return result
 
 
 def _entries(

@@ -25,22 +25,22 @@ class Rows:
     Args:
         logits (`torch.FloatTensor` of shape `[R, C]`): class scores.
         labels (`torch.LongTensor` of shape `[R]`): classes, -100 for a row that does not count.
+        top_k (`int`, *optional*): entries of each row that a history will store.
     """
 
     logits: torch.Tensor
     labels: torch.Tensor
-    _summary: Summary | None = None
+    top_k: int | None = None
 
     @cached_property
     def log_probs(self) -> torch.Tensor:
         """[`~hf_selfkd.losses.log_softmax`] of the logits, without a gradient; made once for loss and history."""
         return log_softmax(self.logits.detach())
 
-    def summary(self, top_k: int | None = None) -> Summary:
+    @cached_property
+    def summary(self) -> Summary:
         """The [`~hf_selfkd.losses.Summary`] of the logits, without a gradient; made once for loss and history."""
-        if self._summary is None or (top_k is not None and self._summary.top is None):
-            self._summary = summarize(self.logits.detach(), top_k)
-        return self._summary
+        return summarize(self.logits.detach(), self.top_k)
 
 
 def sample_rows(logits: torch.Tensor, labels: torch.Tensor) -> Rows:
@@ -176,7 +176,8 @@ def _decoder_input_ids(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         return model.prepare_decoder_input_ids_from_labels(labels=labels)
     # M2M100 and NLLB have no such method, but a function beside the class that their forward calls.
-    shift = getattr(sys.modules[type(model).__module__], "shift_tokens_right", None)
+    modules = [sys.modules[cls.__module__] for cls in type(model).__mro__]
+    shift = next((module.shift_tokens_right for module in modules if hasattr(module, "shift_tokens_right")), None)
     if shift is None:
         raise ValueError(
             f"the batch has no decoder_input_ids, and {type(model).__name__} cannot make them from the labels: add "
@@ -187,8 +188,8 @@ def _decoder_input_ids(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
 
 def without_labels(model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor) -> dict[str, Any]:
     """
-    What a language model needs to be run without labels as it runs with them. An encoder-decoder model makes its
-    decoder's inputs from the labels and then keeps no cache of keys and values; others need nothing.
+    What a language model needs to be run without labels: an encoder-decoder model makes its decoder's inputs from
+    them, others need nothing.
 
     Raises:
         ValueError: if the decoder's inputs are missing and the model cannot make them.
@@ -196,9 +197,8 @@ def without_labels(model: nn.Module, inputs: dict[str, Any], labels: torch.Tenso
     base = base_model(model)
     if not getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         return inputs
-    inputs = {"use_cache": False} | inputs
     if not inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
-        inputs["decoder_input_ids"] = _decoder_input_ids(base, labels)
+        return inputs | {"decoder_input_ids": _decoder_input_ids(base, labels)}
     return inputs
 
 

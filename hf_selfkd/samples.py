@@ -282,8 +282,9 @@ class SelfKDDataCollator:
         batch = self.collator(features)
         if ids is not None:
             batch[SAMPLE_ID] = torch.as_tensor(ids, dtype=torch.int64)
-            if self.host_keys and isinstance(batch.get("labels"), torch.Tensor):
-                batch[SAMPLE_KEYS] = sample_keys(batch[SAMPLE_ID], batch["labels"], self.shifts_labels)
+            labels = batch.get("labels")
+            if self.host_keys and isinstance(labels, torch.Tensor) and (labels.dim() < 2 or len(labels) == len(ids)):
+                batch[SAMPLE_KEYS] = sample_keys(batch[SAMPLE_ID], labels, self.shifts_labels)
         if self.mixes:
             self._mix(batch)
         return batch

@@ -14,7 +14,7 @@ from torch import nn
 
 from .config import SelfKDConfig
 from .history import WARM_START, Plan, PredictionHistory, plan_history
-from .losses import LOG_ZERO, Past, log_softmax
+from .losses import LOG_ZERO, Past, log_softmax, summarize
 from .rows import Rows
 from .samples import SampleKeys
 
@@ -35,6 +35,11 @@ class Teacher:
 
     def __init__(self):
         self.epoch = -1
+
+    @property
+    def top_k(self) -> int | None:
+        """`int`: entries that it stores of each row, as far as it knows; `None` if whole rows or nothing."""
+        return None
 
     def begin_epoch(self, epoch: int) -> None:
         """Close the epoch before this one. Every process must call this; calling it again changes nothing."""
@@ -127,6 +132,10 @@ class HistoryTeacher(Teacher):
             raise ValueError("history_trace=False or nothing trained yet: set history_trace=True and train.")
         return self.history.trace
 
+    @property
+    def top_k(self) -> int | None:
+        return None if self.history is None else self.history.codec.top_k
+
     def begin_epoch(self, epoch: int) -> None:
         if self.history is not None and epoch != self.epoch:
             self.history.end_epoch(max(self.epoch, WARM_START), self.gather, self.rank)
@@ -134,8 +143,6 @@ class HistoryTeacher(Teacher):
 
     def targets(self, keys: SampleKeys, inputs: dict[str, Any], rows: Rows) -> Past | None:
         self._prepare(keys, rows)
-        if self.history.codec.top_k is not None:
-            rows.summary(self.history.codec.top_k)  # before the loss asks for less, so that one pass does for both
         return self.history.read(keys, len(rows.labels), rows.logits.device)
 
     def observe(self, keys: SampleKeys, rows: Rows, mixed: bool = False) -> None:
@@ -147,7 +154,7 @@ class HistoryTeacher(Teacher):
             if top_k is None:
                 self.history.write(keys, rows.log_probs, rows.labels)
                 return
-            summary, true = rows.summary(top_k), None
+            summary, true = rows.summary if rows.top_k == top_k else summarize(rows.logits.detach(), top_k), None
             if self.history.trace is not None:
                 label = rows.labels.clamp_min(0).unsqueeze(-1)
                 true = rows.logits.gather(-1, label).squeeze(-1).float() - summary.log_norm

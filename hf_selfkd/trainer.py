@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
+from .chunked import ChunkedHead, Task
 from .config import SelfKDConfig, Seq2SeqSelfKDConfig, alpha_at
 from .files import load_tensors, save_tensors
 from .fixes import EpochLengthGroupedSampler, generation_gather, hub_copy, load_renamed_weights, stream_position
@@ -35,6 +36,7 @@ from .measures import RunningMeans, TokenFigures
 from .rows import (
     Rows,
     adapter_for,
+    base_model,
     causal_rows,
     check_labels,
     logits_of,
@@ -87,8 +89,7 @@ class Batch:
 def _is_mean(loss: torch.Tensor, rows: Rows, labels: torch.Tensor) -> bool:
     """Whether a loss is the mean cross-entropy of the rows with these labels."""
     hard = (
-        rows.summary().log_norm
-        - rows.logits.detach().gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1).float()
+        rows.summary.log_norm - rows.logits.detach().gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1).float()
     )
     return bool(torch.isclose(loss.detach().float(), hard[labelled(labels)].mean(), rtol=1e-5, atol=0))
 
@@ -109,6 +110,7 @@ class _Epochs(TrainerCallback):
         self.trainer.teacher.after_step()
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.trainer._release_head()
         if args.distils and self.trainer.teacher.epoch < 1 and not args.warm_start_history:
             logger.warning(
                 f"teacher={args.teacher_kind!r} never taught: training ended in its first pass over the data, so this "
@@ -152,10 +154,12 @@ class SelfKDMixin:
         self._train_samples: SampleIdDataset | None = None  # what the training dataloader reads
         self._epoch_sampler: EpochLengthGroupedSampler | None = None
         self._ours: bool | None = None  # whether our cross-entropy is the hard loss; None until a batch tells
+        self._drops_cache = False  # whether the model keeps no cache of keys and values when it is given labels
         super().__init__(model, args, *arguments, **keywords)
         self._rows: Callable[[torch.Tensor, torch.Tensor], Rows] = adapter_for(self.model)
         self._loss_shifts_labels = False  # what the stock Trainer counts by: we shift the labels that it is given
         self._check_setup()
+        self._chunked: ChunkedHead | None = None  # in training only
         self.add_callback(_Epochs(self))
 
     def _check_setup(self) -> None:
@@ -166,6 +170,10 @@ class SelfKDMixin:
             )
         if self.args.use_liger_kernel:
             raise ValueError("use_liger_kernel=True hides the logits that self-distillation needs: set it to False.")
+        if self.args.chunked_logits and self._rows not in (causal_rows, token_rows):
+            raise ValueError("chunked_logits=True is for language models: set it to False.")
+        if self.args.chunked_logits:
+            ChunkedHead(self.model).remove()
         classes = type(self).__mro__
         for owner in classes[classes.index(SelfKDMixin) + 1 : classes.index(Trainer)]:
             if "compute_loss" in vars(owner):
@@ -296,13 +304,21 @@ class SelfKDMixin:
 
     def _begin_training(self) -> None:
         if self.state.global_step == 0:
-            self._ours = None
+            self._ours, self._drops_cache = None, False
             self.teacher = self._make_teacher()
             self._passes = -1
             self._resumed = False
             if self.args.warm_start_history and self.args.distils and self.args.teacher_kind == "history":
                 self._warm_start()
         self._means = RunningMeans()
+        self._release_head()
+        if self.args.chunked_logits:
+            self._chunked = ChunkedHead(self.model)
+
+    def _release_head(self) -> None:
+        if self._chunked is not None:
+            self._chunked.remove()
+        self._chunked = None
 
     def _make_teacher(self) -> Teacher:
         args = self.args
@@ -443,17 +459,30 @@ class SelfKDMixin:
             if self.args.world_size > 1 and self.compute_loss_func is None and self.label_smoother is None:
                 # Many models ignore the count, and the stock Trainer then multiplies their mean by the processes.
                 num_items_in_batch = None
+            if "labels" in inputs and not (self.compute_loss_func is None and self.label_smoother is None):
+                # The stock Trainer takes the labels off, and with them what the decoder starts from.
+                others = {name: value for name, value in inputs.items() if name != "labels"}
+                batch = Batch(others, inputs["labels"], None, None)
+                inputs = self._unlabelled(batch) | {"labels": batch.labels}
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = self._take(inputs)
+        if self._chunked is not None and self._ours is not None:
+            return self._chunked_loss(model, batch, return_outputs, num_items_in_batch)
         if self._ours is None:  # before the model sees them: its own loss may not say what is wrong
             check_labels(batch.labels, num_classes_of(self.model))
+            self._unlabelled(batch)
+            if self._chunked is not None:
+                self._chunked.watching = True
         if self._asks_model:
             outputs = model(**batch.inputs, labels=batch.labels)
         else:
             outputs = model(**self._unlabelled(batch))
         rows = self._rows(logits_of(outputs, has_loss=self._asks_model), batch.labels)
+        rows.top_k = self.teacher.top_k
         if self._ours is None:
             self._inspect(outputs, rows, batch.labels)
+            if self._chunked is not None:
+                self._check_chunked(logits_of(outputs, has_loss=self._asks_model))
         alpha = self._alpha()
         past = self._past(batch, rows) if alpha > 0 else None
         sides = self._sides(rows.labels, past, batch.mix)
@@ -461,14 +490,57 @@ class SelfKDMixin:
         self.teacher.observe(batch.keys, rows, mixed=batch.mix is not None)
         return (loss, outputs) if return_outputs else loss
 
+    def _check_chunked(self, logits: torch.Tensor) -> None:
+        self._chunked.check(logits)
+        if self._ours is False:
+            raise ValueError(
+                "chunked_logits=True needs plain cross-entropy as the hard loss, and this run has one of its own: set "
+                "it to False."
+            )
+
+    def _chunked_loss(
+        self, model: torch.nn.Module, batch: Batch, return_outputs: bool, num_items: torch.Tensor
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """[`compute_loss`] without the logits of all tokens; `outputs` has those of the first position only."""
+        labels = next_tokens(batch.labels) if self._rows is causal_rows else batch.labels
+        vocabulary = self._chunked.head.weight.shape[0]
+        rows = Rows(self._chunked.head.weight.new_empty(0, vocabulary), labels.reshape(-1), self.teacher.top_k)
+        alpha = self._alpha()
+        if self.teacher.needs_ids and rows.top_k is None:
+            raise ValueError(
+                "chunked_logits=True cannot go on with the checkpoint's history of whole rows: set it to False."
+            )
+        past = self.teacher.targets(batch.keys, {}, rows) if alpha > 0 else None
+        task = self._chunked.task = Task(rows.labels, past, alpha, self.args.temperature, rows.top_k)
+        try:
+            outputs = model(**self._unlabelled(batch))
+        finally:
+            self._chunked.task = None
+        rows.summary = task.summary  # in place of what it would make of the logits
+        self.teacher.observe(batch.keys, rows)
+        sides = [Side(rows.labels, past, None)]
+        if past is None:
+            self._means.add(sides, [], alpha, task.total.detach())
+        else:
+            self._means.add(sides, [task.losses], alpha)
+        loss = task.total / num_items * self._loss_world
+        return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _loss_world(self) -> int:
+        if not self.args.average_tokens_across_devices:
+            return 1
+        return self.accelerator.num_processes // self.get_tp_size()
+
     def _past(self, batch: Batch, rows: Rows) -> Past | None:
         inputs = batch.inputs if self.teacher.needs_ids else self._unlabelled(batch)  # others run the model themselves
         return self.teacher.targets(batch.keys, inputs, rows)
 
     def _unlabelled(self, batch: Batch) -> dict[str, Any]:
-        if self._rows in (causal_rows, token_rows):
-            return without_labels(self.model, batch.inputs, batch.labels)
-        return batch.inputs
+        if self._rows not in (causal_rows, token_rows):
+            return batch.inputs
+        inputs = without_labels(self.model, batch.inputs, batch.labels)
+        return {"use_cache": False} | inputs if self._drops_cache else inputs
 
     def prediction_step(self, model, inputs, *arguments: Any, **keywords: Any):
         """As in [`~transformers.Trainer`]; ids that a dataset carries never reach the model."""
@@ -500,6 +572,8 @@ class SelfKDMixin:
             self._ours = self.compute_loss_func is None and self.label_smoother is None
             return
         own = outputs.get("loss") if isinstance(outputs, dict) else outputs[0]
+        encodes = getattr(getattr(base_model(self.model), "config", None), "is_encoder_decoder", False)
+        self._drops_cache = encodes and isinstance(outputs, dict) and outputs.get("past_key_values") is None
         labels = rows.labels[rows.labels != IGNORE_INDEX]
         some = rows.logits[:64]
         spread = (some - some.mean(dim=-1, keepdim=True)).abs().max() if len(labels) else 0
@@ -535,7 +609,7 @@ class SelfKDMixin:
         labels: torch.Tensor,
     ) -> torch.Tensor:
         """The loss, divided by the rows of the whole step; what the batch adds to the log is noted."""
-        world = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
+        world = self._loss_world
         parts = [self._row_losses(rows, side, alpha) for side in sides if side.past is not None]
         if self._ours:
             if parts:
@@ -558,7 +632,7 @@ class SelfKDMixin:
         return (1 - alpha * share) * hard + (alpha * world / num_items) * soft
 
     def _row_losses(self, rows: Rows, side: Side, alpha: float) -> RowLosses:
-        normalized = rows.log_probs if side.past.index is None else rows.summary().log_norm
+        normalized = rows.log_probs if side.past.index is None else rows.summary.log_norm
         return progressive_cross_entropy(rows.logits, side.labels, side.past, alpha, self.args.temperature, normalized)
 
     def _soft_sum(self, rows: Rows, side: Side, learners: torch.Tensor) -> torch.Tensor:
@@ -603,6 +677,7 @@ class SelfKDMixin:
                 "epoch": str(self.teacher.epoch),
                 "passes": str(self._passes),
                 "cross_entropy": json.dumps(self._ours),
+                "drops_cache": json.dumps(self._drops_cache),
                 "processes": str(self.args.world_size),
                 "schedule": self._schedule(),
             }
@@ -639,6 +714,7 @@ class SelfKDMixin:
         self.teacher.epoch = int(metadata["epoch"])
         self._passes = int(metadata["passes"])
         self._ours = json.loads(metadata["cross_entropy"])
+        self._drops_cache = json.loads(metadata["drops_cache"])
         if metadata["schedule"] != self._schedule():
             logger.warning(f"The schedule of alpha was {metadata['schedule']} and is now {self._schedule()}.")
 
@@ -727,6 +803,7 @@ class Seq2SeqSelfKDTrainer(SelfKDMixin, Seq2SeqTrainer):
         if not self._several_sequences():
             self.gather_function = generation_gather(self.accelerator)
         self._token_figures = TokenFigures(self.accelerator.gather_for_metrics)
+        self._eval_labels: torch.Tensor | None = None
         handle = self.model.register_forward_hook(self._see_outputs, with_kwargs=True)
         try:
             output = super().evaluation_loop(
@@ -744,11 +821,14 @@ class Seq2SeqSelfKDTrainer(SelfKDMixin, Seq2SeqTrainer):
         return ((asked if asked is not None else getattr(generation, "num_return_sequences", None)) or 1) > 1
 
     def _see_outputs(self, model: torch.nn.Module, arguments: tuple, keywords: dict[str, Any], outputs: Any) -> None:
-        if keywords.get("labels") is not None:  # and not one of the steps of generation
-            self._token_figures.see(logits_of(outputs, has_loss=True), keywords["labels"])
+        labels = keywords.get("labels", self._eval_labels)
+        if labels is not None:  # and not one of the steps of generation
+            self._token_figures.see(logits_of(outputs, has_loss="labels" in keywords), labels)
 
     def prediction_step(self, model, inputs, *arguments: Any, **keywords: Any):
         """As in [`~transformers.Seq2SeqTrainer`]; the figures of the target tokens are noted."""
+        # Without generation the stock Trainer may take the labels off before it runs the model.
+        self._eval_labels = None if self.args.predict_with_generate else self._prepare_inputs(inputs).get("labels")
         result = super().prediction_step(model, inputs, *arguments, **keywords)
         self._token_figures.gather()
         return result

@@ -263,7 +263,6 @@ def test_samples_that_were_packed_when_the_dataset_was_made(tmp_path):
     assert logged(trainer, "rows_with_history")[-1] == 1
 
 
-@pytest.mark.xfail(strict=True, reason="packing is refused for teachers that store nothing, too, and at alpha 0")
 @pytest.mark.parametrize("options", [{"teacher": "snapshot"}, {"teacher": "ema"}, {"alpha": 0.0}], ids=str)
 def test_packed_samples_need_no_address_without_a_history(tmp_path, options):
     samples = make_samples("llama")
@@ -291,7 +290,6 @@ def test_token_labels_out_of_range(tmp_path, name, label):
     refused_at_training(tmp_path, f"{VOCABULARY} classes", model=name, samples=samples)
 
 
-@pytest.mark.xfail(strict=True, reason="shift_tokens_right is looked for in the module of the subclass only")
 def test_subclass_of_a_model_without_a_method_for_the_decoders_inputs(tmp_path):
     """Of the user's own, in another module than M2M100."""
     model = make_model("m2m100")

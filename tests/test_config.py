@@ -24,6 +24,7 @@ DEFAULTS = {
     "history_max_bytes": None,
     "sample_id_column": None,
     "history_remainder": "auto",
+    "chunked_logits": False,
     "ema_decay": 0.999,
 }
 OTHERS = {
@@ -40,6 +41,7 @@ OTHERS = {
     "history_max_bytes": 10**9,
     "sample_id_column": "uid",
     "history_remainder": "label",
+    "chunked_logits": True,
     "ema_decay": 0.99,
 }
 

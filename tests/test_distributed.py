@@ -133,19 +133,7 @@ def test_upstream_still_shows_some_sentences_twice(two):
         pytest.fail("upstream fixed #26818: remove the correction, fixes.generation_gather")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *GENERATED,
-        "not_generated",
-        pytest.param(
-            "not_generated_smoothed",
-            marks=pytest.mark.xfail(
-                strict=True, reason="the figures are not seen where the labels never reach the model"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", [*GENERATED, "not_generated", "not_generated_smoothed"])
 def test_figures_of_tokens_do_not_depend_on_processes(name, two, tmp_path):
     results, _ = two
     samples, model = make_samples("pairs", 11, seed=5), make_speaker().eval()

@@ -32,14 +32,6 @@ from hf_selfkd.trainer import Seq2SeqSelfKDTrainer
 SEQ2SEQ = "marian t5 bart mbart m2m100".split()
 CAUSAL = "llama qwen2 gpt2".split()
 MODELS = [*SEQ2SEQ, *CAUSAL, "bert_mlm"]
-T5_KEEPS_ITS_CACHE = pytest.param(
-    "t5",
-    marks=pytest.mark.xfail(
-        strict=True,
-        reason="T5 keeps a cache when it is given labels, ours runs it without one: equal but for rounding",
-    ),
-)
-EXACT = [T5_KEEPS_ITS_CACHE if name == "t5" else name for name in MODELS]
 PLAIN = ["plain_marian", "plain_gpt2", "plain_bert_mlm"]
 SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 RULES = ["bucket", "label", "uniform", "renormalize"]
@@ -82,7 +74,7 @@ def scaled_loss(name):
 # The plain Trainer
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", MODELS)
 def test_alpha_0_is_bit_identical_to_trainer(tmp_path, name):
     samples, collator = make_samples(name), without_first_label if name == "gpt2" else collate
     plain = train(tmp_path, name, samples, trainer=stock(name), data_collator=collator)
@@ -100,7 +92,7 @@ def test_alpha_0_of_t5_is_trainer_but_for_rounding(tmp_path):
     assert difference(plain, train(tmp_path, "t5", samples, trainer=Seq2SeqSelfKDTrainer, alpha=0.0)) < 1e-5
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", MODELS)
 def test_alpha_0_with_accumulation_is_bit_identical_to_trainer_with_scaled_loss(tmp_path, name):
     """18 samples: the last step is a lone half micro-batch."""
     samples, options = make_samples(name, 18), {"gradient_accumulation_steps": 2, "num_train_epochs": 2}
@@ -112,7 +104,7 @@ def test_alpha_0_with_accumulation_is_bit_identical_to_trainer_with_scaled_loss(
     assert logged(plain, "loss") == logged(own, "loss")
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", MODELS)
 def test_label_smoothing_at_alpha_0_is_that_of_trainer(tmp_path, name):
     """To the bit, but for causal models: the stock trainer cuts off the last position, which rounds otherwise."""
     samples, options = make_samples(name), {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2}

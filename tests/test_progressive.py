@@ -164,7 +164,7 @@ def test_history_equals_naive_loop(tmp_path, name):
         ({"history_device": "cpu"}, {}),
         ({"history_device": "disk"}, {}),
         ({"history_top_k": CLASSES}, {}),
-        ({"history_top_k": 2}, {"top_k": 2}),
+        ({"history_top_k": 2, "history_remainder": "bucket"}, {"top_k": 2}),
         ({"warm_start_history": True, "gradient_accumulation_steps": 2, "dataloader_drop_last": True}, {"warm": True}),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) or "same",
