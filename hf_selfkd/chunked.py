@@ -157,6 +157,7 @@ def _piece(
     with torch.enable_grad():
         if task.past is None:
             loss = cross_entropy_sum(leaf, labels)
+            hard[part] = summary.log_norm - logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1).float()
         else:
             past = task.past
             index = None if past.index is None else past.index[part]

@@ -173,13 +173,10 @@ class SelfKDConfig(TrainingArguments):
                     f"{name}=True does nothing with teacher={self.teacher!r}: use {' or '.join(map(repr, kinds))}."
                 )
 
-        if self.chunked_logits and (
-            (self.distils and self.teacher_kind != "history") or self.history_trace or self.label_smoothing_factor
-        ):
+        if self.chunked_logits and ((self.distils and self.teacher_kind != "history") or self.label_smoothing_factor):
             raise ValueError(
-                f"chunked_logits=True with teacher={self.teacher!r}, history_trace={self.history_trace}, "
-                f"label_smoothing_factor={self.label_smoothing_factor}: it works with teacher='history' or alpha=0, "
-                "without trace and smoothing."
+                f"chunked_logits=True with teacher={self.teacher!r}, label_smoothing_factor="
+                f"{self.label_smoothing_factor}: it works with teacher='history' or alpha=0, without smoothing."
             )
 
     @classmethod

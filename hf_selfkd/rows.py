@@ -42,6 +42,12 @@ class Rows:
         """The [`~hf_selfkd.losses.Summary`] of the logits, without a gradient; made once for loss and history."""
         return summarize(self.logits.detach(), self.top_k)
 
+    @cached_property
+    def label_log_probs(self) -> torch.Tensor:
+        """Log-probabilities of the labels, `[R]`, without a gradient; arbitrary where there is none."""
+        label = self.labels.clamp_min(0).unsqueeze(-1)
+        return self.logits.detach().gather(-1, label).squeeze(-1).float() - self.summary.log_norm
+
 
 def sample_rows(logits: torch.Tensor, labels: torch.Tensor) -> Rows:
     """One row per sample: sequence, image and audio classification.

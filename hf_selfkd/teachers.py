@@ -154,10 +154,8 @@ class HistoryTeacher(Teacher):
             if top_k is None:
                 self.history.write(keys, rows.log_probs, rows.labels)
                 return
-            summary, true = rows.summary if rows.top_k == top_k else summarize(rows.logits.detach(), top_k), None
-            if self.history.trace is not None:
-                label = rows.labels.clamp_min(0).unsqueeze(-1)
-                true = rows.logits.gather(-1, label).squeeze(-1).float() - summary.log_norm
+            summary = rows.summary if rows.top_k == top_k else summarize(rows.logits.detach(), top_k)
+            true = None if self.history.trace is None else rows.label_log_probs
             log_probs = (summary.top - summary.log_norm.unsqueeze(-1)).clamp_min_(LOG_ZERO)
             self.history.write(keys, log_probs, rows.labels, summary.index, true)
 

@@ -88,10 +88,8 @@ class Batch:
 
 def _is_mean(loss: torch.Tensor, rows: Rows, labels: torch.Tensor) -> bool:
     """Whether a loss is the mean cross-entropy of the rows with these labels."""
-    hard = (
-        rows.summary.log_norm - rows.logits.detach().gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1).float()
-    )
-    return bool(torch.isclose(loss.detach().float(), hard[labelled(labels)].mean(), rtol=1e-5, atol=0))
+    mean = -Rows(rows.logits, labels).label_log_probs[labelled(labels)].mean()
+    return bool(torch.isclose(loss.detach().float(), mean, rtol=1e-5, atol=0))
 
 
 class _Epochs(TrainerCallback):
@@ -466,13 +464,14 @@ class SelfKDMixin:
                 inputs = self._unlabelled(batch) | {"labels": batch.labels}
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = self._take(inputs)
-        if self._chunked is not None and self._ours is not None:
-            return self._chunked_loss(model, batch, return_outputs, num_items_in_batch)
+        if self._chunked is not None:
+            if self._ours is None:
+                self._probe(batch)
+            if self._ours:
+                return self._chunked_loss(model, batch, return_outputs, num_items_in_batch)
         if self._ours is None:  # before the model sees them: its own loss may not say what is wrong
             check_labels(batch.labels, num_classes_of(self.model))
             self._unlabelled(batch)
-            if self._chunked is not None:
-                self._chunked.watching = True
         if self._asks_model:
             outputs = model(**batch.inputs, labels=batch.labels)
         else:
@@ -481,8 +480,6 @@ class SelfKDMixin:
         rows.top_k = self.teacher.top_k
         if self._ours is None:
             self._inspect(outputs, rows, batch.labels)
-            if self._chunked is not None:
-                self._check_chunked(logits_of(outputs, has_loss=self._asks_model))
         alpha = self._alpha()
         past = self._past(batch, rows) if alpha > 0 else None
         sides = self._sides(rows.labels, past, batch.mix)
@@ -490,7 +487,23 @@ class SelfKDMixin:
         self.teacher.observe(batch.keys, rows, mixed=batch.mix is not None)
         return (loss, outputs) if return_outputs else loss
 
-    def _check_chunked(self, logits: torch.Tensor) -> None:
+    @torch.no_grad()
+    def _probe(self, batch: Batch) -> None:
+        """Find out from a few samples, in evaluation mode, whether loss and head are what `chunked_logits` needs."""
+        check_labels(batch.labels, num_classes_of(self.model))
+        size = len(batch.labels)
+        few = {
+            name: value[:4] if isinstance(value, torch.Tensor) and value.dim() and len(value) == size else value
+            for name, value in batch.inputs.items()
+        }
+        part = Batch(few, batch.labels[:4], None, None)
+        self._chunked.watching = True
+        self.model.eval()
+        asked = self._asks_model
+        outputs = self.model(**few, labels=part.labels) if asked else self.model(**self._unlabelled(part))
+        self.model.train()
+        logits = logits_of(outputs, has_loss=asked)
+        self._inspect(outputs, self._rows(logits, part.labels), part.labels)
         self._chunked.check(logits)
         if self._ours is False:
             raise ValueError(
@@ -504,19 +517,20 @@ class SelfKDMixin:
         """[`compute_loss`] without the logits of all tokens; `outputs` has those of the first position only."""
         labels = next_tokens(batch.labels) if self._rows is causal_rows else batch.labels
         vocabulary = self._chunked.head.weight.shape[0]
-        rows = Rows(self._chunked.head.weight.new_empty(0, vocabulary), labels.reshape(-1), self.teacher.top_k)
+        rows = Rows(self._chunked.head.weight.new_empty(0, vocabulary), labels.reshape(-1))
         alpha = self._alpha()
+        past = self.teacher.targets(batch.keys, {}, rows) if alpha > 0 else None
+        rows.top_k = self.teacher.top_k
         if self.teacher.needs_ids and rows.top_k is None:
             raise ValueError(
                 "chunked_logits=True cannot go on with the checkpoint's history of whole rows: set it to False."
             )
-        past = self.teacher.targets(batch.keys, {}, rows) if alpha > 0 else None
         task = self._chunked.task = Task(rows.labels, past, alpha, self.args.temperature, rows.top_k)
         try:
             outputs = model(**self._unlabelled(batch))
         finally:
             self._chunked.task = None
-        rows.summary = task.summary  # in place of what it would make of the logits
+        rows.summary, rows.label_log_probs = task.summary, -task.losses.hard  # instead of made from the logits
         self.teacher.observe(batch.keys, rows)
         sides = [Side(rows.labels, past, None)]
         if past is None:
