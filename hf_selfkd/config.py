@@ -13,7 +13,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 AlphaSchedule = Literal["linear", "constant", "cosine", "linear_step"]
 Teacher = Literal["auto", "history", "snapshot", "ema", "none"]
 HistoryDtype = Literal["auto", "float32", "float16", "bfloat16"]
-HistoryRemainder = Literal["auto", "bucket", "label", "uniform", "renormalize"]
+HistoryRemainder = Literal["bucket", "label", "uniform", "renormalize"]
 HistoryDevice = Literal["auto", "model", "cpu", "disk"]
 
 
@@ -51,11 +51,10 @@ class SelfKDConfig(TrainingArguments):
         history_top_k (`int`, *optional*):
             Entries kept per stored row; the rest of the mass is one bucket. `None` keeps whole rows while the history
             is small (256 MiB in all) or has at most 64 classes, and 32 entries otherwise.
-        history_remainder (`str`, *optional*, defaults to `"auto"`):
+        history_remainder (`str`, *optional*, defaults to `"bucket"`):
             Where the mass goes that the stored entries lack: `"bucket"` (to the other classes together: only their
-            total mass is compared), `"label"` (to the label), `"uniform"` (evenly to the other classes),
-            `"renormalize"` (nowhere: the entries are scaled up) or `"auto"` (`"label"` for language models, `"bucket"`
-            otherwise).
+            total mass is compared), `"label"` (to the label), `"uniform"` (evenly to the other classes) or
+            `"renormalize"` (nowhere: the entries are scaled up).
         history_dtype (`str`, *optional*, defaults to `"auto"`):
             Type of the stored log-probabilities: `"float32"`, `"float16"`, `"bfloat16"` or `"auto"` (`float32` while
             the history is small, `float16` otherwise).
@@ -102,8 +101,8 @@ class SelfKDConfig(TrainingArguments):
         default=None, metadata={"help": "Entries kept per stored row; whole rows while the history is small."}
     )
     history_remainder: HistoryRemainder = field(
-        default="auto",
-        metadata={"help": "Where unstored mass goes: bucket, label, uniform, renormalize or auto."},
+        default="bucket",
+        metadata={"help": "Where the mass goes that is not stored: bucket, label, uniform or renormalize."},
     )
     history_dtype: HistoryDtype = field(
         default="auto", metadata={"help": "Type of stored rows: auto, float32, float16 or bfloat16."}

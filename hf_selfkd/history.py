@@ -97,7 +97,6 @@ def plan_history(
     num_classes: int,
     device: torch.device,
     folder: str | Path,
-    ragged: bool = False,
 ) -> Plan:
     """
     Choose how and where to keep a history, or refuse it.
@@ -108,7 +107,6 @@ def plan_history(
         num_classes (`int`): classes of a row.
         device (`torch.device`): where the model is.
         folder (`str` or `Path`): where `history_device="disk"` keeps its files.
-        ragged (`bool`, *optional*, defaults to `False`): whether samples have several rows each.
 
     Returns:
         [`Plan`]: with `num_bytes` for both the table and the journals of one epoch.
@@ -130,10 +128,7 @@ def plan_history(
     dtype = config.history_dtype
     if dtype == "auto":
         dtype = "float32" if small else "float16"
-    remainder = config.history_remainder
-    if remainder == "auto":
-        remainder = "label" if ragged else "bucket"
-    codec = Codec(num_classes, getattr(torch, dtype), None if whole else top_k, remainder)
+    codec = Codec(num_classes, getattr(torch, dtype), None if whole else top_k, config.history_remainder)
     num_bytes = generations * num_rows * codec.row_bytes
     place = config.history_device
     if place == "auto":

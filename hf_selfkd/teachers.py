@@ -175,7 +175,7 @@ class HistoryTeacher(Teacher):
             counted = self.gather(counted).view(-1, 2).sum(dim=0)
         samples, num_rows = counted.tolist()
         num_rows = -(-self.size * num_rows // samples)  # for tokens an estimate from the first batch
-        plan = plan_history(self.config, num_rows, rows.logits.shape[-1], self.device, self.folder, ragged)
+        plan = plan_history(self.config, num_rows, rows.logits.shape[-1], self.device, self.folder)
         self.history = self._new_history(plan, ragged)
         logger.info(
             f"Prediction history: about {plan.num_bytes} bytes on {plan.place!r} for {self.size} samples, "
@@ -237,7 +237,7 @@ class HistoryTeacher(Teacher):
         rows = int(tensors["counts"].sum()) if ragged else self.size
         config = copy.copy(self.config)  # what is stored decides, not what would be chosen for a new history
         config.history_top_k, config.history_dtype = top_k or num_classes, metadata["dtype"]
-        plan = plan_history(config, max(rows, 1), num_classes, self.device, self.folder, ragged)
+        plan = plan_history(config, max(rows, 1), num_classes, self.device, self.folder)
         self.history = self._new_history(plan, ragged)
         self.history.load_state(tensors, self.gather)
         for journal in journals:

@@ -274,6 +274,15 @@ class SelfKDMixin:
             return self._epoch_sampler
         return super()._get_train_sampler(train_dataset)
 
+    def _get_eval_sampler(self, eval_dataset: Dataset):
+        # The stock Trainer groups evaluation by length too, and `predict` then returns rows in another order than
+        # those of the dataset, without a word (transformers#48025).
+        strategy, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "sequential"
+        try:
+            return super()._get_eval_sampler(eval_dataset)
+        finally:
+            self.args.train_sampling_strategy = strategy
+
     def _length_sampler(self, train_dataset: Any) -> EpochLengthGroupedSampler:
         args, lengths, source = self.args, None, self.train_dataset
         source = source.dataset if isinstance(source, SampleIdDataset) else source

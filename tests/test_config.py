@@ -23,7 +23,7 @@ DEFAULTS = {
     "history_device": "auto",
     "history_max_bytes": None,
     "sample_id_column": None,
-    "history_remainder": "auto",
+    "history_remainder": "bucket",
     "chunked_logits": False,
     "ema_decay": 0.999,
 }

@@ -232,8 +232,8 @@ def test_top_k_history_equals_naive_loop(tmp_path, name, rule):
     assert difference(other, trainer) > 1e-5  # the comparison tells the rules apart
 
 
-def test_what_is_not_stored_of_tokens_goes_to_the_label(tmp_path):
-    check_against_naive(tmp_path, "plain_marian", None, {"rule": "label", "top_k": 3}, history_top_k=3)
+def test_what_is_not_stored_of_tokens_is_one_bucket(tmp_path):
+    check_against_naive(tmp_path, "plain_marian", None, {"rule": "bucket", "top_k": 3}, history_top_k=3)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
