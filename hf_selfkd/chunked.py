@@ -72,7 +72,7 @@ class ChunkedHead:
                 self.hidden = arguments[0].detach()[:, :2]
             return None
         self.hidden = arguments[0]
-        return (arguments[0][:, :1].detach(),)
+        return (arguments[0][:, :1],)  # not detached: DDP follows the outputs to find out which parameters are used
 
     def _learn(self, head: nn.Linear, arguments: tuple, output: Any) -> None:
         if self.task is None:

@@ -32,7 +32,15 @@ def two(tmp_path_factory):
 @pytest.mark.parametrize(
     "name",
     ["history", "snapshot", "ema", "accumulation", "tokens", "disk", "warm_start", "plain", "stream"]
-    + ["translation", "translation_accumulation", "translation_top_k", "causal", "masked"],
+    + [
+        "translation",
+        "translation_accumulation",
+        "translation_top_k",
+        "translation_chunked",
+        "causal",
+        "causal_chunked",
+        "masked",
+    ],
 )
 def test_two_processes_follow_one(name, two, tmp_path):
     results, _ = two
