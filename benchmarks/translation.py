@@ -41,14 +41,15 @@ from hf_selfkd.metrics import compute_translation_metrics
 METHODS = {
     "plain": {"alpha": 0.0},
     "label smoothing 0.1": {"alpha": 0.0, "label_smoothing_factor": 0.1},
-    "PS-KD history, top 16, label": {"history_top_k": 16, "history_remainder": "label"},
     "PS-KD history, top 16, bucket": {"history_top_k": 16, "history_remainder": "bucket"},
-    "PS-KD snapshot": {"teacher": "snapshot"},
+    "PS-KD history, top 16, bucket, alpha 0.4": {"history_top_k": 16, "history_remainder": "bucket", "alpha": 0.4},
+    "PS-KD history, top 16, label": {"history_top_k": 16, "history_remainder": "label"},
     "PS-KD history, top 16, renormalize": {"history_top_k": 16, "history_remainder": "renormalize"},
     "PS-KD history, top 16, uniform": {"history_top_k": 16, "history_remainder": "uniform"},
     "PS-KD history, top 4, bucket": {"history_top_k": 4, "history_remainder": "bucket"},
     "PS-KD history, top 64, bucket": {"history_top_k": 64, "history_remainder": "bucket"},
-    # What tells history and snapshot apart: the mass that is not stored, dropout, and the age of the predictions.
+    "PS-KD snapshot": {"teacher": "snapshot"},
+    # What tells history and snapshot apart: dropout, the mass that is not stored, and the age of the predictions.
     "PS-KD snapshot with dropout": {"teacher": "snapshot"},
     "PS-KD snapshot, top 16, label": {"teacher": "snapshot"},
 }
