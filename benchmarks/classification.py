@@ -13,18 +13,15 @@ Without files the data come from the Hub (`uoft-cs/cifar100`, `fancyzhx/ag_news`
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
-from datasets import Dataset, load_dataset
+from comparison import load, read_results, run_missing, table
+from datasets import Dataset
 from torch import nn
 from transformers import (
     BertConfig,
@@ -47,7 +44,7 @@ METHODS = {
     "PS-KD snapshot": {"teacher": "snapshot"},
     "PS-KD ema": {"teacher": "ema"},
 }
-FIGURES = {"error": "error %", "nll": "NLL", "ece": "ECE %", "aurc": "AURC x1000"}
+FIGURES = {"error": ("error %", 2), "nll": ("NLL", 3), "ece": ("ECE %", 2), "aurc": ("AURC x1000", 2)}
 REPORTED = ("accuracy", "top5_accuracy", "nll", "brier", "ece", "ece_15", "aurc", "eaurc")
 MEAN, STD = torch.tensor((0.5071, 0.4865, 0.4409)), torch.tensor((0.2673, 0.2564, 0.2762))
 
@@ -87,15 +84,6 @@ def cifar_resnet(name: str, num_labels: int) -> ResNetForImageClassification:
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
     model.resnet.embedder = nn.Sequential(stem, nn.BatchNorm2d(widths[0]), nn.ReLU())
     return model
-
-
-def load(files: list[str] | None, name: str, split: str, limit: int | None) -> Dataset:
-    """A split from local parquet files, or from the Hub."""
-    if files:
-        dataset = load_dataset("parquet", data_files={split: files}, split=split)
-    else:
-        dataset = load_dataset(name, split=split)
-    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
 
 def cifar100(args: argparse.Namespace) -> dict:
@@ -194,44 +182,10 @@ def run(task: dict, method: str, seed: int) -> dict:
         "epochs": arguments["num_train_epochs"],
         "train_samples": len(task["train_dataset"]),
         "error": 100 * (1 - figures["accuracy"]),
-        **{
-            key: figures[key]
-            for key in ("accuracy", "top5_accuracy", "nll", "brier", "ece", "ece_15", "aurc", "eaurc")
-        },
+        **{key: figures[key] for key in REPORTED},
         "train_seconds": seconds,
         "train_loss_by_epoch": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
-
-
-def machine() -> dict:
-    """What the figures were measured on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def table(results: list[dict]) -> str:
-    """The Markdown table: mean and standard deviation over seeds of every figure."""
-    lines = [
-        "| method | seeds | " + " | ".join(FIGURES.values()) + " |",
-        "|---|---|" + "---|" * len(FIGURES),
-    ]
-    for method in METHODS:
-        rows = [row for row in results if row["method"] == method]
-        if not rows:
-            continue
-        cells = []
-        for name in FIGURES:
-            values = [row[name] for row in rows]
-            digits = 3 if name == "nll" else 2
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
-        lines.append(f"| {method} | {len(rows)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -249,22 +203,11 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table of the results and stop")
     args = parser.parse_args()
     path = args.results or Path(f"results_{args.task}.jsonl")
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    if args.table:
-        print(table(done))
-        return
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    task = {"cifar100": cifar100, "ag_news": ag_news}[args.task](args)
-    for seed in args.seeds:
-        for method in args.methods:
-            if any((row["method"], row["seed"]) == (method, seed) for row in done):
-                continue
-            result = run(task, method, seed) | machine()
-            done.append(result)
-            with path.open("a") as file:
-                file.write(json.dumps(result) + "\n")
-            print({key: result[key] for key in ("method", "seed", *FIGURES)}, flush=True)
-    print(table(done))
+    if not args.table:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        task = {"cifar100": cifar100, "ag_news": ag_news}[args.task](args)
+        run_missing(path, args.seeds, args.methods, lambda method, seed: run(task, method, seed), tuple(FIGURES))
+    print(table(read_results(path), list(METHODS), FIGURES))
 
 
 if __name__ == "__main__":

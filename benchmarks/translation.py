@@ -13,17 +13,12 @@ Without files the data come from the Hub (`bentrevett/multi30k`). Columns are na
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import statistics
 import tempfile
 import time
 from pathlib import Path
 
-import torch
-import transformers
-from datasets import Dataset, load_dataset
+from comparison import load, read_results, run_missing, table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -38,6 +33,7 @@ from hf_selfkd.losses import Past
 from hf_selfkd.metrics import compute_translation_metrics
 
 
+HUB_NAME = "bentrevett/multi30k"
 METHODS = {
     "plain": {"alpha": 0.0},
     "label smoothing 0.1": {"alpha": 0.0, "label_smoothing_factor": 0.1},
@@ -53,7 +49,13 @@ METHODS = {
     "PS-KD snapshot with dropout": {"teacher": "snapshot"},
     "PS-KD snapshot, top 16, label": {"teacher": "snapshot"},
 }
-FIGURES = {"bleu": "BLEU", "chrf": "chrF", "token_nll": "token NLL", "token_ece": "token ECE %"}
+FIGURES = {
+    "bleu": ("BLEU", 1),
+    "chrf": ("chrF", 1),
+    "token_nll": ("token NLL", 3),
+    "token_ece": ("token ECE %", 1),
+    "train_cpu_minutes": ("CPU minutes", 1),
+}
 
 
 class Variants(Seq2SeqSelfKDTrainer):
@@ -75,15 +77,6 @@ class Variants(Seq2SeqSelfKDTrainer):
         return Past(log_probs, past.mask, index, "label")
 
 
-def load(files: list[str] | None, split: str, limit: int | None) -> Dataset:
-    """A split from local parquet files, or from the Hub."""
-    if files:
-        dataset = load_dataset("parquet", data_files={split: files}, split=split)
-    else:
-        dataset = load_dataset("bentrevett/multi30k", split=split)
-    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
-
-
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A joint byte-level BPE that ends every sentence with `</s>`."""
     raw = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -98,7 +91,10 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 def make_task(args: argparse.Namespace) -> dict:
     """What the trainer needs."""
-    train, test = load(args.train_files, "train", args.max_train_samples), load(args.test_files, "test", None)
+    train, test = (
+        load(args.train_files, HUB_NAME, "train", args.max_train_samples),
+        load(args.test_files, HUB_NAME, "test", None),
+    )
     tokenizer = train_tokenizer([*train[args.source], *train[args.target]], args.vocab_size)
 
     def encode(batch: dict) -> dict:
@@ -171,7 +167,7 @@ def run(task: dict, method: str, seed: int, args: argparse.Namespace) -> dict:
             trainer.dropout = "with dropout" in method
         start = time.process_time()
         trainer.train()
-        seconds = time.process_time() - start
+        minutes = (time.process_time() - start) / 60
         metrics = trainer.evaluate()
     figures = {key.removeprefix("eval_"): value for key, value in metrics.items()}
     return {
@@ -179,43 +175,11 @@ def run(task: dict, method: str, seed: int, args: argparse.Namespace) -> dict:
         "seed": seed,
         "epochs": args.epochs,
         "train_samples": len(task["train"]),
-        **{key: figures[key] for key in (*FIGURES, "token_accuracy", "gen_len")},
+        **{key: figures[key] for key in ("bleu", "chrf", "token_nll", "token_ece", "token_accuracy", "gen_len")},
         "signatures": compute_metrics.signatures,
-        "train_cpu_seconds": seconds,
+        "train_cpu_minutes": minutes,
         "hard_loss_by_epoch": [entry["hard_loss"] for entry in trainer.state.log_history if "hard_loss" in entry],
     }
-
-
-def machine() -> dict:
-    """What the figures were measured on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def table(results: list[dict]) -> str:
-    """The Markdown table: mean and standard deviation over seeds of every figure."""
-    lines = [
-        "| method | seeds | " + " | ".join(FIGURES.values()) + " | CPU minutes |",
-        "|---|---|" + "---|" * (len(FIGURES) + 1),
-    ]
-    for method in METHODS:
-        rows = [row for row in results if row["method"] == method]
-        if not rows:
-            continue
-        cells = []
-        for name in FIGURES:
-            values = [row[name] for row in rows]
-            digits = 3 if name == "token_nll" else 1
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
-        minutes = statistics.mean(row["train_cpu_seconds"] for row in rows) / 60
-        lines.append(f"| {method} | {len(rows)} | " + " | ".join(cells) + f" | {minutes:.1f} |")
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -235,22 +199,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results_translation.jsonl"))
     parser.add_argument("--table", action="store_true", help="print the table of the results and stop")
     args = parser.parse_args()
-    done = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.is_file() else []
-    if args.table:
-        print(table(done))
-        return
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    task = make_task(args)
-    for seed in args.seeds:
-        for method in args.methods:
-            if any((row["method"], row["seed"]) == (method, seed) for row in done):
-                continue
-            result = run(task, method, seed, args) | machine()
-            done.append(result)
-            with args.results.open("a") as file:
-                file.write(json.dumps(result) + "\n")
-            print({key: result[key] for key in ("method", "seed", *FIGURES, "train_cpu_seconds")}, flush=True)
-    print(table(done))
+    if not args.table:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        task = make_task(args)
+        run_missing(
+            args.results, args.seeds, args.methods, lambda method, seed: run(task, method, seed, args), tuple(FIGURES)
+        )
+    print(table(read_results(args.results), list(METHODS), FIGURES))
 
 
 if __name__ == "__main__":

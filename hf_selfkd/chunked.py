@@ -14,7 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .losses import Past, RowLosses, Summary, cross_entropy_sum, progressive_cross_entropy, summarize
+from .losses import (
+    Past,
+    RowLosses,
+    Summary,
+    cross_entropy_sum,
+    learners_of,
+    of_label,
+    progressive_cross_entropy,
+    summarize,
+)
 from .rows import base_model
 
 
@@ -78,8 +87,7 @@ class ChunkedHead:
         if self.task is None:
             return
         task, hidden, self.hidden = self.task, self.hidden.flatten(0, 1), None
-        results = _LinearRows.apply(hidden, head.weight, head.bias, self.constant, task)
-        task.total = results
+        task.total = _LinearRows.apply(hidden, head.weight, head.bias, self.constant, task)
 
     def check(self, logits: torch.Tensor) -> None:
         """
@@ -137,7 +145,7 @@ class _LinearRows(torch.autograd.Function):
                 of_weight += gradient.T @ hidden[part].to(gradient.dtype)
             if of_bias is not None:
                 of_bias += gradient.sum(0)
-        learners = None if task.past is None or task.past.whole else task.past.mask & (task.labels != -100)
+        learners = None if task.past is None else learners_of(task.past, task.labels)
         task.losses, task.summary = RowLosses(hard, hard, soft, learners), Summary(log_norm, top, index)
         ctx.save_for_backward(of_hidden, of_weight.to(weight.dtype), None if bias is None else of_bias.to(bias.dtype))
         return total
@@ -157,12 +165,10 @@ def _piece(
     with torch.enable_grad():
         if task.past is None:
             loss = cross_entropy_sum(leaf, labels)
-            hard[part] = summary.log_norm - logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1).float()
+            hard[part] = summary.log_norm - of_label(logits, labels).float()
         else:
-            past = task.past
-            index = None if past.index is None else past.index[part]
-            past = Past(past.log_probs[part], past.mask[part], index, past.remainder, past.whole)
-            known = None if index is None else summary.log_norm
+            past = task.past.select(part)
+            known = None if past.index is None else summary.log_norm
             losses = progressive_cross_entropy(leaf, labels, past, task.alpha, task.temperature, known)
             hard[part], soft[part] = losses.hard, losses.soft
             loss = losses.total.sum()

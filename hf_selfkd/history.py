@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from .config import SelfKDConfig
-from .losses import Past, Remainder
+from .losses import Past, Remainder, of_label
 from .samples import SampleKeys
 
 
@@ -92,11 +92,7 @@ class Plan:
 
 
 def plan_history(
-    config: SelfKDConfig,
-    num_rows: int,
-    num_classes: int,
-    device: torch.device,
-    folder: str | Path,
+    config: SelfKDConfig, num_rows: int, num_classes: int, device: torch.device, folder: str | Path
 ) -> Plan:
     """
     Choose how and where to keep a history, or refuse it.
@@ -360,7 +356,7 @@ class PredictionHistory:
         parts = self.codec.encode(log_probs, index)
         if self.trace is not None:
             if true_log_probs is None:
-                true_log_probs = log_probs.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+                true_log_probs = of_label(log_probs, labels)
             true = true_log_probs.exp().masked_fill_(labels < 0, math.nan)
             parts["true_probs"] = true.to(torch.float16).unsqueeze(-1)
         if self.ragged:

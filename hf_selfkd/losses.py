@@ -45,8 +45,8 @@ class Past:
     remainder: Remainder = "bucket"
     whole: bool = False
 
-    def select(self, order: torch.Tensor) -> Past:
-        """The rows in another order (`torch.LongTensor` of shape `[R]`)."""
+    def select(self, order: torch.Tensor | slice) -> Past:
+        """The rows in another order (`torch.LongTensor` of shape `[R]`), or some of them."""
         index = None if self.index is None else self.index[order]
         return Past(self.log_probs[order], self.mask[order], index, self.remainder, self.whole)
 
@@ -63,6 +63,21 @@ class Side:
 def labelled(labels: torch.Tensor) -> torch.Tensor:
     """Which rows `[R]` have a label."""
     return labels != IGNORE_INDEX
+
+
+def of_label(values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The entry `[R]` of each row `[R, C]` that belongs to its label; that of class 0 where there is none."""
+    return values.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+
+
+def learners_of(past: Past, labels: torch.Tensor) -> torch.Tensor | None:
+    """Which rows `[R]` have both a label and a past prediction; `None` for all."""
+    return None if past.whole else past.mask & labelled(labels)
+
+
+def only(values: torch.Tensor, mask: torch.Tensor | None, otherwise: torch.Tensor | float = 0.0) -> torch.Tensor:
+    """The values where the mask, if there is one, is true."""
+    return values if mask is None else torch.where(mask, values, otherwise)
 
 
 def weighted(values: list[torch.Tensor], sides: list[Side]) -> torch.Tensor:
@@ -159,10 +174,6 @@ class RowLosses:
     learners: torch.Tensor | None
 
 
-def _only(values: torch.Tensor, mask: torch.Tensor | None, otherwise: torch.Tensor | float = 0.0) -> torch.Tensor:
-    return values if mask is None else torch.where(mask, values, otherwise)
-
-
 def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
     Sum of the hard cross-entropies of rows `[R, C]` with labels `[R]`; label -100 counts nothing. The value and the
@@ -180,12 +191,11 @@ class _InPieces(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels):
         ctx.save_for_backward(logits, labels)
-        label = labels.clamp_min(0).unsqueeze(-1)
-        log_probs = torch.empty(len(logits), 1, device=logits.device)
+        log_probs = torch.empty(len(logits), device=logits.device)
         for part in chunks(logits):
-            log_probs[part] = F.log_softmax(logits[part], -1, dtype=torch.float32).gather(-1, label[part])
+            log_probs[part] = of_label(F.log_softmax(logits[part], -1, dtype=torch.float32), labels[part])
         only_class = torch.where(labelled(labels), 0, IGNORE_INDEX)
-        return F.nll_loss(log_probs, only_class, reduction="sum")
+        return F.nll_loss(log_probs.unsqueeze(-1), only_class, reduction="sum")
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -221,7 +231,7 @@ def _columns(
     log_probs: torch.Tensor, past: Past, labels: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Present and past log-probabilities of the stored entries, the remainder as one more column; its classes."""
-    present, stored = log_probs.gather(-1, past.index), past.log_probs.detach()
+    present, stored = log_probs.gather(-1, past.index), past.log_probs
     others = log_probs.shape[-1] - past.index.shape[-1]
     if past.remainder == "renormalize":
         return present, stored - torch.logsumexp(stored, dim=-1, keepdim=True), 0
@@ -257,17 +267,13 @@ def soft_cross_entropy(
     Returns:
         `torch.FloatTensor` of shape `[R]`: in nats, float32; 0 where `past.mask` is false.
     """
-    present, stored, others = (
-        F.log_softmax(logits.float() / temperature, dim=-1).clamp_min(LOG_ZERO),
-        past.log_probs,
-        0,
-    )
+    present, stored, others = F.log_softmax(logits.float() / temperature, dim=-1), past.log_probs, 0
+    present = present.clamp_min(LOG_ZERO)
     if past.index is not None:
         present, stored, others = _columns(present, past, labels)
     target = _soften(stored.detach(), temperature, others).exp()
-    target = target.masked_fill(
-        ~past.mask.unsqueeze(-1), 0.0
-    )  # and not only the result: its gradient would be 0 * NaN
+    # The target and not only the result: its gradient would be 0 * NaN.
+    target = target.masked_fill(~past.mask.unsqueeze(-1), 0.0)
     return -(target * present).sum(dim=-1) * temperature**2
 
 
@@ -300,9 +306,7 @@ def progressive_cross_entropy(
     Returns:
         [`RowLosses`]: one value per row.
     """
-    learners = None if past.whole else past.mask & labelled(labels)
-    if alpha == 0:
-        learners = torch.zeros_like(past.mask)
+    learners = learners_of(past, labels) if alpha > 0 else torch.zeros_like(past.mask)
     log_probs = past.log_probs.detach()
     if past.index is None:
         function, parts = _WholeRows, (log_probs,)
@@ -314,8 +318,8 @@ def progressive_cross_entropy(
     hard = F.cross_entropy(logits, labels, reduction="none")
     if learners is not None:
         past = replace(past, mask=learners)
-    soft = _only(soft_cross_entropy(logits, past, temperature, labels), learners)
-    total = _only((1 - alpha) * hard + alpha * soft, learners, hard)
+    soft = only(soft_cross_entropy(logits, past, temperature, labels), learners)
+    total = only((1 - alpha) * hard + alpha * soft, learners, hard)
     return RowLosses(total, hard.detach(), soft.detach(), learners)
 
 
@@ -329,8 +333,8 @@ class _WholeRows(torch.autograd.Function):
         if learners is not None:
             probs.masked_fill_(~learners.unsqueeze(-1), 0.0)  # and not only the result: its gradient would be 0 * NaN
         hard = F.nll_loss(log_probs, labels, reduction="none")
-        soft = _only((probs * log_probs).sum(-1).neg_(), learners)
-        total = _only(torch.lerp(hard, soft, alpha), learners, hard)
+        soft = only((probs * log_probs).sum(-1).neg_(), learners)
+        total = only(torch.lerp(hard, soft, alpha), learners, hard)
         ctx.save_for_backward(log_probs, labels, learners, probs)
         ctx.alpha, ctx.dtype = alpha, logits.dtype
         ctx.mark_non_differentiable(hard, soft)
@@ -358,8 +362,7 @@ class _StoredEntries(torch.autograd.Function):
     def forward(ctx, logits, normalized, labels, learners, alpha, past_log_probs, index, remainder):
         log_norm = summarize(logits).log_norm if normalized is None else normalized
         log_probs = logits.gather(-1, index).float().sub_(log_norm.unsqueeze(-1)).clamp_min_(LOG_ZERO)
-        hard = log_norm - logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1).float()
-        hard.masked_fill_(~labelled(labels), 0.0)
+        hard = (log_norm - of_label(logits, labels).float()).masked_fill_(~labelled(labels), 0.0)
         probs, rest = _entries(past_log_probs, learners, remainder, logits.shape[-1])
         soft = -(probs * log_probs).sum(-1)
         outside = offset = None
@@ -371,8 +374,8 @@ class _StoredEntries(torch.autograd.Function):
         elif remainder == "uniform":
             offset = rest / max(logits.shape[-1] - index.shape[-1], 1)
             soft -= offset * (_log_prob_sums(logits, log_norm) - log_probs.sum(-1))
-        soft = _only(soft, learners)
-        total = _only(torch.lerp(hard, soft, alpha), learners, hard)
+        soft = only(soft, learners)
+        total = only(torch.lerp(hard, soft, alpha), learners, hard)
         ctx.save_for_backward(logits, log_norm, labels, learners, probs, index, log_probs, rest, outside, offset)
         ctx.alpha, ctx.to_label = alpha, remainder == "label"
         ctx.mark_non_differentiable(hard, soft)
@@ -383,7 +386,7 @@ class _StoredEntries(torch.autograd.Function):
     def backward(ctx, grad, *_):
         logits, log_norm, labels, learners, probs, index, log_probs, rest, outside, offset = ctx.saved_tensors
         grad = grad.masked_fill(~labelled(labels), 0.0)
-        soft_grad = _only(grad * ctx.alpha, learners)
+        soft_grad = only(grad * ctx.alpha, learners)
         scale = grad if outside is None else grad - soft_grad * rest / outside
         gradient = torch.empty_like(logits)
         in_exponent = logits.device.type == "cpu" and bool((scale >= 0).all())  # one pass less; elsewhere asking waits
@@ -403,7 +406,7 @@ class _StoredEntries(torch.autograd.Function):
         at_label = soft_grad - grad if not ctx.to_label else soft_grad * (1 - rest) - grad
         hit = index == label
         entries = log_probs.exp() * grad.unsqueeze(-1) - probs * soft_grad.unsqueeze(-1) + hit * at_label.unsqueeze(-1)
-        base = (logits.gather(-1, label).squeeze(-1).float() - log_norm).exp() * scale
+        base = (of_label(logits, labels).float() - log_norm).exp() * scale
         if offset is not None:
             base = base - soft_grad * offset
         at_label = torch.where(hit.any(-1), (entries * hit).sum(-1), base + at_label).masked_fill_(grad == 0, 0.0)
@@ -432,7 +435,7 @@ def _entries(
         return probs / kept.clamp_min(1e-30).unsqueeze(-1), torch.zeros_like(kept)
     if log_probs.shape[-1] == classes:
         return probs, torch.zeros_like(kept)
-    return probs, _only((1 - kept).clamp_min_(0.0), learners)
+    return probs, only((1 - kept).clamp_min_(0.0), learners)
 
 
 def target_entropy(past: Past, labels: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -448,16 +451,15 @@ def target_entropy(past: Past, labels: torch.Tensor, alpha: float) -> torch.Tens
         `torch.FloatTensor` of shape `[R]`: in nats; with stored entries, the mass that they lack counts as one class
         (the label's if it is not among the entries), which makes it a lower bound.
     """
-    label = labels.clamp_min(0).unsqueeze(-1)
     if past.index is None:
         # Sums of p and p log(p) over all classes, and the label's share of both.
         sum_prob, sum_plogp = 1.0, (past.log_probs.exp() * past.log_probs).sum(-1)
-        label_logp = past.log_probs.gather(-1, label).squeeze(-1)
+        label_logp = of_label(past.log_probs, labels)
         label_prob = label_logp.exp()
         label_plogp = label_prob * label_logp
     else:
         probs, rest = _entries(past.log_probs, None, past.remainder, math.inf)
-        hit, plogp = past.index == label, -torch.special.entr(probs)
+        hit, plogp = past.index == labels.unsqueeze(-1), -torch.special.entr(probs)
         at_label = 1.0 if past.remainder == "label" else 1.0 - hit.any(-1).float()
         label_prob, label_plogp = (probs * hit).sum(-1) + rest * at_label, (plogp * hit).sum(-1)
         sum_prob, sum_plogp = probs.sum(-1) + rest, plogp.sum(-1) - torch.special.entr(rest) * (1 - at_label)

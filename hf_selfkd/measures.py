@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from .losses import RowLosses, Side, chunks, labelled, target_entropy, weighted
+from .losses import RowLosses, Side, chunks, labelled, of_label, only, target_entropy, weighted
 
 
 SUMS = ("hard_loss", "soft_loss", "target_entropy", "past_agreement", "learners", "rows", "rows_with_entropy")
@@ -36,7 +36,7 @@ def measures(
         return torch.stack((hard.float(), zero, zero, zero, zero, rows.sum(), with_entropy.sum()))
     learners = rows if parts[0].learners is None else parts[0].learners.float()
     guess = past.log_probs.argmax(dim=-1) if past.index is None else past.index[:, 0]
-    entropy = _finite(target_entropy(past, labels, alpha), parts[0].learners) if len(sides) == 1 else with_entropy
+    entropy = only(target_entropy(past, labels, alpha), parts[0].learners) if len(sides) == 1 else with_entropy
     columns = (
         weighted([part.hard for part in parts], sides),
         weighted([part.soft for part in parts], sides),
@@ -50,10 +50,6 @@ def measures(
     if hard is not None:
         sums[0] = hard
     return sums
-
-
-def _finite(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return values if mask is None else torch.where(mask, values, 0.0)
 
 
 class RunningMeans:
@@ -102,13 +98,13 @@ class TokenFigures:
     @torch.no_grad()
     def see(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Take note of the predictions `[B, L, V]` for the labels `[B, L]` of a batch."""
-        flat, label = logits.flatten(0, 1), labels.clamp_min(0).flatten()
+        flat, label = logits.flatten(0, 1), labels.flatten()
         nll, confidence, guess = (torch.empty(len(flat), device=flat.device) for _ in range(3))
         for part in chunks(flat):
             rows = flat[part].float()
             best = rows.max(dim=-1)
             norm = torch.logsumexp(rows, dim=-1)
-            nll[part] = norm - rows.gather(-1, label[part].unsqueeze(-1)).squeeze(-1)
+            nll[part] = norm - of_label(rows, label[part])
             confidence[part], guess[part] = (best.values - norm).exp(), (best.indices == label[part]).float()
         counts = labelled(labels)
         edges = torch.arange(1, self.bins, device=flat.device) / self.bins

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.auto import modeling_auto
 
-from .losses import Summary, log_softmax, summarize
+from .losses import Summary, log_softmax, of_label, summarize
 from .samples import IGNORE_INDEX
 
 
@@ -45,8 +45,7 @@ class Rows:
     @cached_property
     def label_log_probs(self) -> torch.Tensor:
         """Log-probabilities of the labels, `[R]`, without a gradient; arbitrary where there is none."""
-        label = self.labels.clamp_min(0).unsqueeze(-1)
-        return self.logits.detach().gather(-1, label).squeeze(-1).float() - self.summary.log_norm
+        return of_label(self.logits.detach(), self.labels).float() - self.summary.log_norm
 
 
 def sample_rows(logits: torch.Tensor, labels: torch.Tensor) -> Rows:
@@ -178,6 +177,11 @@ def num_classes_of(model: nn.Module) -> int | None:
     return getattr(config, "num_labels", None)
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model has an encoder and a decoder."""
+    return bool(getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False))
+
+
 def _decoder_input_ids(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         return model.prepare_decoder_input_ids_from_labels(labels=labels)
@@ -200,11 +204,10 @@ def without_labels(model: nn.Module, inputs: dict[str, Any], labels: torch.Tenso
     Raises:
         ValueError: if the decoder's inputs are missing and the model cannot make them.
     """
-    base = base_model(model)
-    if not getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+    if not is_encoder_decoder(model):
         return inputs
     if not inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
-        return inputs | {"decoder_input_ids": _decoder_input_ids(base, labels)}
+        return inputs | {"decoder_input_ids": _decoder_input_ids(base_model(model), labels)}
     return inputs
 
 

@@ -28,6 +28,7 @@ from .losses import (
     Side,
     cross_entropy_sum,
     labelled,
+    only,
     progressive_cross_entropy,
     soft_cross_entropy,
     weighted,
@@ -36,9 +37,9 @@ from .measures import RunningMeans, TokenFigures
 from .rows import (
     Rows,
     adapter_for,
-    base_model,
     causal_rows,
     check_labels,
+    is_encoder_decoder,
     logits_of,
     next_tokens,
     num_classes_of,
@@ -595,8 +596,8 @@ class SelfKDMixin:
             self._ours = self.compute_loss_func is None and self.label_smoother is None
             return
         own = outputs.get("loss") if isinstance(outputs, dict) else outputs[0]
-        encodes = getattr(getattr(base_model(self.model), "config", None), "is_encoder_decoder", False)
-        self._drops_cache = encodes and isinstance(outputs, dict) and outputs.get("past_key_values") is None
+        no_cache = isinstance(outputs, dict) and outputs.get("past_key_values") is None
+        self._drops_cache = no_cache and is_encoder_decoder(self.model)
         labels = rows.labels[rows.labels != IGNORE_INDEX]
         some = rows.logits[:64]
         spread = (some - some.mean(dim=-1, keepdim=True)).abs().max() if len(labels) else 0
@@ -660,7 +661,7 @@ class SelfKDMixin:
 
     def _soft_sum(self, rows: Rows, side: Side, learners: torch.Tensor) -> torch.Tensor:
         soft = soft_cross_entropy(rows.logits, side.past, self.args.temperature, side.labels)
-        return torch.where(learners, soft, 0.0).sum()
+        return only(soft, learners).sum()
 
     def _hard_loss(
         self, outputs: Any, rows: Rows, labels: torch.Tensor, num_items: torch.Tensor, given: torch.Tensor

@@ -1,6 +1,27 @@
-"""One thread: the tests are small, and several run side by side."""
+"""One thread: the tests are small, and several run side by side. The call of an example, which several files make."""
 
+import json
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def run_script(tmp_path, monkeypatch):
+    """Call the `main` of a script with settings, as from a JSON file, and flags after it; without a network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def run(script, settings, *flags, entry="main"):
+        file = tmp_path / "settings.json"
+        settings = {"output_dir": str(tmp_path / "out"), "cache_dir": str(tmp_path / "cache")} | settings
+        file.write_text(json.dumps(settings, default=str))
+        monkeypatch.setattr(sys, "argv", [script.__name__, str(file), *map(str, flags)])
+        getattr(script, entry)()
+        return Path(settings["output_dir"])
+
+    return run

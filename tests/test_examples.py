@@ -1,7 +1,6 @@
 """The example scripts: tiny data made on the spot, tiny models, no network."""
 
 import csv
-import importlib.util
 import inspect
 import json
 import os
@@ -16,6 +15,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from helpers import load_example, results, same_weights
 from PIL import Image as PILImage
 from transformers import (
     AutoImageProcessor,
@@ -47,31 +47,12 @@ IMAGE_RUN = RUN | {"model_type": "vit", "config_overrides": VIT, "image_size": 1
 TEXT_RUN = RUN | {"model_type": "bert", "config_overrides": BERT, "tokenizer_vocab_size": 300}
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their annotations up there
-    spec.loader.exec_module(module)
-    return module
-
-
-images, texts = load("image_classification"), load("text_classification")
+images, texts = load_example("image_classification"), load_example("text_classification")
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Call the `main` of a script with settings, as from a JSON file, and flags after it."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-    def run(script, settings, *flags, entry="main"):
-        file = tmp_path / "settings.json"
-        settings = {"output_dir": str(tmp_path / "out"), "cache_dir": str(tmp_path / "cache")} | settings
-        file.write_text(json.dumps(settings, default=str))
-        monkeypatch.setattr(sys, "argv", [script.__name__, str(file), *map(str, flags)])
-        getattr(script, entry)()
-        return Path(settings["output_dir"])
-
-    return run
+def run(run_script):
+    return run_script
 
 
 def picture(rng, bright):
@@ -100,17 +81,9 @@ def table(tmp_path):
     return file
 
 
-def results(out, split):
-    return json.loads((out / f"{split}_results.json").read_text())
-
-
 def predictions(out):
     with open(out / "predictions.csv", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def same_weights(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 def resumed_equals_whole(run, script, settings, model_class, out):

@@ -1,17 +1,18 @@
 """The language modeling example: tiny texts made on the spot, tiny models, no network."""
 
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from datasets import Dataset
+from helpers import load_example, results, same_weights
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -54,31 +55,12 @@ MASKED = RUN | {
 WEATHER = ("sunny and warm", "rain and cold in the north")
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their annotations up there
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load("language_modeling")
+script = load_example("language_modeling")
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Call `main` with settings, as from a JSON file, and flags after it."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-    def run(settings, *flags):
-        file = tmp_path / "settings.json"
-        settings = {"output_dir": str(tmp_path / "out"), "cache_dir": str(tmp_path / "cache")} | settings
-        file.write_text(json.dumps(settings, default=str))
-        monkeypatch.setattr(sys, "argv", ["script", str(file), *map(str, flags)])
-        script.main()
-        return Path(settings["output_dir"])
-
-    return run
+def run(run_script):
+    return partial(run_script, script)
 
 
 @pytest.fixture
@@ -89,17 +71,9 @@ def lines(tmp_path):
     return file
 
 
-def results(out, split="eval"):
-    return json.loads((out / f"{split}_results.json").read_text())
-
-
 def logged(out, name):
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     return [entry[name] for entry in history if name in entry]
-
-
-def same_weights(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 def resumed_equals_whole(run, settings, model_class, out, step):

@@ -1,15 +1,16 @@
 """The translation example and its corpus: tiny data made on the spot, tiny models, no network."""
 
-import importlib.util
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from datasets import Dataset, Features, Translation, Value
+from helpers import load_example, results, same_weights
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -55,39 +56,12 @@ DEMO_MARIAN = MARIAN | {"max_position_embeddings": 128}
 PAIRS = [{"en": f"{i} days and {i + 1} nights", "de": f"{i} Tage und {i + 1} Nächte"} for i in range(1, 25)]
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their annotations up there, and one script imports the other
-    spec.loader.exec_module(module)
-    return module
-
-
-corpus, translation = load("cldr_corpus"), load("translation")
+corpus, translation = load_example("cldr_corpus"), load_example("translation")
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Call `main` with settings, as from a JSON file, and flags after it."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-    def run(settings, *flags):
-        file = tmp_path / "settings.json"
-        settings = {"output_dir": str(tmp_path / "out"), "cache_dir": str(tmp_path / "cache")} | settings
-        file.write_text(json.dumps(settings, default=str))
-        monkeypatch.setattr(sys, "argv", ["script", str(file), *map(str, flags)])
-        translation.main()
-        return Path(settings["output_dir"])
-
-    return run
-
-
-def results(out, split):
-    return json.loads((out / f"{split}_results.json").read_text())
-
-
-def same_weights(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+def run(run_script):
+    return partial(run_script, translation)
 
 
 def write(file, rows):
