@@ -1,0 +1,79 @@
+"""What the benchmarks that compare methods share: data, the runs that are still missing, and their table."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import Dataset, load_dataset
+
+
+def load(files: list[str] | None, name: str, split: str, limit: int | None) -> Dataset:
+    """A split from local parquet files, or from the Hub."""
+    if files:
+        dataset = load_dataset("parquet", data_files={split: files}, split=split)
+    else:
+        dataset = load_dataset(name, split=split)
+    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+
+
+def machine() -> dict:
+    """What the figures were measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def read_results(path: Path) -> list[dict]:
+    """The finished runs of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def run_missing(
+    path: Path, seeds: list[int], methods: list[str], run: Callable[[str, int], dict], shown: tuple
+) -> None:
+    """Do the runs that `path` lacks, append a line for each, and print the figures that are `shown`."""
+    done = {(row["method"], row["seed"]) for row in read_results(path)}
+    for seed in seeds:
+        for method in methods:
+            if (method, seed) in done:
+                continue
+            result = run(method, seed) | machine()
+            with path.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            print({key: result[key] for key in ("method", "seed", *shown)}, flush=True)
+
+
+def table(results: list[dict], methods: list[str], figures: dict[str, tuple[str, int]]) -> str:
+    """
+    The Markdown table: mean and standard deviation over seeds of every figure.
+
+    Args:
+        results (`list[dict]`): the finished runs.
+        methods (`list[str]`): the rows; a method without runs is left out.
+        figures (`dict`): `name: (title, digits)` of the columns.
+    """
+    lines = [
+        "| method | seeds | " + " | ".join(title for title, _ in figures.values()) + " |",
+        "|---|---|" + "---|" * len(figures),
+    ]
+    for method in methods:
+        rows = [row for row in results if row["method"] == method]
+        if not rows:
+            continue
+        cells = []
+        for name, (_, digits) in figures.items():
+            values = [row[name] for row in rows]
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
+        lines.append(f"| {method} | {len(rows)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
