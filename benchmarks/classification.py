@@ -6,6 +6,9 @@ can be stopped and started again. `--table` prints the Markdown table of what is
 
     python benchmarks/classification.py cifar100 --train_files "train-00000*.parquet" --test_files "test-*.parquet"
     python benchmarks/classification.py ag_news --train_files "train*.parquet" --test_files "test*.parquet"
+    python benchmarks/classification.py cifar100 --layered --train_files "train-00000*.parquet" ...
+
+`--layered` compares auxiliary heads instead of teachers; `--few_shot_fraction` keeps a part of each class.
 
 Without files the data come from the Hub (`uoft-cs/cifar100`, `fancyzhx/ag_news`).
 """
@@ -30,6 +33,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     ResNetConfig,
     ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
     set_seed,
 )
 
@@ -44,7 +49,20 @@ METHODS = {
     "PS-KD snapshot": {"teacher": "snapshot"},
     "PS-KD ema": {"teacher": "ema"},
 }
+LAYERED = {
+    "plain": METHODS["plain"],
+    "label smoothing 0.1": METHODS["label smoothing 0.1"],
+    "PS-KD history": METHODS["PS-KD history"],
+    "deep_supervision": {"alpha": 0.0, "auxiliary_heads": "deep_supervision"},
+    "byot": {"alpha": 0.0, "auxiliary_heads": "byot"},
+    "joint": {"alpha": 0.0, "auxiliary_heads": "joint"},
+    "lsskd, alpha 0": {"alpha": 0.0, "auxiliary_heads": "lsskd"},
+    "lsskd": {"auxiliary_heads": "lsskd"},
+    "lsskd_full, alpha 0": {"alpha": 0.0, "auxiliary_heads": "lsskd_full"},
+    "lsskd_full": {"auxiliary_heads": "lsskd_full"},
+}
 FIGURES = {"error": ("error %", 2), "nll": ("NLL", 3), "ece": ("ECE %", 2), "aurc": ("AURC x1000", 2)}
+COST = {"cpu_ms_per_image": ("CPU ms an image", 2)}
 REPORTED = ("accuracy", "top5_accuracy", "nll", "brier", "ece", "ece_15", "aurc", "eaurc")
 MEAN, STD = torch.tensor((0.5071, 0.4865, 0.4409)), torch.tensor((0.2673, 0.2564, 0.2762))
 
@@ -86,6 +104,31 @@ def cifar_resnet(name: str, num_labels: int) -> ResNetForImageClassification:
     return model
 
 
+def cifar_vit(num_labels: int) -> ViTForImageClassification:
+    """A ViT of 0.2 million parameters for images of 32 x 32 pixels."""
+    return ViTForImageClassification(
+        ViTConfig(
+            image_size=32,
+            patch_size=4,
+            hidden_size=64,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            intermediate_size=128,
+            num_labels=num_labels,
+        )
+    )
+
+
+def few_shot(dataset: Dataset, column: str, fraction: float) -> Dataset:
+    """A part of each class, the same in every run."""
+    if fraction == 1:
+        return dataset
+    return dataset.train_test_split(train_size=fraction, stratify_by_column=column, seed=0)["train"]
+
+
+VIT = {"learning_rate": 1e-3, "optim": "adamw_torch", "optim_args": None, "weight_decay": 0.05, "warmup_steps": 200}
+
+
 def cifar100(args: argparse.Namespace) -> dict:
     """What the trainer needs for CIFAR-100."""
     train, test = (
@@ -94,8 +137,10 @@ def cifar100(args: argparse.Namespace) -> dict:
     )
     image, label = ("image", "label") if "label" in train.column_names else ("img", "fine_label")
     classes = train.features[label].num_classes
+    train = few_shot(train, label, args.few_shot_fraction)
+    name = args.model or "resnet8"
     return {
-        "make_model": lambda: cifar_resnet(args.model or "resnet8", classes),
+        "make_model": lambda: cifar_vit(classes) if name == "vit" else cifar_resnet(name, classes),
         "train_dataset": Images(train, image, label, augment=True),
         "eval_dataset": Images(test, image, label, augment=False),
         "arguments": {
@@ -106,7 +151,8 @@ def cifar100(args: argparse.Namespace) -> dict:
             "weight_decay": 5e-4,
             "lr_scheduler_type": "cosine",
             "num_train_epochs": args.epochs or 30,
-        },
+        }
+        | (VIT if name == "vit" else {}),
     }
 
 
@@ -168,12 +214,12 @@ def run(task: dict, method: str, seed: int) -> dict:
             log_level="error",
             logging_strategy="epoch",
             **arguments,
-            **METHODS[method],
+            **(METHODS | LAYERED)[method],
         )
         trainer = SelfKDTrainer(make_model(), config, compute_metrics=compute_classification_metrics, **task)
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         trainer.train()
-        seconds = time.perf_counter() - start
+        seconds, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
         metrics = trainer.evaluate()
     figures = {key.removeprefix("eval_"): value for key, value in metrics.items()}
     return {
@@ -184,6 +230,7 @@ def run(task: dict, method: str, seed: int) -> dict:
         "error": 100 * (1 - figures["accuracy"]),
         **{key: figures[key] for key in REPORTED},
         "train_seconds": seconds,
+        "cpu_ms_per_image": 1000 * cpu / len(task["train_dataset"]) / arguments["num_train_epochs"],
         "train_loss_by_epoch": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
 
@@ -195,19 +242,25 @@ def main() -> None:
     parser.add_argument("--test_files", nargs="+")
     parser.add_argument("--max_train_samples", type=int)
     parser.add_argument("--max_test_samples", type=int)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--layered", action="store_true", help="compare auxiliary heads instead of teachers")
+    parser.add_argument("--methods", nargs="+", help="all of the comparison by default")
+    parser.add_argument("--few_shot_fraction", type=float, default=1.0, help="part of each class of images")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int)
-    parser.add_argument("--model", choices=("resnet8", "resnet18"))
+    parser.add_argument("--model", choices=("resnet8", "resnet18", "vit"))
     parser.add_argument("--results", type=Path, help="JSON lines; results_TASK.jsonl by default")
     parser.add_argument("--table", action="store_true", help="print the table of the results and stop")
     args = parser.parse_args()
+    known = LAYERED if args.layered else METHODS
+    methods = args.methods or list(known)
+    if set(methods) - known.keys():
+        parser.error(f"--methods: choose among {', '.join(known)}")
     path = args.results or Path(f"results_{args.task}.jsonl")
     if not args.table:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         task = {"cifar100": cifar100, "ag_news": ag_news}[args.task](args)
-        run_missing(path, args.seeds, args.methods, lambda method, seed: run(task, method, seed), tuple(FIGURES))
-    print(table(read_results(path), list(METHODS), FIGURES))
+        run_missing(path, args.seeds, methods, lambda method, seed: run(task, method, seed), tuple(FIGURES))
+    print(table(read_results(path), list(known), FIGURES | (COST if args.layered else {})))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 from ._version import __version__
 from .config import SelfKDConfig, Seq2SeqSelfKDConfig
+from .heads import attach_auxiliary_heads, strip_auxiliary_heads
+from .heads_config import AuxiliaryHeadsConfig
 from .samples import SelfKDDataCollator, with_sample_ids
 from .trainer import SelfKDMixin, SelfKDTrainer, Seq2SeqSelfKDTrainer
 
 
 __all__ = [
+    "AuxiliaryHeadsConfig",
     "SelfKDConfig",
     "SelfKDDataCollator",
     "SelfKDMixin",
@@ -14,5 +17,7 @@ __all__ = [
     "Seq2SeqSelfKDConfig",
     "Seq2SeqSelfKDTrainer",
     "__version__",
+    "attach_auxiliary_heads",
+    "strip_auxiliary_heads",
     "with_sample_ids",
 ]

@@ -9,6 +9,8 @@ from typing import Literal, get_args
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
+from .heads_config import AuxiliaryHeadsConfig
+
 
 AlphaSchedule = Literal["linear", "constant", "cosine", "linear_step"]
 Teacher = Literal["auto", "history", "snapshot", "ema", "none"]
@@ -36,7 +38,8 @@ class SelfKDConfig(TrainingArguments):
             Where the past prediction comes from: `"history"` (the row stored when the sample was last trained on, in
             an earlier epoch; no extra forward pass), `"snapshot"` (the weights at the end of the previous epoch, on
             the same view), `"ema"` (a moving average of the weights, from epoch 2) or `"none"` (plain training with
-            the loss scaled correctly). `"auto"` is `"history"`.
+            the loss scaled correctly). `"auto"` is `"history"`, and `"snapshot"` with auxiliary heads that learn from
+            past predictions, whose history would be many times larger.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of both sides of the soft term, which is multiplied by its square.
         warm_start_history (`bool`, *optional*, defaults to `False`):
@@ -73,6 +76,12 @@ class SelfKDConfig(TrainingArguments):
             step then hold one position only.
         ema_decay (`float`, *optional*, defaults to `0.999`):
             Decay of the moving average for `teacher="ema"`, in [0, 1); at most `(1 + t) / (10 + t)` after `t` steps.
+        auxiliary_heads (`str`, *optional*):
+            Layered self-distillation: a preset of [`AuxiliaryHeadsConfig`] (`"lsskd"`, `"lsskd_full"`, `"joint"`,
+            `"byot"`, `"deep_supervision"`) or where a configuration was saved. The trainer's argument of that name
+            takes a configuration itself.
+        evaluate_heads (`bool`, *optional*, defaults to `False`):
+            Report every auxiliary head as a classifier of its own in evaluation (`eval_head0_accuracy` and so on).
 
     Raises:
         ValueError: if a field is out of range or two fields contradict each other.
@@ -120,6 +129,15 @@ class SelfKDConfig(TrainingArguments):
         default=False, metadata={"help": "Never hold the logits of all tokens of a language model in training."}
     )
     ema_decay: float = field(default=0.999, metadata={"help": "Decay of the moving average for the ema teacher."})
+    auxiliary_heads: str | None = field(
+        default=None,
+        metadata={"help": "Layered self-distillation: a preset (lsskd, joint, byot, ...) or a saved configuration."},
+    )
+    evaluate_heads: bool = field(
+        default=False, metadata={"help": "Report every auxiliary head as a classifier of its own in evaluation."}
+    )
+
+    _heads = (None, None)  # what `auxiliary_heads` was when it was last looked up, and what it stands for
 
     def __post_init__(self):
         super().__post_init__()
@@ -127,8 +145,34 @@ class SelfKDConfig(TrainingArguments):
 
     @property
     def teacher_kind(self) -> str:
-        """`str`: the teacher that `teacher` stands for (`"auto"` is `"history"`)."""
-        return "history" if self.teacher == "auto" else self.teacher
+        """`str`: the teacher that `teacher` stands for."""
+        if self.teacher != "auto":
+            return self.teacher
+        return "snapshot" if self.heads is not None and self.heads.uses_past else "history"
+
+    @property
+    def heads(self) -> AuxiliaryHeadsConfig | None:
+        """[`AuxiliaryHeadsConfig`]: what `auxiliary_heads` stands for, or what the trainer was given."""
+        if self._heads[0] != self.auxiliary_heads:
+            self._heads = (self.auxiliary_heads, AuxiliaryHeadsConfig.resolve(self.auxiliary_heads))
+        return self._heads[1]
+
+    def take_heads(self, heads: AuxiliaryHeadsConfig | str | None) -> None:
+        """Use these heads, which may be `None`, besides what `auxiliary_heads` says.
+
+        Raises:
+            ValueError: if both name heads, and not the same ones.
+        """
+        heads = AuxiliaryHeadsConfig.resolve(heads)
+        if heads is None:
+            return
+        if self.auxiliary_heads is not None and self.heads not in (None, heads):
+            raise ValueError(
+                f"auxiliary_heads={self.auxiliary_heads!r} in the arguments and another one given to the trainer: "
+                "leave out one of them."
+            )
+        self._heads = (self.auxiliary_heads, heads)
+        self.validate()
 
     @property
     def distils(self) -> bool:
@@ -161,6 +205,11 @@ class SelfKDConfig(TrainingArguments):
         for name in ("history_top_k", "history_max_bytes"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1: leave it out for the default.")
+        if not isinstance(self.auxiliary_heads, (str, type(None))):
+            raise ValueError(
+                f"auxiliary_heads={self.auxiliary_heads!r} in the arguments must be the name of a preset or a path: "
+                "give the configuration itself to the trainer, SelfKDTrainer(..., auxiliary_heads=config)."
+            )
         if self.label_smoothing_factor != 0 and self.distils:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor} with alpha={self.alpha}: both soften the "

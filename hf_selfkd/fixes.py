@@ -40,7 +40,10 @@ def load_renamed_weights(model: nn.Module, checkpoint: str | Path) -> None:
             names are all in the checkpoint.
         checkpoint (`str` or `Path`): a folder written by `save_pretrained`.
     """
-    if not isinstance(model, PreTrainedModel) or model.state_dict().keys() <= _saved_names(checkpoint):
+    if not isinstance(model, PreTrainedModel):
+        return
+    names = model.state_dict().keys() - set(model._keys_to_ignore_on_save or ())  # such as those of auxiliary heads
+    if names <= _saved_names(checkpoint):
         return
     dtypes = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
     widest = reduce(torch.promote_types, dtypes)  # a head kept in float32 on a model in bfloat16 loses no bit

@@ -438,6 +438,24 @@ def _entries(
     return probs, only((1 - kept).clamp_min_(0.0), learners)
 
 
+def divergence(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """
+    Kullback-Leibler divergence of the present predictions from those of a teacher, one value per row, times the square
+    of the temperature (Hinton et al., 2015).
+
+    Args:
+        logits (`torch.FloatTensor` of shape `[R, C]`): present scores.
+        teacher_logits (`torch.FloatTensor` of shape `[R, C]`): the teacher's; no gradient flows into them.
+        temperature (`float`, *optional*, defaults to 1.0): softens both.
+
+    Returns:
+        `torch.FloatTensor` of shape `[R]`: in nats, float32.
+    """
+    present = F.log_softmax(logits.float() / temperature, dim=-1).clamp_min(LOG_ZERO)
+    teacher = log_softmax(teacher_logits.detach().float() / temperature)
+    return (teacher.exp() * (teacher - present)).sum(dim=-1) * temperature**2
+
+
 def target_entropy(past: Past, labels: torch.Tensor, alpha: float) -> torch.Tensor:
     """
     Entropy of the targets `(1 - alpha) * onehot + alpha * past`, one value per row, without making them.

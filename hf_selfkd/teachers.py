@@ -252,11 +252,16 @@ class SnapshotTeacher(Teacher):
 
     Args:
         model (`nn.Module`): the model that is trained, unwrapped.
-        predict (`Callable`): `predict(outputs) -> logits [R, C]`.
+        predict (`Callable`):
+            `predict(outputs)` gives the logits `[R, C]` of the model itself, then those of its heads, if they are to
+            learn from the past.
         broadcast (`Callable`, *optional*):
             gives every process the tensor of the first one; `None` for one process. Processes agree on weights but not
             on batch statistics.
         warm_start (`bool`): let the initial weights teach the first epoch.
+
+    Attributes:
+        of_heads (`list` of [`~hf_selfkd.losses.Past`]): what the heads said, as of the last call of `targets`.
     """
 
     kind = "snapshot"
@@ -264,7 +269,7 @@ class SnapshotTeacher(Teacher):
     def __init__(
         self,
         model: nn.Module,
-        predict: Callable[[Any], torch.Tensor],
+        predict: Callable[[Any], list[torch.Tensor]],
         broadcast: Callable[[torch.Tensor], torch.Tensor] | None = None,
         warm_start: bool = False,
     ):
@@ -274,6 +279,7 @@ class SnapshotTeacher(Teacher):
         persistent = model.state_dict().keys()  # the others are constants such as position ids
         self.buffers = [name for name, _ in model.named_buffers() if name in persistent]
         self.weights: dict[str, torch.Tensor] = {}
+        self.of_heads: list[Past] = []
 
     def _live(self) -> dict[str, torch.Tensor]:
         live = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
@@ -296,6 +302,7 @@ class SnapshotTeacher(Teacher):
 
     @torch.no_grad()
     def targets(self, keys: SampleKeys | None, inputs: dict[str, Any], rows: Rows) -> Past | None:
+        self.of_heads = []
         if not self.weights:
             return None
         modes = [(module, module.training) for module in self.model.modules()]
@@ -305,9 +312,8 @@ class SnapshotTeacher(Teacher):
         finally:
             for module, training in modes:
                 module.training = training
-        log_probs = log_softmax(self.predict(outputs))
-        mask = torch.isfinite(log_probs).all(dim=-1)
-        return Past(log_probs.nan_to_num_(nan=0.0), mask)
+        past, *self.of_heads = [_whole_past(log_softmax(logits)) for logits in self.predict(outputs)]
+        return past
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         return {f"weights.{name}": tensor for name, tensor in self.weights.items()}, {}
@@ -328,13 +334,18 @@ class SnapshotTeacher(Teacher):
         self.weights = {name: stored[name].to(tensor.device, tensor.dtype) for name, tensor in live.items()}
 
 
+def _whole_past(log_probs: torch.Tensor) -> Past:
+    mask = torch.isfinite(log_probs).all(dim=-1)
+    return Past(log_probs.nan_to_num_(nan=0.0), mask)
+
+
 class EMATeacher(SnapshotTeacher):
     """
     A moving average of the weights, in evaluation mode, from the second epoch on; buffers are copied.
 
     Args:
         model (`nn.Module`): the model that is trained, unwrapped.
-        predict (`Callable`): `predict(outputs) -> logits [R, C]`.
+        predict (`Callable`): as in [`SnapshotTeacher`].
         decay (`float`):
             of the average, at most `(1 + t) / (10 + t)` after `t` steps: with the full decay from the start the random
             initial weights would rule for 1 / (1 - decay) steps.
@@ -346,7 +357,7 @@ class EMATeacher(SnapshotTeacher):
     def __init__(
         self,
         model: nn.Module,
-        predict: Callable[[Any], torch.Tensor],
+        predict: Callable[[Any], list[torch.Tensor]],
         decay: float,
         broadcast: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):

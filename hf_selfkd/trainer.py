@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -22,6 +23,9 @@ from .chunked import ChunkedHead, Task
 from .config import SelfKDConfig, Seq2SeqSelfKDConfig, alpha_at
 from .files import load_tensors, save_tensors
 from .fixes import EpochLengthGroupedSampler, generation_gather, hub_copy, load_renamed_weights, stream_position
+from .heads import HeadResults, attach_auxiliary_heads, head_names, heads_of, split_auxiliary
+from .heads_config import ROTATIONS, AuxiliaryHeadsConfig
+from .layered import HeadFigures, Layered, choose_turns
 from .losses import (
     Past,
     RowLosses,
@@ -67,6 +71,7 @@ from .teachers import EMATeacher, HistoryTeacher, SnapshotTeacher, Teacher
 logger = logging.getLogger(__name__)
 
 STATE_FOLDER = "_selfkd"  # in a checkpoint and, for a history on disk, in the output folder
+HEADS_FILE = "auxiliary_heads.safetensors"  # in that folder of a checkpoint
 
 
 @dataclass
@@ -85,6 +90,7 @@ class Batch:
     labels: torch.Tensor
     keys: SampleKeys | None
     mix: Mix | None
+    turns: np.ndarray | None = None  # the views of each sample, `[B, V]`, if there are several
 
 
 def _is_mean(loss: torch.Tensor, rows: Rows, labels: torch.Tensor) -> bool:
@@ -106,7 +112,8 @@ class _Epochs(TrainerCallback):
         self.trainer._begin_epoch()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.teacher.after_step()
+        for teacher in self.trainer._teachers.values():
+            teacher.after_step()
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer._release_head()
@@ -115,7 +122,8 @@ class _Epochs(TrainerCallback):
                 f"teacher={args.teacher_kind!r} never taught: training ended in its first pass over the data, so this "
                 "was plain training. Let the dataset end several times before max_steps."
             )
-        self.trainer.teacher.begin_epoch(self.trainer.teacher.epoch + 1)
+        for teacher in self.trainer._teachers.values():
+            teacher.begin_epoch(teacher.epoch + 1)
 
 
 class SelfKDMixin:
@@ -128,14 +136,25 @@ class SelfKDMixin:
 
     Attributes:
         teacher ([`~hf_selfkd.teachers.Teacher`]): the live teacher; its `stored(sample_ids)` gives what it holds.
+        head_teachers (`list` of [`~hf_selfkd.teachers.HistoryTeacher`]):
+            with `teacher="history"` and auxiliary heads that learn from the past, one a head; with rotated views the
+            prediction for a view is stored under `4 * sample_id + quarter_turns`.
     """
 
     # `compute_loss` divides by the rows of the whole step: the Trainer must not divide by accumulation steps again.
     loss_is_scaled_for_ga = True
     _config_class = SelfKDConfig
 
-    def __init__(self, model=None, args: TrainingArguments | None = None, *arguments: Any, **keywords: Any):
+    def __init__(
+        self,
+        model=None,
+        args: TrainingArguments | None = None,
+        *arguments: Any,
+        auxiliary_heads: AuxiliaryHeadsConfig | str | None = None,
+        **keywords: Any,
+    ):
         args = self._config_class("tmp_trainer") if args is None else self._config_class.from_training_arguments(args)
+        args.take_heads(auxiliary_heads)
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process (nn.DataParallel) are not supported: start with `torchrun` or "
@@ -148,12 +167,17 @@ class SelfKDMixin:
                 "alone, into the same output_dir: set use_cpu=True to train on the CPU together."
             )
         self.teacher: Teacher = Teacher()
+        self.head_teachers: list[HistoryTeacher] = []
+        self._layered: Layered | None = None  # in training, if there are heads that learn
+        self._head_figures: HeadFigures | None = None  # in evaluation, if heads are asked for
         self._means = RunningMeans()
         self._passes, self._resumed = -1, False
         self._train_samples: SampleIdDataset | None = None  # what the training dataloader reads
         self._epoch_sampler: EpochLengthGroupedSampler | None = None
         self._ours: bool | None = None  # whether our cross-entropy is the hard loss; None until a batch tells
         self._drops_cache = False  # whether the model keeps no cache of keys and values when it is given labels
+        if model is not None:
+            self._grow_heads(model, args)
         super().__init__(model, args, *arguments, **keywords)
         self._rows: Callable[[torch.Tensor, torch.Tensor], Rows] = adapter_for(self.model)
         self._loss_shifts_labels = False  # what the stock Trainer counts by: we shift the labels that it is given
@@ -161,7 +185,49 @@ class SelfKDMixin:
         self._chunked: ChunkedHead | None = None  # in training only
         self.add_callback(_Epochs(self))
 
+    @staticmethod
+    def _grow_heads(model: torch.nn.Module, args: SelfKDConfig) -> None:
+        """Give a model the heads that the arguments ask for; it may have grown them before."""
+        heads, asked = heads_of(model), args.heads
+        if asked is not None and heads is None:
+            attach_auxiliary_heads(model, asked, seed=args.seed)
+        elif asked is not None and heads.config != asked.with_choices(heads.config.head, heads.config.views):
+            raise ValueError(
+                f"auxiliary_heads={asked} but the model has heads already, made with {heads.config}: call "
+                "strip_auxiliary_heads(model) first, or leave auxiliary_heads out."
+            )
+        elif heads is not None:
+            args.take_heads(heads.config)
+
+    def call_model_init(self, trial: Any = None) -> torch.nn.Module:
+        """As in [`~transformers.Trainer`]; the new model grows its auxiliary heads."""
+        model = super().call_model_init(trial)
+        self._grow_heads(model, self.args)
+        return model
+
+    def _check_heads(self) -> None:
+        heads = heads_of(self.model)
+        if heads is None:
+            if self.args.evaluate_heads:
+                raise ValueError("evaluate_heads=True, but the model has no heads: set auxiliary_heads.")
+            return
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "auxiliary_heads do not work with weights sharded by FSDP or DeepSpeed: train with one or several "
+                "whole copies of the model (torchrun, accelerate launch)."
+            )
+        if self.args.chunked_logits:
+            raise ValueError("chunked_logits=True with auxiliary_heads: heads need whole logits, set it to False.")
+        if self.optimizer is not None and heads.config.trains:
+            held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+            if not held.issuperset(map(id, heads.parameters())):
+                raise ValueError(
+                    "the optimizer given does not hold the weights of the auxiliary heads: call "
+                    "attach_auxiliary_heads(model, config) before you build it."
+                )
+
     def _check_setup(self) -> None:
+        self._check_heads()
         sharded = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else None
         if sharded and self.args.teacher_kind in ("snapshot", "ema"):
             raise ValueError(
@@ -190,6 +256,13 @@ class SelfKDMixin:
             raise ValueError(
                 "mix_probability=1.0 with teacher='history': a mixed image has no row of its own to store. Use "
                 "teacher='snapshot', or mix_probability below 1."
+            )
+        heads = heads_of(self.model)
+        rotates = heads is not None and heads.config.views == "rotation" and heads.config.uses_past
+        if collator is not None and collator.mixes and needs_ids and rotates:
+            raise ValueError(
+                "mixed images, rotated views and teacher='history': the partner's stored view would be another one. "
+                "Use teacher='snapshot'."
             )
         if not isinstance(dataset, IterableDataset):
             return
@@ -313,7 +386,7 @@ class SelfKDMixin:
     def _begin_training(self) -> None:
         if self.state.global_step == 0:
             self._ours, self._drops_cache = None, False
-            self.teacher = self._make_teacher()
+            self._make_teachers()
             self._passes = -1
             self._resumed = False
             if self.args.warm_start_history and self.args.distils and self.args.teacher_kind == "history":
@@ -327,6 +400,24 @@ class SelfKDMixin:
         if self._chunked is not None:
             self._chunked.remove()
         self._chunked = None
+
+    @property
+    def _teachers(self) -> dict[str, Teacher]:
+        """All teachers, by the names of their files in a checkpoint."""
+        return {"teacher": self.teacher} | {f"head{i}": teacher for i, teacher in enumerate(self.head_teachers)}
+
+    def _make_teachers(self) -> None:
+        heads = heads_of(self.model)
+        self._layered = Layered(heads, self._rows) if heads is not None and heads.config.trains else None
+        self.teacher, self.head_teachers = self._make_teacher(), []
+        if self._heads_learn_from_past and self.teacher.needs_ids:
+            args = copy.copy(self.args)
+            args.history_trace = False  # which is of the model's own predictions
+            self.head_teachers = [self._make_history(args, f"head{i}", self._layered) for i in range(len(heads.heads))]
+
+    @property
+    def _heads_learn_from_past(self) -> bool:
+        return self._layered is not None and self._layered.config.uses_past and self.args.distils
 
     def _make_teacher(self) -> Teacher:
         args = self.args
@@ -342,22 +433,28 @@ class SelfKDMixin:
             return Teacher()
         several = args.world_size > 1
         if args.teacher_kind == "history":
-            size, ids = self._size_and_ids()
-            return HistoryTeacher(
-                args,
-                size,
-                ids,
-                args.device,
-                Path(args.output_dir) / STATE_FOLDER / f"node{os.environ.get('GROUP_RANK', '0')}",
-                self.state.num_train_epochs,
-                gather=self._gather if several else None,
-                rank=args.process_index,
-                writes=args.local_process_index == 0,
-            )
+            return self._make_history(args)
         share = broadcast if several else None
         if args.teacher_kind == "snapshot":
             return SnapshotTeacher(self.model, self._predict, share, args.warm_start_history)
         return EMATeacher(self.model, self._predict, args.ema_decay, share)
+
+    def _make_history(self, args: SelfKDConfig, name: str = "", views_of: Layered | None = None) -> HistoryTeacher:
+        """The history of the model's own predictions or, with a name, of a head's for the views of each sample."""
+        size, ids = self._size_and_ids()
+        if views_of is not None and views_of.rotates:
+            size, ids = ROTATIONS * size, views_of.ids(ids)
+        return HistoryTeacher(
+            args,
+            size,
+            ids,
+            args.device,
+            Path(args.output_dir) / STATE_FOLDER / f"node{os.environ.get('GROUP_RANK', '0')}" / name,
+            self.state.num_train_epochs,
+            gather=self._gather if args.world_size > 1 else None,
+            rank=args.process_index,
+            writes=args.local_process_index == 0,
+        )
 
     def _size_and_ids(self) -> tuple[int, np.ndarray | None]:
         dataset, column = self.train_dataset, self.args.sample_id_column
@@ -370,9 +467,15 @@ class SelfKDMixin:
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.gather(tensor.to(self.accelerator.device)).cpu()
 
-    def _predict(self, outputs: Any) -> torch.Tensor:
-        logits = logits_of(outputs, has_loss=False)
-        return logits if logits.dim() == 2 else logits.flatten(0, -2)
+    def _predict(self, outputs: Any) -> list[torch.Tensor]:
+        """Logits `[R, C]` of the model itself and, with heads that learn from the past, of each head."""
+        logits = [logits_of(outputs, has_loss=False)]
+        if self._layered is not None:
+            logits[0] = logits[0][:: self._layered.views]
+            if self._heads_learn_from_past:
+                logits += self._layered.heads.results.logits
+                self._layered.heads.results = None
+        return [part if part.dim() == 2 else part.flatten(0, -2) for part in logits]
 
     def _begin_epoch(self) -> None:
         # Counted: a callback may end an epoch early, and of a stream without length the Trainer's epoch counts steps.
@@ -381,7 +484,8 @@ class SelfKDMixin:
         else:
             self._passes += not self._resumed
         epoch, self._resumed = self._passes, False
-        self.teacher.begin_epoch(epoch)
+        for teacher in self._teachers.values():
+            teacher.begin_epoch(epoch)
         if self._train_samples is not None:
             self._train_samples.set_epoch(epoch)
         if self._epoch_sampler is not None:  # accelerate forwards the epoch through some of its wrappers only
@@ -454,7 +558,15 @@ class SelfKDMixin:
                 "the batch has no sample_id for teacher='history': let the trainer build the dataloader, or carry "
                 f"{self.args.sample_id_column or SAMPLE_ID!r} through your own."
             )
-        return Batch(inputs, labels, keys, None if partner is None else Mix(partner, weight[0]))
+        mix = None if partner is None else Mix(partner, weight[0])
+        if self._layered is None or not self._layered.rotates:
+            return Batch(inputs, labels, keys, mix)
+        if keys is not None or ids is not None:
+            ids = keys.ids if keys is not None else ids.cpu().numpy()
+        else:  # a stream without ids: its samples are told apart by their place
+            ids = len(labels) * self.state.global_step + np.arange(len(labels))
+        turns = choose_turns(ids, self._layered.config.views_per_step, self._passes, self.args.seed)
+        return Batch(self._layered.expand(inputs, turns), labels, keys, mix, turns)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """
@@ -483,9 +595,13 @@ class SelfKDMixin:
             check_labels(batch.labels, num_classes_of(self.model))
             self._unlabelled(batch)
         if self._asks_model:
-            outputs = model(**batch.inputs, labels=batch.labels)
+            shown = batch.labels if batch.turns is None else self._layered.upright_labels(batch.labels)
+            outputs = model(**batch.inputs, labels=shown)
         else:
             outputs = model(**self._unlabelled(batch))
+        if self._layered is not None:
+            outputs, results = split_auxiliary(self._layered.heads, outputs)
+            outputs = self._layered.upright(outputs)
         rows = self._rows(logits_of(outputs, has_loss=self._asks_model), batch.labels)
         rows.top_k = self.teacher.top_k
         if self._ours is None:
@@ -495,7 +611,31 @@ class SelfKDMixin:
         sides = self._sides(rows.labels, past, batch.mix)
         loss = self._scaled_loss(outputs, rows, sides, alpha, num_items_in_batch, batch.labels)
         self.teacher.observe(batch.keys, rows, mixed=batch.mix is not None)
+        if self._layered is not None:
+            heads = self._heads_loss(batch, results, rows, alpha)
+            loss = loss + heads / num_items_in_batch * self._loss_world
         return (loss, outputs) if return_outputs else loss
+
+    def _heads_loss(self, batch: Batch, results: HeadResults, rows: Rows, alpha: float) -> torch.Tensor:
+        """The sum of the heads' losses over the rows of a batch; what they say is noted."""
+        layered, pasts = self._layered, [None] * len(results.logits)
+        head_rows = layered.rows(results, batch.labels, batch.turns)
+        if self._heads_learn_from_past and self.teacher.needs_ids:
+            keys = layered.keys(batch.keys, batch.turns)
+            if alpha > 0:
+                pasts = [t.targets(keys, {}, part) for t, part in zip(self.head_teachers, head_rows, strict=True)]
+            for teacher, part in zip(self.head_teachers, head_rows, strict=True):
+                part.top_k = teacher.top_k
+                teacher.observe(keys, part, mixed=batch.mix is not None)
+        elif self._heads_learn_from_past and self.teacher.epoch > 0:  # before, even a warm start has untrained heads
+            pasts = self.teacher.of_heads or pasts
+        sides = [
+            self._sides(part.labels, past, batch.mix)
+            if batch.turns is None
+            else layered.sides(part, past, batch.labels, batch.turns, batch.mix)
+            for part, past in zip(head_rows, pasts, strict=True)
+        ]
+        return layered.loss(results, head_rows, sides, rows.logits, alpha, self.args.temperature)
 
     @torch.no_grad()
     def _probe(self, batch: Batch) -> None:
@@ -557,8 +697,15 @@ class SelfKDMixin:
         return self.accelerator.num_processes // self.get_tp_size()
 
     def _past(self, batch: Batch, rows: Rows) -> Past | None:
-        inputs = batch.inputs if self.teacher.needs_ids else self._unlabelled(batch)  # others run the model themselves
-        return self.teacher.targets(batch.keys, inputs, rows)
+        if self.teacher.needs_ids:
+            return self.teacher.targets(batch.keys, batch.inputs, rows)
+        if self._heads_learn_from_past:
+            self._layered.heads.in_evaluation = True
+        try:
+            return self.teacher.targets(batch.keys, self._unlabelled(batch), rows)  # which runs the model itself
+        finally:
+            if self._layered is not None:
+                self._layered.heads.in_evaluation = False
 
     def _unlabelled(self, batch: Batch) -> dict[str, Any]:
         if self._rows not in (causal_rows, token_rows):
@@ -569,7 +716,29 @@ class SelfKDMixin:
     def prediction_step(self, model, inputs, *arguments: Any, **keywords: Any):
         """As in [`~transformers.Trainer`]; ids that a dataset carries never reach the model."""
         inputs = {key: value for key, value in inputs.items() if key not in (SAMPLE_ID, SAMPLE_KEYS)}
-        return super().prediction_step(model, inputs, *arguments, **keywords)
+        result = super().prediction_step(model, inputs, *arguments, **keywords)
+        if self._head_figures is not None:
+            self._head_figures.see(self._prepare_inputs(inputs).get("labels"))
+        return result
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in [`~transformers.Trainer`]; with `evaluate_heads=True` every head is a classifier of its own."""
+        arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if not self.args.evaluate_heads:
+            return super().evaluation_loop(*arguments)
+        figures = HeadFigures(heads_of(self.model), self._rows, self.accelerator.gather_for_metrics)
+        with figures as self._head_figures:
+            output = super().evaluation_loop(*arguments)
+        self._head_figures = None
+        output.metrics.update(figures.compute(metric_key_prefix))
+        return output
 
     @property
     def _asks_model(self) -> bool:
@@ -604,6 +773,11 @@ class SelfKDMixin:
         if own is not None and (labels.unique().numel() < 2 or spread < 1e-2):
             return  # here a weighted or smoothed loss would look the same: wait for a batch that can tell
         self._ours = own is None or _is_mean(own, rows, rows.labels)
+        if not self._ours and self._layered is not None and self._layered.views > 1:
+            raise ValueError(
+                f"views='rotation' with {type(self.model).__name__}, whose own loss is not plain cross-entropy and "
+                "would count rotated images: pass it as compute_loss_func, or set views='none'."
+            )
         if not self._ours and self._rows is causal_rows and _is_mean(own, rows, given.reshape(-1)):
             raise ValueError(
                 f"{type(self.model).__name__} compares each position with its own label and not with the next one, as "
@@ -686,35 +860,54 @@ class SelfKDMixin:
             several = self.args.world_size > 1
             reduce = (lambda sums: self.accelerator.reduce(sums, "sum")) if several else (lambda sums: sums)
             logs |= self._means.take(reduce, self.args.distils)
+            if self._layered is not None:
+                logs |= self._layered.take_figures(reduce)
         super().log(logs, start_time)
 
     # Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not hasattr(self.model, "save_pretrained"):  # which leaves the heads out by itself
+            state_dict = self.model.state_dict() if state_dict is None else state_dict
+            heads = head_names(self.model)
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in heads}
+        super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         folder = Path(output_dir) / STATE_FOLDER
         if self.args.should_save:
-            tensors, metadata = self.teacher.state()
             own = {
                 "version": "1",
-                "teacher": self.teacher.kind,
-                "epoch": str(self.teacher.epoch),
                 "passes": str(self._passes),
                 "cross_entropy": json.dumps(self._ours),
                 "drops_cache": json.dumps(self._drops_cache),
                 "processes": str(self.args.world_size),
                 "schedule": self._schedule(),
             }
-            save_tensors(folder / "teacher.safetensors", tensors, metadata | own)
-        journal = self.teacher.process_state()
-        if journal:
-            save_tensors(folder / f"journal_{self.args.process_index}.safetensors", journal, {})
+            heads = heads_of(self.model)
+            if heads is not None:
+                save_tensors(folder / HEADS_FILE, heads.state_dict(), {"config": json.dumps(heads.config.to_dict())})
+        for name, teacher in self._teachers.items():
+            if self.args.should_save:
+                tensors, metadata = teacher.state()
+                metadata = metadata | own | {"teacher": teacher.kind, "epoch": str(teacher.epoch)}
+                save_tensors(folder / f"{name}.safetensors", tensors, metadata)
+            journal = teacher.process_state()
+            if journal:
+                save_tensors(folder / self._journal_file(name, self.args.process_index), journal, {})
+
+    @staticmethod
+    def _journal_file(name: str, rank: int) -> str:
+        return f"journal_{rank}.safetensors" if name == "teacher" else f"{name}_journal_{rank}.safetensors"
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._load_heads(Path(checkpoint) / STATE_FOLDER / HEADS_FILE)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        self.teacher = self._make_teacher()
+        self._make_teachers()
         self._passes, self._resumed = -1, True
         folder = Path(checkpoint) / STATE_FOLDER
         if not (folder / "teacher.safetensors").is_file():
@@ -725,22 +918,47 @@ class SelfKDMixin:
                 "save_only_model or a download from the Hub): resume a run of SelfKDTrainer, or start a new run from "
                 "these weights with from_pretrained."
             )
-        tensors, metadata = load_tensors(folder / "teacher.safetensors")
-        if metadata["teacher"] != self.teacher.kind:
-            raise ValueError(
-                f"{checkpoint} was written with teacher={metadata['teacher']!r}, this run has "
-                f"teacher={self.teacher.kind!r}: resume with the same teacher."
-            )
-        written, now = int(metadata["processes"]), self.args.world_size
-        ranks = range(self.args.process_index, written, now) if self.teacher.needs_ids and tensors else ()
-        journals = [load_tensors(folder / f"journal_{rank}.safetensors")[0] for rank in ranks]
-        self.teacher.load(tensors, metadata, journals)
-        self.teacher.epoch = int(metadata["epoch"])
+        for name, teacher in self._teachers.items():
+            metadata = self._load_teacher(folder, name, teacher)
         self._passes = int(metadata["passes"])
         self._ours = json.loads(metadata["cross_entropy"])
         self._drops_cache = json.loads(metadata["drops_cache"])
         if metadata["schedule"] != self._schedule():
             logger.warning(f"The schedule of alpha was {metadata['schedule']} and is now {self._schedule()}.")
+
+    def _load_teacher(self, folder: Path, name: str, teacher: Teacher) -> dict[str, str]:
+        tensors, metadata = load_tensors(folder / f"{name}.safetensors")
+        if metadata["teacher"] != teacher.kind:
+            raise ValueError(
+                f"{folder.parent} was written with teacher={metadata['teacher']!r}, this run has "
+                f"teacher={teacher.kind!r}: resume with the same teacher."
+            )
+        written, now = int(metadata["processes"]), self.args.world_size
+        ranks = range(self.args.process_index, written, now) if teacher.needs_ids and tensors else ()
+        journals = [load_tensors(folder / self._journal_file(name, rank))[0] for rank in ranks]
+        teacher.load(tensors, metadata, journals)
+        teacher.epoch = int(metadata["epoch"])
+        return metadata
+
+    def _load_heads(self, path: Path) -> None:
+        """Give the heads the weights of a checkpoint; the model's own file does not have them."""
+        heads = heads_of(self.model)
+        if heads is None and not path.is_file():
+            return
+        if heads is None or not path.is_file():
+            raise ValueError(
+                f"{path.parent.parent} was written {'without' if heads else 'with'} auxiliary heads and this run is "
+                f"{'with' if heads else 'without'}: resume with the same auxiliary_heads."
+            )
+        tensors, metadata = load_tensors(path)
+        written = json.loads(metadata["config"])
+        if written != heads.config.to_dict():
+            changed = [name for name, value in heads.config.to_dict().items() if written.get(name) != value]
+            raise ValueError(
+                f"the checkpoint's auxiliary heads have other settings ({', '.join(changed)}): {written}, this run "
+                f"{heads.config.to_dict()}: resume with the same auxiliary_heads."
+            )
+        heads.load_state_dict(tensors)
 
     def _schedule(self) -> str:
         args, state = self.args, self.state
@@ -755,6 +973,9 @@ class SelfKDMixin:
         super()._load_best_model()
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             load_renamed_weights(self.model, self.state.best_model_checkpoint)
+        heads = Path(self.state.best_model_checkpoint or "") / STATE_FOLDER / HEADS_FILE
+        if heads.is_file() and heads_of(self.model) is not None:
+            self._load_heads(heads)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Stored predictions never reach the Hub; with hub_strategy="checkpoint" the whole folder would.

@@ -1,0 +1,517 @@
+"""Auxiliary heads: what they are made of, how a model grows them and loses them again."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, make_dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .heads_config import ROTATIONS, AuxiliaryHeadsConfig
+from .rows import adapter_for, base_model, causal_rows, is_encoder_decoder
+from .samples import seeded
+from .taps import Call, Layout, Recorder, choose_layers, example_inputs, find_layers, measure
+
+
+logger = logging.getLogger(__name__)
+
+ATTRIBUTE = "selfkd_heads"  # under which a model holds its heads
+AUXILIARY = "auxiliary"  # the field of a model's outputs, in training, that holds what its heads say
+
+
+@dataclass
+class Context:
+    """What heads need of the forward pass besides features: padding `[B, L]`, layers' calls, the output embedding."""
+
+    mask: torch.Tensor | None
+    calls: dict[int, Call]
+    embed: Callable[[torch.Tensor], torch.Tensor] | None
+
+
+def pool(features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    One vector a sample.
+
+    Args:
+        features (`torch.FloatTensor` of shape `[B, C, H, W]`, `[B, L, D]` or `[B, D]`): of a layer.
+        mask (`torch.Tensor` of shape `[B, L]`, *optional*): 0 where a position is padding.
+
+    Returns:
+        `torch.FloatTensor` of shape `[B, C]` or `[B, D]`: the mean over places.
+    """
+    if features.dim() == 4:
+        return features.mean(dim=(2, 3))
+    if features.dim() == 2:
+        return features
+    if mask is None or mask.shape != features.shape[:2]:
+        return features.mean(dim=1)
+    weights = mask.to(features.dtype).unsqueeze(-1)
+    return (features * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
+
+
+# Bodies: what stands between the features of a layer and the pooling
+
+
+class Same(nn.Module):
+    """Nothing."""
+
+    def forward(self, features: torch.Tensor, context: Context) -> torch.Tensor:
+        return features
+
+
+class SeparableConvolutions(nn.Module):
+    """Two depthwise separable 3 x 3 convolutions, the first with stride 2; tokens of an image are put on a grid."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.layers = nn.Sequential(*self._block(channels, width, 2), *self._block(width, width, 1))
+
+    @staticmethod
+    def _block(channels: int, width: int, stride: int) -> list[nn.Module]:
+        return [
+            nn.Conv2d(channels, channels, 3, stride=stride, padding=1, groups=channels, bias=False),
+            nn.Conv2d(channels, width, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        ]
+
+    def forward(self, features: torch.Tensor, context: Context) -> torch.Tensor:
+        if features.dim() == 3:
+            side = math.isqrt(features.shape[1])
+            tokens = features[:, features.shape[1] - side * side :]  # class and register tokens stand first
+            features = tokens.transpose(1, 2).unflatten(-1, (side, side))
+        return self.layers(features)
+
+
+class RemainingLayers(nn.Module):
+    """
+    Copies of the layers that follow, called as those are called.
+
+    Args:
+        copies (`nn.ModuleList`): with fresh weights.
+        places (`list[int]`): the layers that they are copies of.
+    """
+
+    def __init__(self, copies: nn.ModuleList, places: list[int]):
+        super().__init__()
+        self.copies, self.places = copies, places
+
+    def forward(self, features: torch.Tensor, context: Context) -> torch.Tensor:
+        for place, layer in zip(self.places, self.copies, strict=True):
+            if place in context.calls:  # else the layer was skipped in this step, and so is its copy
+                features = context.calls[place].repeat(layer, features)
+        return features
+
+
+class Blocks(nn.Module):
+    """Copies of blocks that take features and nothing else."""
+
+    def __init__(self, copies: nn.ModuleList):
+        super().__init__()
+        self.copies = copies
+
+    def forward(self, features: torch.Tensor, context: Context) -> torch.Tensor:
+        for block in self.copies:
+            features = Call().repeat(block, features)
+        return features
+
+
+class EncoderLayer(nn.Module):
+    """One transformer layer; maps are read as sequences, and a causal model's positions do not see what follows."""
+
+    def __init__(self, width: int, causal: bool):
+        super().__init__()
+        self.causal = causal
+        heads = next(number for number in (8, 6, 4, 3, 2, 1) if width % number == 0)
+        self.layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+
+    def forward(self, features: torch.Tensor, context: Context) -> torch.Tensor:
+        if features.dim() == 4:
+            features = features.flatten(2).transpose(1, 2)
+        length, padding, ahead = features.shape[1], None, None
+        if context.mask is not None and context.mask.shape == features.shape[:2]:
+            padding = context.mask == 0
+            padding = padding & ~padding.all(dim=1, keepdim=True)  # attention to nothing at all would be NaN
+        if self.causal:
+            ahead = torch.ones(length, length, dtype=torch.bool, device=features.device).triu(1)
+            padding = None  # behind the last word, or before the first: what is there is not learned from
+        return self.layer(features, src_mask=ahead, src_key_padding_mask=padding)
+
+
+class Head(nn.Module):
+    """
+    An auxiliary classifier.
+
+    Args:
+        body (`nn.Module`): from features and [`Context`] to features.
+        width (`int`): channels that it returns.
+        num_outputs (`int`): classes, or classes times rotations.
+        norm (`bool`): whether features are normalised, as those of transformers need to be.
+        pooled (`bool`): one prediction a sample, or one a position.
+        hidden (`bool`): a hidden layer before the classifier.
+        tied (`bool`): whether the classifier is the model's output embedding.
+    """
+
+    def __init__(
+        self, body: nn.Module, width: int, num_outputs: int, norm: bool, pooled: bool, hidden: bool, tied: bool
+    ):
+        super().__init__()
+        self.body, self.pooled = body, pooled
+        self.norm = nn.LayerNorm(width) if norm else nn.Identity()
+        self.hidden = nn.Sequential(nn.Linear(width, width), nn.GELU()) if hidden else nn.Identity()
+        self.classifier = None if tied else nn.Linear(width, num_outputs)
+
+    def forward(self, features: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+        features = self.body(features, context)
+        if self.pooled:
+            features = pool(features, context.mask)
+        features = self.hidden(self.norm(features))
+        return (context.embed if self.classifier is None else self.classifier)(features), features
+
+
+@dataclass
+class HeadResults:
+    """
+    What the heads say of a batch, from shallow to deep.
+
+    Args:
+        logits (`list` of `torch.FloatTensor`): `[B, outputs]` or `[B, L, outputs]` of each head.
+        features (`list` of `torch.FloatTensor`): adapted features of each head, `None` where they are not compared.
+        deep (`torch.FloatTensor`, *optional*): features of the last layer, without a gradient.
+    """
+
+    logits: list[torch.Tensor]
+    features: list[torch.Tensor | None]
+    deep: torch.Tensor | None
+
+
+class AuxiliaryHeads(nn.Module):
+    """
+    The heads of a model, as [`attach_auxiliary_heads`] makes them; the model holds them as `selfkd_heads`.
+
+    They run within the model's own forward, in training: their predictions come back in the field `auxiliary` of its
+    outputs, so that `DistributedDataParallel` sees them. In evaluation they are off.
+
+    Args:
+        config ([`AuxiliaryHeadsConfig`]): with everything decided.
+        names (`list[str]`): the modules that the heads are on.
+        layout ([`~hf_selfkd.taps.Layout`]): what those return.
+        recorder ([`~hf_selfkd.taps.Recorder`]): listens to them.
+        heads (`list[Head]`): one a module.
+    """
+
+    def __init__(
+        self, config: AuxiliaryHeadsConfig, names: list[str], layout: Layout, recorder: Recorder, heads: list[Head]
+    ):
+        super().__init__()
+        self.config, self.names, self.layout, self.recorder = config, names, layout, recorder
+        self.heads = nn.ModuleList(heads)
+        self.adapters = nn.ModuleDict()
+        self.deepest = next((name for name in reversed(recorder.names) if name in layout.shapes), names[-1])
+        if config.feature_weight > 0:
+            for index, (name, head) in enumerate(zip(names, heads, strict=True)):
+                if name != self.deepest:
+                    width = head.classifier.in_features if head.classifier is not None else layout.width(name)
+                    self.adapters[str(index)] = nn.Linear(width, layout.width(self.deepest))
+        self.enabled = config.trains
+        self.in_evaluation = False
+        self.results: HeadResults | None = None  # of the last pass in evaluation mode
+        self.handles: list[Any] = []
+
+    def register(self, model: nn.Module) -> None:
+        """Listen to a model and run within its forward."""
+        self.recorder.register(model)
+        self.handles.append(model.register_forward_pre_hook(self._begin))
+        self.handles.append(model.register_forward_hook(self._end, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        self.recorder.remove()
+        for handle in self.handles:
+            handle.remove()
+
+    def _begin(self, model: nn.Module, args: tuple) -> None:
+        if self.in_evaluation or (self.enabled and model.training):
+            self.recorder.start()
+
+    def _end(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> Any:
+        if not self.recorder.on:
+            return None
+        self.recorder.on = False  # a head may call what it listens to
+        try:
+            results = self._run(model, kwargs.get("attention_mask"))
+        finally:
+            self.recorder.clear()
+        if model.training:
+            return with_auxiliary(outputs, results)
+        self.results = results
+        return None
+
+    def _run(self, model: nn.Module, mask: torch.Tensor | None) -> HeadResults:
+        features = [self._features(name) for name in self.names]
+        context = Context(self._mask(model, mask, features[-1]), self.recorder.calls, _embedding_of(model))
+        results = [head(part, context) for head, part in zip(self.heads, features, strict=True)]
+        logits, adapted, deep = [result[0] for result in results], [None] * len(results), None
+        if self.adapters and torch.is_grad_enabled():
+            deep = self._features(self.deepest).detach()
+            deep = pool(deep, context.mask) if self.layout.pooled else deep
+            for index, adapter in self.adapters.items():
+                adapted[int(index)] = adapter(results[int(index)][1])
+        return HeadResults(logits, adapted, deep)
+
+    def _features(self, name: str) -> torch.Tensor:
+        features = self.recorder.features(name)
+        return features.permute(0, 3, 1, 2) if name in self.layout.channels_last else features
+
+    def _mask(self, model: nn.Module, mask: torch.Tensor | None, features: torch.Tensor) -> torch.Tensor | None:
+        """Which positions of the features are no padding; `None` if all count or nobody knows."""
+        if mask is None or mask.dim() != 2 or features.dim() != 3 or mask.shape[1] == features.shape[1]:
+            return mask if mask is not None and mask.dim() == 2 else None
+        shorten = getattr(base_model(model), "_get_feature_vector_attention_mask", None)  # of audio models
+        return None if shorten is None else shorten(features.shape[1], mask)
+
+    def class_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """Scores of the classes alone, `[..., N]`: rotations are summed over as probabilities, not as scores."""
+        if self.config.views != "rotation":
+            return logits
+        return torch.logsumexp(logits.float().unflatten(-1, (-1, ROTATIONS)), dim=-1)
+
+
+@lru_cache
+def _with_field(kind: type) -> type:
+    return make_dataclass(f"{kind.__name__}WithHeads", [(AUXILIARY, tuple | None, None)], bases=(kind,))
+
+
+def with_auxiliary(outputs: Any, results: HeadResults) -> Any:
+    """
+    A model's outputs with one field more: everything of the heads that has a gradient, in one tuple.
+
+    Raises:
+        ValueError: if the outputs are no dictionary.
+    """
+    compared = [part for part in results.features if part is not None]
+    deep = [] if results.deep is None else [results.deep]
+    parts = (*results.logits, *compared, *deep)
+    if isinstance(outputs, ModelOutput):
+        return _with_field(type(outputs))(**outputs, **{AUXILIARY: parts})
+    if isinstance(outputs, dict):
+        return {**outputs, AUXILIARY: parts}
+    raise ValueError(
+        f"auxiliary_heads need a model that returns a dictionary, not a {type(outputs).__name__}: set "
+        "return_dict=True."
+    )
+
+
+def split_auxiliary(heads: AuxiliaryHeads, outputs: Any) -> tuple[Any, HeadResults]:
+    """Take the field of the heads off a model's outputs again."""
+    parts = list(outputs[AUXILIARY])
+    rest = {name: value for name, value in outputs.items() if name != AUXILIARY}
+    kind = type(outputs).__base__
+    rest = kind(**rest) if isinstance(outputs, ModelOutput) else rest
+    count = len(heads.heads)
+    features: list[torch.Tensor | None] = [None] * count
+    for index, part in zip(heads.adapters, parts[count:], strict=False):
+        features[int(index)] = part
+    return rest, HeadResults(parts[:count], features, parts[-1] if heads.adapters else None)
+
+
+def _embedding_of(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """From normalised features to words, as the model itself does it."""
+    base = base_model(model)
+    embedding = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if embedding is None:
+        return None
+    bias = getattr(base, "final_logits_bias", None)
+    return embedding if bias is None else lambda features: embedding(features) + bias
+
+
+# Growing and losing heads
+
+
+def heads_of(model: nn.Module) -> AuxiliaryHeads | None:
+    """The heads that a model has, if any."""
+    found = getattr(model, ATTRIBUTE, None)
+    return found if isinstance(found, AuxiliaryHeads) else None
+
+
+def attach_auxiliary_heads(
+    model: nn.Module,
+    config: AuxiliaryHeadsConfig | str,
+    inputs: dict[str, Any] | None = None,
+    seed: int | None = None,
+) -> nn.Module:
+    """
+    Grow auxiliary heads on a model. Its weights, its outputs in evaluation and what it saves stay as they are.
+
+    [`SelfKDTrainer`] does this by itself; call it before if the model cannot be run on a made-up sample, or if you
+    build the optimizer.
+
+    Args:
+        model (`nn.Module`): a transformers model, PEFT-wrapped or not, or a module that returns a dictionary.
+        config ([`AuxiliaryHeadsConfig`] or `str`): or the name of a preset.
+        inputs (`dict`, *optional*): a small batch for the model, without labels; made up by default.
+        seed (`int`, *optional*):
+            of the heads' weights; the seed of torch's generator by default. No random number is taken from it.
+
+    Returns:
+        `nn.Module`: the same object.
+
+    Raises:
+        ValueError: if the model has heads already, a layer does not exist, or a head does not fit its features.
+    """
+    config = AuxiliaryHeadsConfig.resolve(config)
+    if heads_of(model) is not None:
+        raise ValueError("the model has auxiliary heads already: call strip_auxiliary_heads(model) first.")
+    inputs = example_inputs(model) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}
+    with seeded(torch.initial_seed() % 2**63 if seed is None else seed):
+        heads = _build(model, config, inputs)
+    setattr(model, ATTRIBUTE, heads)
+    heads.register(model)
+    heads.requires_grad_(config.trains)  # an optimizer or a process group would wait for gradients that never come
+    if isinstance(model, PreTrainedModel):
+        model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | head_names(model)
+    on = ", ".join(heads.names)
+    logger.info(f"Auxiliary heads {heads.config.head!r} on {on}; views={heads.config.views!r}.")
+    return model
+
+
+def strip_auxiliary_heads(model: nn.Module) -> nn.Module:
+    """
+    Take the auxiliary heads off a model: parameters, names, hooks and outputs are those of the bare model again.
+
+    Args:
+        model (`nn.Module`): changed in place; one without heads is left alone.
+
+    Returns:
+        `nn.Module`: the same object.
+    """
+    heads = heads_of(model)
+    if heads is None:
+        return model
+    if isinstance(model, PreTrainedModel):
+        model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save) - head_names(model)
+    heads.remove()
+    delattr(model, ATTRIBUTE)
+    return model
+
+
+def head_names(model: nn.Module) -> set[str]:
+    """The names in a model's state that belong to its heads."""
+    return {name for name in model.state_dict() if name.startswith(f"{ATTRIBUTE}.")}
+
+
+def _build(model: nn.Module, config: AuxiliaryHeadsConfig, inputs: dict[str, Any]) -> AuxiliaryHeads:
+    layers = find_layers(model)
+    names = list(layers)
+    asked = [] if config.layers == "auto" else config.layers
+    others = [name for name in asked if isinstance(name, str) and name not in names]
+    for name in others:
+        choose_layers([name], names, Layout({}, set(), set(), 0, True), model)  # an error, if it does not exist
+    layout = measure(model, names, others, inputs)
+    image = "pixel_values" in inputs and layout.pooled
+    words = not layout.pooled and _embedding_of(model) is not None
+    config = config.with_choices("lm_head" if words else "conv" if image else "mlp", "rotation" if image else "none")
+    taps = choose_layers(config.layers, names, layout, model, last=config.views == "rotation")
+    silent = [name for name in taps if name not in layout.shapes]
+    if silent:
+        raise ValueError(f"layers: {silent[0]!r} was not called in a forward pass: choose another module.")
+    _check(config, layout, taps, image, words, type(base_model(model)).__name__)
+    factory = _Factory(model, config, layers, layout, words)
+    heads = [factory.make(name) for name in taps]
+    return AuxiliaryHeads(config, taps, layout, Recorder(names, others), heads)
+
+
+def _check(config: AuxiliaryHeadsConfig, layout: Layout, taps: list[str], image: bool, words: bool, kind: str) -> None:
+    if config.views == "rotation" and not image:
+        raise ValueError(f"views='rotation' is for image classifiers, and {kind} is none: set views='none'.")
+    if config.head == "lm_head" and not words:
+        raise ValueError(f"head='lm_head' is for language models, and {kind} is none: choose another head.")
+    if config.head == "conv":
+        flat = [name for name in taps if len(layout.shapes[name]) < 3 or not image]
+        if flat:
+            raise ValueError(
+                f"head='conv' needs maps, and {flat[0]} of {kind} returns {list(layout.shapes[flat[0]])}: choose "
+                "head='mlp', 'linear' or 'transformer'."
+            )
+
+
+class _Factory:
+    """Makes the head of each layer."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: AuxiliaryHeadsConfig,
+        layers: dict[str, nn.Module],
+        layout: Layout,
+        words: bool,
+    ):
+        self.model, self.base, self.config = model, base_model(model), config
+        self.layers, self.layout, self.words = layers, layout, words
+        self.names = list(layers)
+        joint = ROTATIONS if config.views == "rotation" else 1
+        self.num_outputs = layout.num_classes * joint
+        parameter = next(p for p in model.parameters() if p.is_floating_point())
+        self.to = {"device": parameter.device, "dtype": parameter.dtype}
+
+    def make(self, name: str) -> Head:
+        """The head on a module."""
+        body, width = self._body(name)
+        tied = self.config.head == "lm_head" or (self.words and self.config.head in ("stages", "transformer"))
+        norm = len(self.layout.shapes[name]) == 3 and self.config.head != "conv"
+        head = Head(body, width, self.num_outputs, norm, self.layout.pooled, self.config.head == "mlp", tied)
+        if tied:  # a fresh head starts undecided, also where embeddings are of size 1, as T5's are
+            embedding = self.base.get_output_embeddings().weight.detach()
+            nn.init.constant_(head.norm.weight, min(1.0, 1 / (math.sqrt(width) * float(embedding.std()))))
+        return head.to(**self.to)
+
+    def _body(self, name: str) -> tuple[nn.Module, int]:
+        kind, width = self.config.head, self.layout.width(name)
+        deep = next((layer for layer in reversed(self.names) if layer in self.layout.shapes), name)
+        if kind == "conv":
+            return SeparableConvolutions(width, self.layout.width(deep)), self.layout.width(deep)
+        if kind == "transformer":
+            causal = is_encoder_decoder(self.base) or adapter_for(self.model) is causal_rows
+            return EncoderLayer(width, causal and not self.layout.pooled), width
+        if kind == "stages":
+            return self._stages(name), self.layout.width(deep)
+        return Same(), width
+
+    def _stages(self, name: str) -> nn.Module:
+        if name not in self.names:
+            raise ValueError(f"head='stages' copies the layers after {name!r}, which is none of {self.names}.")
+        place = self.names.index(name)
+        places = [i for i in range(place + 1, len(self.names)) if self.names[i] in self.layout.shapes]
+        if places:
+            return RemainingLayers(self._fresh([self.layers[self.names[i]] for i in places]), places)
+        # On the last layer HSAKD puts one more of it, without change of resolution.
+        if name in self.layout.preserving:
+            return RemainingLayers(self._fresh([self.layers[name]]), [place])
+        blocks = list(find_layers(self.layers[name]).values())[1:]  # the first one changes the resolution
+        if blocks:
+            return Blocks(self._fresh(blocks))
+        width = self.layout.width(name)
+        return SeparableConvolutions(width, width)
+
+    def _fresh(self, modules: list[nn.Module]) -> nn.ModuleList:
+        copies = copy.deepcopy(nn.ModuleList(modules))
+        for parameter in copies.parameters():
+            vars(parameter).pop("_is_hf_initialized", None)  # else transformers would leave pretrained weights alone
+            parameter.requires_grad_(True)
+        for module in copies.modules():
+            vars(module).pop("_is_hf_initialized", None)
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        if isinstance(self.base, PreTrainedModel):
+            copies.apply(self.base._init_weights)
+        return copies
