@@ -249,7 +249,7 @@ class AuxiliaryHeads(nn.Module):
             return None
         self.recorder.on = False  # a head may call what it listens to
         try:
-            results = self._run(model, kwargs.get("attention_mask"))
+            results = None if self.recorder.silent else self._run(model, kwargs.get("attention_mask"))
         finally:
             self.recorder.clear()
         if model.training:
@@ -292,16 +292,18 @@ def _with_field(kind: type) -> type:
     return make_dataclass(f"{kind.__name__}WithHeads", [(AUXILIARY, tuple | None, None)], bases=(kind,))
 
 
-def with_auxiliary(outputs: Any, results: HeadResults) -> Any:
+def with_auxiliary(outputs: Any, results: HeadResults | None) -> Any:
     """
-    A model's outputs with one field more: everything of the heads that has a gradient, in one tuple.
+    A model's outputs with one field more: everything of the heads that has a gradient, in one tuple. It is empty in a
+    step that has skipped all layers (LayerDrop).
 
     Raises:
         ValueError: if the outputs are no dictionary.
     """
-    compared = [part for part in results.features if part is not None]
-    deep = [] if results.deep is None else [results.deep]
-    parts = (*results.logits, *compared, *deep)
+    parts = ()
+    if results is not None:
+        compared = [part for part in results.features if part is not None]
+        parts = (*results.logits, *compared, *([] if results.deep is None else [results.deep]))
     if isinstance(outputs, ModelOutput):
         return _with_field(type(outputs))(**outputs, **{AUXILIARY: parts})
     if isinstance(outputs, dict):
@@ -312,12 +314,14 @@ def with_auxiliary(outputs: Any, results: HeadResults) -> Any:
     )
 
 
-def split_auxiliary(heads: AuxiliaryHeads, outputs: Any) -> tuple[Any, HeadResults]:
-    """Take the field of the heads off a model's outputs again."""
+def split_auxiliary(heads: AuxiliaryHeads, outputs: Any) -> tuple[Any, HeadResults | None]:
+    """Take the field of the heads off a model's outputs again; `None` if they said nothing."""
     parts = list(outputs[AUXILIARY])
     rest = {name: value for name, value in outputs.items() if name != AUXILIARY}
     kind = type(outputs).__base__
     rest = kind(**rest) if isinstance(outputs, ModelOutput) else rest
+    if not parts:
+        return rest, None
     count = len(heads.heads)
     features: list[torch.Tensor | None] = [None] * count
     for index, part in zip(heads.adapters, parts[count:], strict=False):

@@ -155,6 +155,11 @@ class Recorder:
         if self.on:
             self.outputs[name] = tensor_of(output)
 
+    @property
+    def silent(self) -> bool:
+        """`bool`: whether every layer was skipped (LayerDrop), so that nothing was noted."""
+        return not self.calls and not self.outputs
+
     def features(self, name: str) -> torch.Tensor:
         """What a module returned; of a layer that was skipped (LayerDrop), what went past it.
 

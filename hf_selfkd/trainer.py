@@ -611,7 +611,7 @@ class SelfKDMixin:
         sides = self._sides(rows.labels, past, batch.mix)
         loss = self._scaled_loss(outputs, rows, sides, alpha, num_items_in_batch, batch.labels)
         self.teacher.observe(batch.keys, rows, mixed=batch.mix is not None)
-        if self._layered is not None:
+        if self._layered is not None and results is not None:
             heads = self._heads_loss(batch, results, rows, alpha)
             loss = loss + heads / num_items_in_batch * self._loss_world
         return (loss, outputs) if return_outputs else loss
