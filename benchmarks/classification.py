@@ -91,8 +91,12 @@ class Images(torch.utils.data.Dataset):
 
 
 def cifar_resnet(name: str, num_labels: int) -> ResNetForImageClassification:
-    """A ResNet with the stem that CIFAR needs: `resnet8` for a CPU, `resnet18` as in the papers for a GPU."""
-    sizes = {"resnet8": ([32, 64, 128], [1, 1, 1], 2), "resnet18": ([64, 128, 256, 512], [2, 2, 2, 2], 1)}
+    """A ResNet with the stem that CIFAR needs: two small ones for a CPU, `resnet18` as in the papers for a GPU."""
+    sizes = {
+        "resnet8_narrow": ([16, 32, 64], [1, 1, 1], 2),
+        "resnet8": ([32, 64, 128], [1, 1, 1], 2),
+        "resnet18": ([64, 128, 256, 512], [2, 2, 2, 2], 1),
+    }
     widths, depths, stride = sizes[name]
     config = ResNetConfig(
         embedding_size=widths[0], hidden_sizes=widths, depths=depths, layer_type="basic", num_labels=num_labels
@@ -247,7 +251,7 @@ def main() -> None:
     parser.add_argument("--few_shot_fraction", type=float, default=1.0, help="part of each class of images")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int)
-    parser.add_argument("--model", choices=("resnet8", "resnet18", "vit"))
+    parser.add_argument("--model", choices=("resnet8_narrow", "resnet8", "resnet18", "vit"))
     parser.add_argument("--results", type=Path, help="JSON lines; results_TASK.jsonl by default")
     parser.add_argument("--table", action="store_true", help="print the table of the results and stop")
     args = parser.parse_args()

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache
 
 from .rows import base_model, is_encoder_decoder, logits_of
 
 
 _NUMBERED = re.compile(r"(layer|stage|block|level)s?_?\d+")  # layer1, layer2, ... of torchvision and timm
-CACHES = ("cache", "layer_past", "past_key_value", "past_key_values")  # what layers call that of keys and values
 MANY = 6  # layers from which on those of a CNN are its blocks and not its stages
 
 
@@ -92,10 +92,11 @@ class Call:
 
     def repeat(self, layer: nn.Module, features: torch.Tensor) -> torch.Tensor:
         """Call another layer the same way, with other features; it gets no cache, which belongs to the first."""
-        kwargs = {name: None if name in CACHES else value for name, value in self.kwargs.items()}
+        args = [None if isinstance(value, Cache) else value for value in self.args]
+        kwargs = {name: None if isinstance(value, Cache) else value for name, value in self.kwargs.items()}
         if "use_cache" in kwargs:
             kwargs["use_cache"] = False
-        return tensor_of(layer(features, *self.args, **kwargs))
+        return tensor_of(layer(features, *args, **kwargs))
 
 
 class Recorder:

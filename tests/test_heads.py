@@ -1,0 +1,480 @@
+"""Auxiliary heads: their configuration, where they are put, what they are made of, and that they vanish again."""
+
+import copy
+import json
+import logging
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import CLASSES, VOCABULARY, collate, difference, make_model, make_samples, refused, state_of
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    MarianConfig,
+    MarianMTModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    set_seed,
+)
+
+from hf_selfkd import AuxiliaryHeadsConfig, attach_auxiliary_heads, strip_auxiliary_heads
+from hf_selfkd.heads import heads_of, pool
+from hf_selfkd.heads_config import CONFIG_NAME, PRESETS
+from hf_selfkd.rows import base_model
+
+
+MODELS = "resnet vit convnext swin mobilenet timm bert bert_tokens wav2vec2 marian gpt2".split()
+IMAGES = "resnet vit convnext swin mobilenet timm".split()
+LANGUAGE = ("marian", "gpt2", "bert_mlm", "t5", "llama")
+
+
+def batch_of(name, size=4, labels=False):
+    """A batch for a model, with what a decoder needs."""
+    batch = collate([make_samples(name, size)[i] for i in range(size)])
+    target = batch.pop("labels")
+    if name in ("marian", "t5", "bart"):
+        batch["decoder_input_ids"] = target.clamp_min(0)
+    return batch | {"labels": target} if labels else batch
+
+
+def deep_vit(layers=6):
+    return ViTForImageClassification(
+        ViTConfig(
+            image_size=16,
+            patch_size=8,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_labels=CLASSES,
+        )
+    )
+
+
+# The configuration
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_config_survives_saving(tmp_path, name):
+    config = AuxiliaryHeadsConfig.preset(name, layers=[-1, "vit.layers.0"], temperature=2.0)
+    config.save_pretrained(tmp_path / "heads")
+    assert AuxiliaryHeadsConfig.from_pretrained(tmp_path / "heads") == config
+    assert AuxiliaryHeadsConfig.from_pretrained(tmp_path / "heads" / CONFIG_NAME) == config
+    assert AuxiliaryHeadsConfig.resolve(str(tmp_path / "heads")) == config
+
+
+def test_config_of_a_later_version_loads_with_a_warning(tmp_path, caplog):
+    AuxiliaryHeadsConfig(head="mlp").save_pretrained(tmp_path)
+    content = json.loads((tmp_path / CONFIG_NAME).read_text())
+    assert content["hf_selfkd_version"]
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(content | {"colour": "red", "hf_selfkd_version": "9.9"}))
+    with caplog.at_level(logging.WARNING):
+        assert AuxiliaryHeadsConfig.from_pretrained(tmp_path) == AuxiliaryHeadsConfig(head="mlp")
+    assert "colour" in caplog.text and "9.9" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_file_that_is_no_config_is_refused(tmp_path, content):
+    (tmp_path / CONFIG_NAME).write_text(content)
+    refused(lambda: AuxiliaryHeadsConfig.from_pretrained(tmp_path), CONFIG_NAME)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("layers", "all"),
+        ("layers", []),
+        ("layers", [1.5]),
+        ("head", "big"),
+        ("views", "flip"),
+        ("views_per_step", 4),
+        ("hard_weight", -1.0),
+        ("past_weight", 1.5),
+        ("deep_to_shallow_weight", math.nan),
+        ("feature_weight", math.inf),
+        ("temperature", 0.0),
+    ],
+)
+def test_bad_fields_are_refused(field, value):
+    refused(lambda: AuxiliaryHeadsConfig(**{field: value}), field, str(value))
+
+
+def test_names_that_do_not_exist_are_refused(tmp_path):
+    refused(lambda: AuxiliaryHeadsConfig.preset("best"), "'best'", "lsskd, lsskd_full, joint, byot, deep_supervision")
+    refused(lambda: AuxiliaryHeadsConfig.resolve(str(tmp_path / "no")), "preset", "joint")
+    refused(lambda: AuxiliaryHeadsConfig.resolve({"head": "mlp"}), "dict", "AuxiliaryHeadsConfig")
+
+
+# Where they are put
+
+
+@pytest.mark.parametrize(
+    "layers, views, expected",
+    [(12, "rotation", [3, 7, 11]), (12, "none", [2, 5, 8]), (6, "rotation", [1, 3, 5]), (2, "rotation", [0, 1])]
+    + [(2, "none", [0]), (1, "none", [0]), (1, "rotation", [0])],
+)
+def test_auto_spaces_the_layers_of_a_transformer(layers, views, expected):
+    model = attach_auxiliary_heads(deep_vit(layers), AuxiliaryHeadsConfig(views=views))
+    assert heads_of(model).names == [f"vit.layers.{i}" for i in expected]
+
+
+def test_auto_takes_the_stages_of_a_cnn():
+    shapes = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 2, 1, 2], "layer_type": "basic"}
+    model = ResNetForImageClassification(ResNetConfig(**shapes, num_labels=CLASSES))
+    names = [f"resnet.encoder.stages.{i}" for i in range(4)]
+    assert heads_of(attach_auxiliary_heads(model, "lsskd")).names == names
+    strip_auxiliary_heads(model)
+    assert heads_of(attach_auxiliary_heads(model, "byot")).names == names[:3]
+
+
+def test_auto_takes_the_ends_of_resolutions_where_blocks_are_listed():
+    model = attach_auxiliary_heads(make_model("mobilenet"), "lsskd")
+    heads = heads_of(model)
+    sides = [heads.layout.shapes[name][-1] for name in heads.names]
+    assert sides == sorted(set(sides), reverse=True)  # each resolution once
+    assert heads.names[-1] == heads.recorder.names[-1]
+
+
+def test_heads_of_an_encoder_decoder_are_on_the_decoder():
+    assert heads_of(attach_auxiliary_heads(make_model("marian"), "lsskd")).names == ["model.decoder.layers.0"]
+
+
+def test_layers_by_number_and_name():
+    model = attach_auxiliary_heads(deep_vit(), AuxiliaryHeadsConfig(layers=[0, -2, "vit.layers.3.mlp"], head="linear"))
+    assert heads_of(model).names == ["vit.layers.0", "vit.layers.4", "vit.layers.3.mlp"]
+    model.train()
+    assert len(model(**batch_of("vit"))["auxiliary"]) == 3
+
+
+@pytest.mark.parametrize("layer, known", [(6, "0 to 5"), (-7, "vit.layers.0"), ("vit.layers.9", "vit.layers.5")])
+def test_layers_that_do_not_exist_are_refused_with_those_that_do(layer, known):
+    model = deep_vit()
+    names = list(model.state_dict())
+    config = AuxiliaryHeadsConfig(layers=[layer])
+    refused(lambda: attach_auxiliary_heads(model, config), "layers", str(layer), known)
+    assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    "name, options, part",
+    [
+        ("bert", {"views": "rotation"}, "views='rotation'"),
+        ("gpt2", {"views": "rotation"}, "views='rotation'"),
+        ("bert", {"head": "conv"}, "head='conv'"),
+        ("bert", {"head": "lm_head"}, "head='lm_head'"),
+        ("vit", {"head": "lm_head"}, "head='lm_head'"),
+        ("vit", {"head": "stages", "layers": ["vit.layers.0.mlp"]}, "head='stages'"),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused(name, options, part):
+    refused(lambda: attach_auxiliary_heads(make_model(name), AuxiliaryHeadsConfig(**options)), part)
+
+
+class Own(nn.Module):
+    """A module that transformers does not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(6, 6), nn.ReLU()) for _ in range(3)])
+        self.out = nn.Linear(6, 4)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return {"logits": self.out(x)}
+
+
+def test_a_module_of_ones_own_needs_a_sample():
+    refused(lambda: attach_auxiliary_heads(Own(), "deep_supervision"), "inputs=")
+    model = attach_auxiliary_heads(Own(), "deep_supervision", inputs={"x": torch.zeros(1, 6)})
+    outputs = model.train()(torch.randn(2, 6))
+    assert [part.shape for part in outputs["auxiliary"]] == [(2, 4)] * 2  # all layers but the last
+    assert set(model.eval()(torch.randn(2, 6))) == {"logits"}
+
+
+def test_a_model_cannot_grow_heads_twice():
+    model = attach_auxiliary_heads(make_model("vit"), "lsskd")
+    refused(lambda: attach_auxiliary_heads(model, "lsskd"), "strip_auxiliary_heads")
+
+
+# What they are made of
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp", "conv", "stages", "transformer"])
+@pytest.mark.parametrize("name", IMAGES)
+def test_every_kind_of_head_on_every_image_model(name, head):
+    """Each head gives joint logits, and the backbone below it a gradient (HSAKD's trap is that it does not)."""
+    model = attach_auxiliary_heads(make_model(name), AuxiliaryHeadsConfig(head=head)).train()
+    parts = model(**batch_of(name))["auxiliary"]
+    assert [part.shape for part in parts] == [(4, 4 * CLASSES)] * len(heads_of(model).heads)
+    for index, part in enumerate(parts):
+        model.zero_grad()
+        F.cross_entropy(part, torch.arange(4)).backward(retain_graph=True)
+        assert_reached(model, index)
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp", "stages", "transformer", "lm_head"])
+@pytest.mark.parametrize("name", ["bert", "bert_tokens", "wav2vec2", *LANGUAGE])
+def test_every_kind_of_head_on_other_models(name, head):
+    if head == "lm_head" and name not in LANGUAGE:
+        pytest.skip("no language model")
+    model = make_model(name)
+    model.config.layerdrop = 0.0  # Wav2Vec2 has one layer here, and could skip it
+    attach_auxiliary_heads(model, AuxiliaryHeadsConfig(head=head)).train()
+    outputs = model(**batch_of(name))
+    (part,) = outputs["auxiliary"]
+    assert part.shape == outputs.logits.shape
+    part.flatten(0, -2).logsumexp(-1).sum().backward()
+    assert_reached(model, 0)
+
+
+def assert_reached(model, index):
+    """That a gradient has reached the head and the first weights of the model."""
+    heads = heads_of(model)
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in heads.heads[index].parameters())
+    others = [i for i in range(len(heads.heads)) if i != index]
+    assert all(p.grad is None for i in others for p in heads.heads[i].parameters())
+    layer = model.get_submodule(heads.recorder.names[0])
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in layer.parameters())
+
+
+def test_stage_heads_copy_the_remaining_layers_with_fresh_weights():
+    model = attach_auxiliary_heads(deep_vit(), AuxiliaryHeadsConfig(head="stages", layers=[1, 5]))
+    first, last = heads_of(model).heads
+    assert len(first.body.copies) == 4 and len(last.body.copies) == 1
+    ours, theirs = first.body.copies[0], model.vit.layers[2]
+    assert [(n, p.shape) for n, p in ours.named_parameters()] == [(n, p.shape) for n, p in theirs.named_parameters()]
+    assert not torch.equal(ours.mlp.fc1.weight, theirs.mlp.fc1.weight)
+    assert abs(float(ours.mlp.fc1.weight.std()) - 0.02) < 0.005  # drawn as transformers draws them
+
+
+def test_stage_heads_of_a_pretrained_model_are_fresh(tmp_path):
+    deep_vit().save_pretrained(tmp_path)
+    model = ViTForImageClassification.from_pretrained(tmp_path)
+    attach_auxiliary_heads(model, AuxiliaryHeadsConfig(head="stages"))
+    copied = heads_of(model).heads[0].body.copies[0].mlp.fc1.weight
+    assert all(not torch.equal(copied, layer.mlp.fc1.weight) for layer in model.vit.layers)
+
+
+def test_stage_heads_run_as_the_layers_do():
+    """With the weights of the layers that they copy, they give the features that those give."""
+    model = make_model("gpt2")
+    model = type(model)(type(model.config)(**(model.config.to_dict() | {"n_layer": 3})))
+    attach_auxiliary_heads(model, AuxiliaryHeadsConfig(head="stages", layers=[0]))
+    (head,) = heads_of(model).heads
+    for copied, layer in zip(head.body.copies, model.transformer.h[1:], strict=True):
+        copied.load_state_dict(layer.state_dict())
+    batch = batch_of("gpt2")
+    heads_of(model).in_evaluation = True
+    outputs = model.eval()(**batch, output_hidden_states=True)
+    deep = {}
+    model.transformer.ln_f.register_forward_pre_hook(lambda module, args: deep.setdefault("features", args[0]))
+    model(**batch)
+    expected = model.lm_head(head.norm(deep["features"]))
+    torch.testing.assert_close(heads_of(model).results.logits[0], expected, rtol=1e-5, atol=1e-5)
+    assert outputs.logits.shape[-1] == VOCABULARY
+
+
+@pytest.mark.parametrize("name", ["t5", "marian", "gpt2"])
+def test_shared_embedding_is_not_copied_and_starts_undecided(name):
+    model = make_model(name)
+    before = sum(p.numel() for p in model.parameters())
+    attach_auxiliary_heads(model, AuxiliaryHeadsConfig(head="lm_head")).train()
+    width = model.get_output_embeddings().weight.shape[1]
+    assert sum(p.numel() for p in model.parameters()) - before == 2 * width  # a norm
+    (logits,) = model(**batch_of(name))["auxiliary"]
+    bias = getattr(model, "final_logits_bias", torch.zeros(1))
+    assert 0.1 < float((logits - bias).std()) < 2
+
+
+def test_causal_heads_do_not_see_what_follows():
+    for head in ("transformer", "stages", "lm_head"):
+        model = attach_auxiliary_heads(make_model("gpt2"), AuxiliaryHeadsConfig(head=head)).eval()
+        heads_of(model).in_evaluation = True
+        words = torch.randint(3, VOCABULARY, (1, 6))
+        changed = words.clone()
+        changed[0, 4] = 3 + (changed[0, 4] - 2) % 20
+        said = []
+        for ids in (words, changed):
+            model(input_ids=ids)
+            said.append(heads_of(model).results.logits[0])
+        assert torch.allclose(said[0][:, :4], said[1][:, :4], atol=1e-6)
+        assert not torch.allclose(said[0][:, 4:], said[1][:, 4:], atol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp", "transformer", "stages"])
+@pytest.mark.parametrize("name", ["plain_bert", "wav2vec2"])
+def test_padding_does_not_reach_a_head(name, head):
+    model = make_model(name)
+    attach_auxiliary_heads(model, AuxiliaryHeadsConfig(head=head)).eval()
+    heads_of(model).in_evaluation = True
+    key, size, short = ("input_ids", 8, 5) if name == "plain_bert" else ("input_values", 160, 100)
+    values = torch.randint(3, 30, (1, size)) if key == "input_ids" else torch.randn(1, size)
+    mask = (torch.arange(size) < short).long().unsqueeze(0)
+    said = []
+    for filler in (0, 7):
+        padded = torch.where(mask == 1, values, torch.full_like(values, filler))
+        model(**{key: padded if name == "plain_bert" else padded * mask}, attention_mask=mask)
+        said.append(heads_of(model).results.logits[0])
+    model(**{key: values[:, :short]}, attention_mask=mask[:, :short])
+    torch.testing.assert_close(said[0], said[1])
+    if name == "plain_bert":
+        torch.testing.assert_close(said[0], heads_of(model).results.logits[0], rtol=1e-4, atol=1e-5)
+
+
+def test_pool_is_the_mean_of_what_counts():
+    features = torch.arange(12.0).view(1, 4, 3)
+    assert torch.equal(pool(features, torch.tensor([[1, 1, 0, 0]])), features[:, :2].mean(1))
+    assert torch.equal(pool(features), features.mean(1))
+    assert torch.equal(pool(features.view(1, 3, 2, 2)), features.view(1, 3, 4).mean(-1))
+    assert torch.isfinite(pool(features, torch.zeros(1, 4))).all()
+
+
+def test_class_scores_of_joint_logits():
+    """Invariant 28: probabilities of the classes are sums over the four rotations, not sums of scores."""
+    model = attach_auxiliary_heads(make_model("resnet"), "joint")
+    logits = torch.randn(6, 4 * CLASSES)
+    expected = F.softmax(logits, -1).view(6, CLASSES, 4).sum(-1)
+    probs = F.softmax(heads_of(model).class_logits(logits), -1)
+    torch.testing.assert_close(probs, expected)
+    even = F.softmax(heads_of(model).class_logits(torch.zeros(1, 4 * CLASSES)), -1)
+    torch.testing.assert_close(even, torch.full((1, CLASSES), 1 / CLASSES))
+
+
+# That they vanish
+
+
+@pytest.mark.parametrize("preset", ["lsskd", "joint"])
+@pytest.mark.parametrize("name", MODELS)
+def test_strip_leaves_the_bare_model(tmp_path, name, preset):
+    bare, model = make_model(name).eval(), make_model(name).eval()
+    batch = batch_of(name)
+    expected = bare(**batch).logits
+    set_seed(3)
+    drawn = torch.rand(3)
+    set_seed(3)
+    attach_auxiliary_heads(model, preset)
+    assert torch.equal(torch.rand(3), drawn)  # attaching takes no random number
+    outputs = model(**batch)
+    assert torch.equal(outputs.logits, expected)  # invariant 25, with the heads still on
+    assert type(outputs) is type(bare(**batch))
+    model.save_pretrained(tmp_path)
+    loaded = type(bare).from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(**batch).logits, expected)
+    strip_auxiliary_heads(model)
+    assert list(model.state_dict()) == list(bare.state_dict())
+    assert [n for n, _ in model.named_modules()] == [n for n, _ in bare.named_modules()]
+    assert difference(model, bare) == 0
+    assert model._keys_to_ignore_on_save == bare._keys_to_ignore_on_save
+    hooks = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert len(hooks) == len([m for m in bare.modules() if m._forward_hooks or m._forward_pre_hooks])
+    assert torch.equal(model(**batch).logits, expected)
+    assert "auxiliary" not in model.train()(**batch)
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit", "bert"])
+def test_evaluation_costs_what_the_bare_model_costs(name):
+    """Invariant 34: no operation more, with heads on the model and after they are gone."""
+
+    def cost(model):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(**batch_of(name))
+        return counter.get_total_flops()
+
+    bare = cost(make_model(name).eval())
+    model = attach_auxiliary_heads(make_model(name).eval(), "joint")
+    assert cost(model) == bare
+    assert cost(model.train()) > bare  # the control
+    assert cost(strip_auxiliary_heads(model)) == bare
+
+
+def test_saved_names_are_those_of_the_bare_model(tmp_path):
+    from safetensors import safe_open
+
+    make_model("vit").save_pretrained(tmp_path / "bare")
+    attach_auxiliary_heads(make_model("vit"), "joint").save_pretrained(tmp_path / "heads")
+    names = []
+    for folder in ("bare", "heads"):
+        with safe_open(tmp_path / folder / "model.safetensors", framework="pt") as file:
+            names.append(set(file.keys()))
+    assert names[0] == names[1]
+    assert (tmp_path / "bare/config.json").read_text() == (tmp_path / "heads/config.json").read_text()
+
+
+def test_strip_leaves_a_bare_model_alone():
+    model = make_model("vit")
+    before = state_of(model)
+    assert strip_auxiliary_heads(model) is model
+    assert difference(before, model) == 0
+
+
+def test_copies_of_a_model_have_heads_of_their_own():
+    model = attach_auxiliary_heads(make_model("resnet"), "lsskd").train()
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        heads_of(twin).heads[0].classifier.bias.fill_(50.0)
+    batch = batch_of("resnet")
+    assert model(**batch)["auxiliary"][0].max() < 50 and twin(**batch)["auxiliary"][0].max() > 45
+
+
+def test_heads_depend_on_the_seed_alone():
+    one, same, other = (
+        attach_auxiliary_heads(make_model("vit"), "joint", seed=seed).state_dict() for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one if "selfkd_heads" in name)
+
+
+def test_heads_on_a_peft_model():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(deep_vit(), LoraConfig(target_modules=["q_proj", "v_proj", "query", "value"]))
+    attach_auxiliary_heads(model, "deep_supervision").train()
+    outputs = model(**batch_of("vit"))
+    parts = outputs["auxiliary"]
+    assert len(parts) == 3 and outputs.logits.shape == (4, CLASSES)
+    parts[2].sum().backward()
+    reached = [n for n, p in model.named_parameters() if p.grad is not None and "lora" in n]
+    assert any("layers.0." in name for name in reached)
+    strip_auxiliary_heads(model)
+    assert not any("selfkd" in name for name in model.state_dict())
+    assert base_model(model) is model.get_base_model()
+
+
+def test_tuple_outputs_are_refused():
+    model = attach_auxiliary_heads(make_model("vit"), "lsskd").train()
+    refused(lambda: model(**batch_of("vit"), return_dict=False), "return_dict=True")
+
+
+def test_a_step_that_skips_all_layers_says_nothing():
+    model = make_model("wav2vec2")
+    attach_auxiliary_heads(model, "deep_supervision").train()
+    model.config.layerdrop = model.wav2vec2.config.layerdrop = 1.0
+    model.wav2vec2.encoder.config.layerdrop = 1.0
+    assert model(**batch_of("wav2vec2"))["auxiliary"] == ()
+
+
+def test_a_skipped_layer_is_what_went_past_it():
+    """LayerDrop: with the last layer skipped, a head on it sees the layer before."""
+    config = make_model("marian").config.to_dict() | {"decoder_layers": 2, "dropout": 0.0}
+    model = MarianMTModel(MarianConfig(**config))
+    attach_auxiliary_heads(model, AuxiliaryHeadsConfig(layers=[0, 1], head="lm_head")).train()
+    heads = heads_of(model)
+    heads.heads[1].load_state_dict(heads.heads[0].state_dict())
+    batch = batch_of("marian")
+    one, two = model(**batch)["auxiliary"]
+    assert not torch.allclose(one, two)
+    skipped = model.model.decoder.layers[1]
+    forward = skipped.__class__.__call__
+    try:
+        skipped.__class__.__call__ = lambda self, features, *args, **kwargs: (
+            features if self is skipped else forward(self, features, *args, **kwargs)
+        )
+        one, two = model(**batch)["auxiliary"]
+    finally:
+        skipped.__class__.__call__ = forward
+    assert torch.equal(one, two)
