@@ -210,6 +210,7 @@ class SelfKDConfig(TrainingArguments):
                 f"auxiliary_heads={self.auxiliary_heads!r} in the arguments must be the name of a preset or a path: "
                 "give the configuration itself to the trainer, SelfKDTrainer(..., auxiliary_heads=config)."
             )
+        _ = self.heads  # an error, if `auxiliary_heads` stands for nothing
         if self.label_smoothing_factor != 0 and self.distils:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor} with alpha={self.alpha}: both soften the "

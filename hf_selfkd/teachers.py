@@ -331,7 +331,9 @@ class SnapshotTeacher(Teacher):
                     f"the checkpoint's {self.kind} has no {name} of shape {list(tensor.shape)}: resume with the model "
                     "that made it."
                 )
-        self.weights = {name: stored[name].to(tensor.device, tensor.dtype) for name, tensor in live.items()}
+        # Into memory of its own, laid out as the live weights are: what is read from a file is not aligned, and some
+        # kernels then round otherwise.
+        self.weights = {name: torch.empty_like(tensor).copy_(stored[name]) for name, tensor in live.items()}
 
 
 def _whole_past(log_probs: torch.Tensor) -> Past:

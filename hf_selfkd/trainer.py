@@ -196,7 +196,7 @@ class SelfKDMixin:
                 f"auxiliary_heads={asked} but the model has heads already, made with {heads.config}: call "
                 "strip_auxiliary_heads(model) first, or leave auxiliary_heads out."
             )
-        elif heads is not None:
+        elif asked is None and heads is not None:
             args.take_heads(heads.config)
 
     def call_model_init(self, trial: Any = None) -> torch.nn.Module:
@@ -968,6 +968,12 @@ class SelfKDMixin:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             load_renamed_weights(self.model if model is None else model, resume_from_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # The heads are in a file of their own: it is no fault that the model's has none.
+        heads = head_names(self.model)
+        missing = [name for name in load_result.missing_keys if name not in heads]
+        super()._issue_warnings_after_load(type(load_result)(missing, load_result.unexpected_keys))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

@@ -351,6 +351,7 @@ def make_trainer(output_dir, model, dataset, trainer=SelfKDTrainer, callbacks=No
     """
     parameters = ("eval_dataset", "compute_loss_func", "compute_metrics", "optimizers", "processing_class")
     parameters += ("model_init", "preprocess_logits_for_metrics", "optimizer_cls_and_kwargs")
+    parameters += () if isinstance(options.get("auxiliary_heads"), str) else ("auxiliary_heads",)
     own = {name: options.pop(name) for name in parameters if name in options}
     own["data_collator"] = options.pop("data_collator", collate)
     stock = Seq2SeqTrainingArguments if issubclass(trainer, Seq2SeqTrainer) else TrainingArguments

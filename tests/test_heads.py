@@ -32,6 +32,10 @@ IMAGES = "resnet vit convnext swin mobilenet timm".split()
 LANGUAGE = ("marian", "gpt2", "bert_mlm", "t5", "llama")
 
 
+# The counter of operations and peft look at all attributes of a module, the deprecated ones too.
+FLOPS = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+
+
 def batch_of(name, size=4, labels=False):
     """A batch for a model, with what a decoder needs."""
     batch = collate([make_samples(name, size)[i] for i in range(size)])
@@ -249,7 +253,7 @@ def test_stage_heads_copy_the_remaining_layers_with_fresh_weights():
     ours, theirs = first.body.copies[0], model.vit.layers[2]
     assert [(n, p.shape) for n, p in ours.named_parameters()] == [(n, p.shape) for n, p in theirs.named_parameters()]
     assert not torch.equal(ours.mlp.fc1.weight, theirs.mlp.fc1.weight)
-    assert abs(float(ours.mlp.fc1.weight.std()) - 0.02) < 0.005  # drawn as transformers draws them
+    assert abs(float(ours.mlp.fc1.weight.detach().std()) - 0.02) < 0.005  # drawn as transformers draws them
 
 
 def test_stage_heads_of_a_pretrained_model_are_fresh(tmp_path):
@@ -364,7 +368,8 @@ def test_strip_leaves_the_bare_model(tmp_path, name, preset):
     assert type(outputs) is type(bare(**batch))
     model.save_pretrained(tmp_path)
     loaded = type(bare).from_pretrained(tmp_path).eval()
-    assert torch.equal(loaded(**batch).logits, expected)
+    assert difference(loaded, bare) == 0
+    torch.testing.assert_close(loaded(**batch).logits, expected)  # in other memory, kernels may add up otherwise
     strip_auxiliary_heads(model)
     assert list(model.state_dict()) == list(bare.state_dict())
     assert [n for n, _ in model.named_modules()] == [n for n, _ in bare.named_modules()]
@@ -376,6 +381,7 @@ def test_strip_leaves_the_bare_model(tmp_path, name, preset):
     assert "auxiliary" not in model.train()(**batch)
 
 
+@FLOPS
 @pytest.mark.parametrize("name", ["resnet", "vit", "bert"])
 def test_evaluation_costs_what_the_bare_model_costs(name):
     """Invariant 34: no operation more, with heads on the model and after they are gone."""
@@ -389,7 +395,7 @@ def test_evaluation_costs_what_the_bare_model_costs(name):
     model = attach_auxiliary_heads(make_model(name).eval(), "joint")
     assert cost(model) == bare
     assert cost(model.train()) > bare  # the control
-    assert cost(strip_auxiliary_heads(model)) == bare
+    assert cost(strip_auxiliary_heads(model).eval()) == bare
 
 
 def test_saved_names_are_those_of_the_bare_model(tmp_path):
@@ -429,6 +435,7 @@ def test_heads_depend_on_the_seed_alone():
     assert any(not torch.equal(one[name], other[name]) for name in one if "selfkd_heads" in name)
 
 
+@FLOPS
 def test_heads_on_a_peft_model():
     from peft import LoraConfig, get_peft_model
 
