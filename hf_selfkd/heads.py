@@ -67,21 +67,17 @@ class Same(nn.Module):
         return features
 
 
-class SeparableConvolutions(nn.Module):
-    """Two depthwise separable 3 x 3 convolutions, the first with stride 2; tokens of an image are put on a grid."""
+class SeparableConvolution(nn.Module):
+    """A depthwise separable 3 x 3 convolution with stride 2; tokens of an image are put on a grid."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
-        self.layers = nn.Sequential(*self._block(channels, width, 2), *self._block(width, width, 1))
-
-    @staticmethod
-    def _block(channels: int, width: int, stride: int) -> list[nn.Module]:
-        return [
-            nn.Conv2d(channels, channels, 3, stride=stride, padding=1, groups=channels, bias=False),
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, stride=2, padding=1, groups=channels, bias=False),
             nn.Conv2d(channels, width, 1, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(),
-        ]
+        )
 
     def forward(self, features: torch.Tensor, context: Context) -> torch.Tensor:
         if features.dim() == 3:
@@ -483,7 +479,7 @@ class _Factory:
         kind, width = self.config.head, self.layout.width(name)
         deep = next((layer for layer in reversed(self.names) if layer in self.layout.shapes), name)
         if kind == "conv":
-            return SeparableConvolutions(width, self.layout.width(deep)), self.layout.width(deep)
+            return SeparableConvolution(width, self.layout.width(deep)), self.layout.width(deep)
         if kind == "transformer":
             causal = is_encoder_decoder(self.base) or adapter_for(self.model) is causal_rows
             return EncoderLayer(width, causal and not self.layout.pooled), width
@@ -505,7 +501,7 @@ class _Factory:
         if blocks:
             return Blocks(self._fresh(blocks))
         width = self.layout.width(name)
-        return SeparableConvolutions(width, width)
+        return SeparableConvolution(width, width)
 
     def _fresh(self, modules: list[nn.Module]) -> nn.ModuleList:
         copies = copy.deepcopy(nn.ModuleList(modules))

@@ -43,8 +43,8 @@ class AuxiliaryHeadsConfig:
             decoder, if it has one). The last layer is among them with rotated views only: without, the model's own
             classifier stands there.
         head (`str`, *optional*, defaults to `"auto"`):
-            `"linear"` (pooling and a linear layer), `"mlp"` (one hidden layer more), `"conv"` (two depthwise separable
-            convolutions before), `"stages"` (a fresh copy of the layers that follow, as HSAKD has it), `"transformer"`
+            `"linear"` (pooling and a linear layer), `"mlp"` (one hidden layer more), `"conv"` (a depthwise separable
+            convolution before), `"stages"` (a fresh copy of the layers that follow, as HSAKD has it), `"transformer"`
             (one encoder layer before), `"lm_head"` (a norm, then the model's own output embedding) or `"auto"`:
             `"lm_head"` for language models, `"conv"` for images, `"mlp"` otherwise.
         views (`str`, *optional*, defaults to `"auto"`):

@@ -18,7 +18,7 @@ from helpers import (
 from torch.utils.data import IterableDataset
 from transformers import Seq2SeqTrainer
 
-from hf_selfkd import SelfKDTrainer, Seq2SeqSelfKDTrainer
+from hf_selfkd import AuxiliaryHeadsConfig, SelfKDTrainer, Seq2SeqSelfKDTrainer
 
 
 class Stream(IterableDataset):
@@ -66,9 +66,21 @@ def equal(out, world, model="plain_vit", size=32, **more):
     trainer = make_trainer(out, model, samples, **options(world, **more))
     trainer.train()
     result = {"weights": state_of(trainer)}
+    if trainer.head_teachers:
+        result["heads"] = [teacher.stored(torch.arange(4 * size)) for teacher in trainer.head_teachers]
     if trainer.teacher.kind == "history":
         result["stored"] = trainer.teacher.stored(torch.arange(size))
-    names = ("alpha", "hard_loss", "soft_loss", "rows_with_history", "past_agreement", "target_entropy", "loss")
+    names = (
+        "head0_loss",
+        "head0_accuracy",
+        "alpha",
+        "hard_loss",
+        "soft_loss",
+        "rows_with_history",
+        "past_agreement",
+        "target_entropy",
+        "loss",
+    )
     result["logs"] = [
         {name: entry[name] for name in names if name in entry}
         for entry in trainer.state.log_history
@@ -144,6 +156,16 @@ def evaluated(out, world, trainer=Seq2SeqSelfKDTrainer, generate=True, batch_siz
     return {"metrics": metrics, "labels": words_of(seen.labels), "predictions": predictions}
 
 
+def evaluated_heads(out, world):
+    """The figures of the heads in an evaluation of 11 samples."""
+    test = make_samples("plain_vit", 11, seed=5)
+    options = {"auxiliary_heads": "joint", "evaluate_heads": True, "eval_dataset": test}
+    trainer = make_trainer(out, "plain_vit", make_samples("plain_vit", 32), **options)
+    return {"metrics": {name: value for name, value in trainer.evaluate().items() if "head" in name}}
+
+
+# Heads without batch statistics, which each process would have for itself.
+STAGES = {"auxiliary_heads": "lsskd_full"}
 SMOOTHING = {"label_smoothing_factor": 0.1, "alpha": 0.0}
 SCENARIOS = {
     "history": lambda out, world: equal(out, world),
@@ -169,6 +191,20 @@ SCENARIOS = {
     "translation_top_k": lambda out, world: translation(out, world, history_top_k=4, history_device="disk"),
     "translation_chunked": lambda out, world: translation(out, world, history_top_k=4, chunked_logits=True),
     "translation_plain": lambda out, world: translation(out, world, alpha=0.0),
+    "heads": lambda out, world: equal(out, world, **STAGES),
+    "heads_history": lambda out, world: equal(out, world, teacher="history", **STAGES),
+    "heads_accumulation": lambda out, world: equal(
+        out, world, per_device_train_batch_size=4 // world, gradient_accumulation_steps=2, **STAGES
+    ),
+    "heads_muted": lambda out, world: equal(
+        out, world, alpha=0.0, auxiliary_heads=AuxiliaryHeadsConfig(hard_weight=0.0)
+    ),
+    "heads_translation": lambda out, world: translation(out, world, **STAGES),
+    "heads_causal": lambda out, world: equal(out, world, "plain_gpt2", 24, auxiliary_heads="byot"),
+    "heads_of_a_cnn": lambda out, world: equal(out, world, "resnet", auxiliary_heads="lsskd"),
+    "resume_heads_snapshot": lambda out, world: resumed(out, world, "vit", auxiliary_heads="lsskd"),
+    "resume_heads_history": lambda out, world: resumed(out, world, "vit", auxiliary_heads="lsskd", teacher="history"),
+    "evaluated_heads": evaluated_heads,
     "causal": lambda out, world: equal(out, world, "plain_gpt2", 24),
     "causal_chunked": lambda out, world: equal(out, world, "plain_gpt2", 24, chunked_logits=True),
     "masked": lambda out, world: equal(out, world, "plain_bert_mlm", 24),

@@ -40,6 +40,12 @@ def two(tmp_path_factory):
         "causal",
         "causal_chunked",
         "masked",
+        "heads",
+        "heads_history",
+        "heads_accumulation",
+        "heads_muted",
+        "heads_translation",
+        "heads_causal",
     ],
 )
 def test_two_processes_follow_one(name, two, tmp_path):
@@ -48,6 +54,8 @@ def test_two_processes_follow_one(name, two, tmp_path):
     assert difference(one["weights"], results[name]["weights"]) < 1e-6
     if "stored" in one:
         torch.testing.assert_close(results[name]["stored"], one["stored"], atol=1e-6, rtol=0)
+    for alone, together in zip(one.get("heads", []), results[name].get("heads", []), strict=True):
+        torch.testing.assert_close(together, alone, atol=1e-6, rtol=0, equal_nan=True)
     for alone, together in zip(one.get("logs", []), results[name].get("logs", []), strict=True):
         assert together == pytest.approx(alone, abs=1e-5)
 
@@ -81,7 +89,36 @@ def test_ragged_ends_leave_the_same_trace(two, tmp_path):
     assert not torch.isnan(results["ragged"]["trace"]).any()
 
 
-@pytest.mark.parametrize("name", ["resume_history", "resume_snapshot", "resume_ema"])
+def test_heads_with_batch_statistics_train_on_two_processes(two, tmp_path):
+    """Each process has statistics of its own, as of the model itself, so only the scale of the losses is compared."""
+    results, _ = two
+    one = SCENARIOS["heads_of_a_cnn"](tmp_path, 1)
+    for name in ("loss", "head0_loss"):
+        assert results["heads_of_a_cnn"]["logs"][0][name] == pytest.approx(one["logs"][0][name], rel=0.2)
+
+
+def test_comparison_of_heads_can_tell(two):
+    """The controls: heads change the model, those of weight 0 do not."""
+    results, _ = two
+
+    def distance(one, other):
+        names = results["plain"]["weights"]
+        return difference(*({n: results[run]["weights"][n] for n in names} for run in (one, other)))
+
+    assert distance("plain", "heads_muted") == 0
+    assert distance("history", "heads_history") > 1e-4 and distance("snapshot", "heads") > 1e-4
+    assert distance("heads", "heads_history") > 1e-5
+
+
+def test_heads_are_evaluated_on_every_sample_once(two, tmp_path):
+    results, _ = two
+    one = SCENARIOS["evaluated_heads"](tmp_path, 1)
+    assert results["evaluated_heads"]["metrics"] == pytest.approx(one["metrics"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["resume_history", "resume_snapshot", "resume_ema", "resume_heads_snapshot", "resume_heads_history"]
+)
 def test_resume_on_two_processes_is_exact(name, two):
     results, _ = two
     assert difference(results[name]["full"], results[name]["again"]) == 0
