@@ -113,7 +113,7 @@ def cifar_vit(num_labels: int) -> ViTForImageClassification:
     return ViTForImageClassification(
         ViTConfig(
             image_size=32,
-            patch_size=4,
+            patch_size=8,
             hidden_size=64,
             num_hidden_layers=6,
             num_attention_heads=4,
@@ -148,8 +148,8 @@ def cifar100(args: argparse.Namespace) -> dict:
         "train_dataset": Images(train, image, label, augment=True),
         "eval_dataset": Images(test, image, label, augment=False),
         "arguments": {
-            "per_device_train_batch_size": 128,
-            "learning_rate": 0.1,
+            "per_device_train_batch_size": args.batch_size,
+            "learning_rate": args.learning_rate,
             "optim": "sgd",
             "optim_args": "momentum=0.9,nesterov=True",
             "weight_decay": 5e-4,
@@ -246,6 +246,8 @@ def main() -> None:
     parser.add_argument("--test_files", nargs="+")
     parser.add_argument("--max_train_samples", type=int)
     parser.add_argument("--max_test_samples", type=int)
+    parser.add_argument("--batch_size", type=int, default=128, help="images of a step")
+    parser.add_argument("--learning_rate", type=float, default=0.1, help="of SGD, for CIFAR-100")
     parser.add_argument("--layered", action="store_true", help="compare auxiliary heads instead of teachers")
     parser.add_argument("--methods", nargs="+", help="all of the comparison by default")
     parser.add_argument("--few_shot_fraction", type=float, default=1.0, help="part of each class of images")
