@@ -19,6 +19,7 @@ python examples/image_classification.py --model_type resnet --config_overrides '
 python examples/image_classification.py examples/configs/cifar100_resnet.yaml --alpha 0.7
 ```
 
+Layered self-distillation, on a quarter of each class: add `--auxiliary_heads lsskd --few_shot_fraction 0.25`.
 Two baselines are the same command with `--alpha 0` (plain training) and with `--alpha 0 --label_smoothing_factor 0.1`
 (label smoothing). With random augmentation, `--seed_transforms` makes a resumed run follow the uninterrupted one.
 The arguments of training are those of `SelfKDConfig`, hence of `TrainingArguments`.
@@ -35,6 +36,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import numpy as np
 import torch
 import transformers
 import yaml
@@ -148,6 +150,9 @@ class DataArguments:
         metadata={"help": "Random crops of training images: random_resized_crop, pad_crop (small images) or none."},
     )
     horizontal_flip: bool = field(default=True, metadata={"help": "Flip half of the training images."})
+    few_shot_fraction: float = field(
+        default=1.0, metadata={"help": "Train on this share of each class only: the same images in every run."}
+    )
     mixup_alpha: float = field(default=0.0, metadata={"help": "Beta parameter of mixup; 0 is off."})
     cutmix_alpha: float = field(default=0.0, metadata={"help": "Beta parameter of CutMix; 0 is off."})
     mix_probability: float = field(default=1.0, metadata={"help": "Share of the batches that are mixed."})
@@ -158,6 +163,8 @@ class DataArguments:
     def __post_init__(self):
         if not 0 < self.validation_split_fraction < 1:
             raise ValueError(f"--validation_split_fraction {self.validation_split_fraction} is outside (0, 1).")
+        if not 0 < self.few_shot_fraction <= 1:
+            raise ValueError(f"--few_shot_fraction {self.few_shot_fraction} is outside (0, 1].")
 
     @property
     def local(self) -> bool:
@@ -310,6 +317,16 @@ def subset(dataset: Dataset, size: int | None) -> Dataset:
     return dataset.shuffle(seed=0).select(range(size))
 
 
+def few_shot(dataset: Dataset, fraction: float) -> Dataset:
+    """A share of the images of each class, at least one: the same in every run, whatever its seed."""
+    if fraction == 1:
+        return dataset
+    labels, rng = np.asarray(dataset.with_format(None)["labels"][:]), np.random.default_rng(0)
+    classes = [rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+    kept = [rows[: max(1, round(fraction * len(rows)))] for rows in classes]
+    return dataset.select(np.sort(np.concatenate(kept)))
+
+
 def prepare_splits(
     splits: dict[str, Dataset], names: list[str], data_args: DataArguments, training_args: SelfKDConfig
 ) -> dict[str, Dataset]:
@@ -322,6 +339,8 @@ def prepare_splits(
         # One seed for all runs: they are compared on the same images.
         parts = splits["train"].train_test_split(data_args.validation_split_fraction, seed=0)
         splits["train"], splits["validation"] = parts["train"], parts["test"]
+    if "train" in splits:
+        splits["train"] = few_shot(splits["train"], data_args.few_shot_fraction)
     sizes = (data_args.max_train_samples, data_args.max_eval_samples, data_args.max_predict_samples)
     return {split: subset(splits[split], size) for split, size in zip(SPLITS, sizes, strict=True) if split in splits}
 

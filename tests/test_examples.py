@@ -145,6 +145,26 @@ def test_images_from_tables(run, folder, tmp_path):
     assert results(out, "eval")["eval_samples"] == 16 and results(out, "eval")["eval_accuracy"] == 1
 
 
+def test_auxiliary_heads_on_few_images(run, folder):
+    options = {"auxiliary_heads": "lsskd", "few_shot_fraction": 0.5, "evaluate_heads": True, "logging_steps": 1}
+    out = run(images, IMAGE_RUN | options | {"train_dir": folder, "validation_dir": folder})
+    assert results(out, "train")["train_samples"] == 8
+    assert 0 <= results(out)["eval_head0_accuracy"] <= 1
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert any("head0_loss" in entry for entry in log)
+    model, info = AutoModelForImageClassification.from_pretrained(out, output_loading_info=True)
+    assert not info["unexpected_keys"] and not any("selfkd" in name for name in model.state_dict())
+
+
+def test_few_shots_keep_a_share_of_each_class():
+    labels = [0] * 40 + [1] * 8 + [2]
+    dataset = Dataset.from_dict({"labels": labels, "row": list(range(49))})
+    kept = images.few_shot(dataset, 0.25)
+    assert np.bincount(kept["labels"][:]).tolist() == [10, 2, 1]
+    assert kept["row"][:] == images.few_shot(dataset, 0.25)["row"][:] != list(range(13))
+    assert images.few_shot(dataset, 1) is dataset
+
+
 def test_mixing(run, folder):
     settings = IMAGE_RUN | {"train_dir": folder, "mixup_alpha": 0.2, "cutmix_alpha": 1.0}
     with pytest.raises(ValueError, match="teacher='snapshot'"):
