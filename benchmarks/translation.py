@@ -46,7 +46,7 @@ METHODS = {
     "PS-KD history, top 64, bucket": {"history_top_k": 64, "history_remainder": "bucket"},
     "PS-KD snapshot": {"teacher": "snapshot"},
     # What tells history and snapshot apart: dropout, the mass that is not stored, and the age of the predictions.
-    "PS-KD snapshot with dropout": {"teacher": "snapshot"},
+    "PS-KD snapshot with dropout": {"teacher": "snapshot", "teacher_dropout": True},
     "PS-KD snapshot, top 16, label": {"teacher": "snapshot"},
 }
 FIGURES = {
@@ -62,15 +62,9 @@ class Variants(Seq2SeqSelfKDTrainer):
     """Changes what the snapshot says, to find out why the history says something better."""
 
     top_k: int | None = None
-    dropout = False
 
     def _past(self, batch, rows):
-        if self.dropout:
-            self.model.eval = self.model.train  # the teacher asks for evaluation mode
-        try:
-            past = super()._past(batch, rows)
-        finally:
-            vars(self.model).pop("eval", None)
+        past = super()._past(batch, rows)
         if past is None or self.top_k is None:
             return past
         log_probs, index = past.log_probs.topk(self.top_k, dim=-1)
@@ -164,7 +158,6 @@ def run(task: dict, method: str, seed: int, args: argparse.Namespace) -> dict:
         )
         if "snapshot" in method:
             trainer.top_k = 16 if "top 16" in method else None
-            trainer.dropout = "with dropout" in method
         start = time.process_time()
         trainer.train()
         minutes = (time.process_time() - start) / 60

@@ -76,6 +76,10 @@ class SelfKDConfig(TrainingArguments):
             step then hold one position only.
         ema_decay (`float`, *optional*, defaults to `0.999`):
             Decay of the moving average for `teacher="ema"`, in [0, 1); at most `(1 + t) / (10 + t)` after `t` steps.
+        teacher_dropout (`bool`, *optional*, defaults to `False`):
+            Leave dropout on in the teachers `"snapshot"` and `"ema"`. In evaluation mode a model knows by heart what
+            it was trained on; with dropout its predictions are softer (measured for translation: better NLL, much
+            better calibration).
         auxiliary_heads (`str`, *optional*):
             Layered self-distillation: a preset of [`AuxiliaryHeadsConfig`] (`"lsskd"`, `"lsskd_full"`, `"joint"`,
             `"byot"`, `"deep_supervision"`) or where a configuration was saved. The trainer's argument of that name
@@ -129,6 +133,9 @@ class SelfKDConfig(TrainingArguments):
         default=False, metadata={"help": "Never hold the logits of all tokens of a language model in training."}
     )
     ema_decay: float = field(default=0.999, metadata={"help": "Decay of the moving average for the ema teacher."})
+    teacher_dropout: bool = field(
+        default=False, metadata={"help": "Leave dropout on in the snapshot and ema teachers."}
+    )
     auxiliary_heads: str | None = field(
         default=None,
         metadata={"help": "Layered self-distillation: a preset (lsskd, joint, byot, ...) or a saved configuration."},
@@ -216,7 +223,11 @@ class SelfKDConfig(TrainingArguments):
                 f"label_smoothing_factor={self.label_smoothing_factor} with alpha={self.alpha}: both soften the "
                 "targets. Set label_smoothing_factor=0, or alpha=0 for a label smoothing baseline."
             )
-        for name, kinds in (("history_trace", ("history",)), ("warm_start_history", ("history", "snapshot"))):
+        for name, kinds in (
+            ("history_trace", ("history",)),
+            ("warm_start_history", ("history", "snapshot")),
+            ("teacher_dropout", ("snapshot", "ema")),
+        ):
             if getattr(self, name) and self.teacher_kind not in kinds:
                 raise ValueError(
                     f"{name}=True does nothing with teacher={self.teacher!r}: use {' or '.join(map(repr, kinds))}."

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, make_dataclass
 from functools import lru_cache
 from typing import Any
@@ -219,9 +220,9 @@ class AuxiliaryHeads(nn.Module):
                 if name != self.deepest:
                     width = head.classifier.in_features if head.classifier is not None else layout.width(name)
                     self.adapters[str(index)] = nn.Linear(width, layout.width(self.deepest))
-        self.enabled = config.trains
-        self.in_evaluation = False
-        self.results: HeadResults | None = None  # of the last pass in evaluation mode
+        self.enabled = config.trains  # in training
+        self.watching = False  # whether what the heads say is kept in `results`, and not returned
+        self.results: HeadResults | None = None
         self.handles: list[Any] = []
 
     def register(self, model: nn.Module) -> None:
@@ -236,8 +237,17 @@ class AuxiliaryHeads(nn.Module):
         for handle in self.handles:
             handle.remove()
 
+    @contextmanager
+    def watched(self, on: bool = True) -> Iterator[None]:
+        """Keep what the heads say in `results`, in any mode, or (`on=False`) run none; the outputs are the model's."""
+        enabled, self.enabled, self.watching = self.enabled, False, on
+        try:
+            yield
+        finally:
+            self.enabled, self.watching = enabled, False
+
     def _begin(self, model: nn.Module, args: tuple) -> None:
-        if self.in_evaluation or (self.enabled and model.training):
+        if self.watching or (self.enabled and model.training):
             self.recorder.start()
 
     def _end(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> Any:
@@ -248,7 +258,7 @@ class AuxiliaryHeads(nn.Module):
             results = None if self.recorder.silent else self._run(model, kwargs.get("attention_mask"))
         finally:
             self.recorder.clear()
-        if model.training:
+        if not self.watching:
             return with_auxiliary(outputs, results)
         self.results = results
         return None

@@ -244,7 +244,7 @@ class HeadFigures:
     How well each head tells the classes of an evaluation's samples.
 
     Args:
-        heads ([`~hf_selfkd.heads.AuxiliaryHeads`]): of the model that is evaluated; on while this is in use.
+        heads ([`~hf_selfkd.heads.AuxiliaryHeads`]): of the model that is evaluated.
         to_rows (`Callable`): the adapter of the model's task.
         gather (`Callable`): as for [`~hf_selfkd.measures.TokenFigures`].
     """
@@ -252,13 +252,6 @@ class HeadFigures:
     def __init__(self, heads: AuxiliaryHeads, to_rows: Callable, gather: Callable[[torch.Tensor], torch.Tensor]):
         self.heads, self.to_rows = heads, to_rows
         self.figures = [TokenFigures(gather) for _ in heads.heads]
-
-    def __enter__(self) -> HeadFigures:
-        self.heads.in_evaluation = True
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.heads.in_evaluation, self.heads.results = False, None
 
     def see(self, labels: torch.Tensor | None) -> None:
         """Take note of what the heads said of the last batch, with its labels `[B]` or `[B, L]`."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .config import SelfKDConfig
 from .history import WARM_START, Plan, PredictionHistory, plan_history
@@ -259,6 +260,7 @@ class SnapshotTeacher(Teacher):
             gives every process the tensor of the first one; `None` for one process. Processes agree on weights but not
             on batch statistics.
         warm_start (`bool`): let the initial weights teach the first epoch.
+        dropout (`bool`): whether dropout stays on; statistics of batches are those of evaluation all the same.
 
     Attributes:
         of_heads (`list` of [`~hf_selfkd.losses.Past`]): what the heads said, as of the last call of `targets`.
@@ -272,10 +274,11 @@ class SnapshotTeacher(Teacher):
         predict: Callable[[Any], list[torch.Tensor]],
         broadcast: Callable[[torch.Tensor], torch.Tensor] | None = None,
         warm_start: bool = False,
+        dropout: bool = False,
     ):
         super().__init__()
         self.model, self.predict, self.warm_start = model, predict, warm_start
-        self.broadcast = broadcast
+        self.broadcast, self.dropout = broadcast, dropout
         persistent = model.state_dict().keys()  # the others are constants such as position ids
         self.buffers = [name for name, _ in model.named_buffers() if name in persistent]
         self.weights: dict[str, torch.Tensor] = {}
@@ -306,7 +309,8 @@ class SnapshotTeacher(Teacher):
         if not self.weights:
             return None
         modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
+        for module, _ in modes:  # many a forward asks its own module, not a Dropout, whether it is training
+            module.training = self.dropout and not isinstance(module, _BatchNorm)
         try:
             outputs = torch.func.functional_call(self.model, self.weights, kwargs=inputs)
         finally:
@@ -352,6 +356,7 @@ class EMATeacher(SnapshotTeacher):
             of the average, at most `(1 + t) / (10 + t)` after `t` steps: with the full decay from the start the random
             initial weights would rule for 1 / (1 - decay) steps.
         broadcast (`Callable`, *optional*): as in [`SnapshotTeacher`].
+        dropout (`bool`): as in [`SnapshotTeacher`].
     """
 
     kind = "ema"
@@ -362,8 +367,9 @@ class EMATeacher(SnapshotTeacher):
         predict: Callable[[Any], list[torch.Tensor]],
         decay: float,
         broadcast: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        dropout: bool = False,
     ):
-        super().__init__(model, predict, broadcast)
+        super().__init__(model, predict, broadcast, dropout=dropout)
         self.decay, self.updates = decay, 0
 
     def begin_epoch(self, epoch: int) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -436,8 +437,8 @@ class SelfKDMixin:
             return self._make_history(args)
         share = broadcast if several else None
         if args.teacher_kind == "snapshot":
-            return SnapshotTeacher(self.model, self._predict, share, args.warm_start_history)
-        return EMATeacher(self.model, self._predict, args.ema_decay, share)
+            return SnapshotTeacher(self.model, self._predict, share, args.warm_start_history, args.teacher_dropout)
+        return EMATeacher(self.model, self._predict, args.ema_decay, share, args.teacher_dropout)
 
     def _make_history(self, args: SelfKDConfig, name: str = "", views_of: Layered | None = None) -> HistoryTeacher:
         """The history of the model's own predictions or, with a name, of a head's for the views of each sample."""
@@ -699,13 +700,9 @@ class SelfKDMixin:
     def _past(self, batch: Batch, rows: Rows) -> Past | None:
         if self.teacher.needs_ids:
             return self.teacher.targets(batch.keys, batch.inputs, rows)
-        if self._heads_learn_from_past:
-            self._layered.heads.in_evaluation = True
-        try:
+        heads = heads_of(self.model)
+        with nullcontext() if heads is None else heads.watched(self._heads_learn_from_past):
             return self.teacher.targets(batch.keys, self._unlabelled(batch), rows)  # which runs the model itself
-        finally:
-            if self._layered is not None:
-                self._layered.heads.in_evaluation = False
 
     def _unlabelled(self, batch: Batch) -> dict[str, Any]:
         if self._rows not in (causal_rows, token_rows):
@@ -733,11 +730,14 @@ class SelfKDMixin:
         arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if not self.args.evaluate_heads:
             return super().evaluation_loop(*arguments)
-        figures = HeadFigures(heads_of(self.model), self._rows, self.accelerator.gather_for_metrics)
-        with figures as self._head_figures:
-            output = super().evaluation_loop(*arguments)
-        self._head_figures = None
-        output.metrics.update(figures.compute(metric_key_prefix))
+        heads = heads_of(self.model)
+        self._head_figures = HeadFigures(heads, self._rows, self.accelerator.gather_for_metrics)
+        try:
+            with heads.watched():
+                output = super().evaluation_loop(*arguments)
+            output.metrics.update(self._head_figures.compute(metric_key_prefix))
+        finally:
+            self._head_figures = None
         return output
 
     @property

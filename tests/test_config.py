@@ -26,6 +26,9 @@ DEFAULTS = {
     "history_remainder": "bucket",
     "chunked_logits": False,
     "ema_decay": 0.999,
+    "teacher_dropout": False,
+    "auxiliary_heads": None,
+    "evaluate_heads": False,
 }
 OTHERS = {
     "alpha": 0.5,
@@ -43,6 +46,9 @@ OTHERS = {
     "history_remainder": "label",
     "chunked_logits": True,
     "ema_decay": 0.99,
+    "teacher_dropout": False,
+    "auxiliary_heads": "byot",
+    "evaluate_heads": True,
 }
 
 
@@ -58,12 +64,12 @@ def config(tmp_path, **fields):
 
 
 def test_defaults_and_names_of_the_design(tmp_path):
-    """The fields on top of TrainingArguments are those of design.md, section 3 (heads come with their module)."""
+    """The fields on top of TrainingArguments."""
     assert own(config(tmp_path)) == DEFAULTS
     added = {f.name for f in dataclasses.fields(SelfKDConfig)} - {
         f.name for f in dataclasses.fields(TrainingArguments)
     }
-    assert added - {"auxiliary_heads"} == DEFAULTS.keys()
+    assert added == DEFAULTS.keys()
     assert all(f.metadata.get("help") for f in dataclasses.fields(SelfKDConfig) if f.name in added)
 
 

@@ -273,7 +273,7 @@ def test_stage_heads_run_as_the_layers_do():
     for copied, layer in zip(head.body.copies, model.transformer.h[1:], strict=True):
         copied.load_state_dict(layer.state_dict())
     batch = batch_of("gpt2")
-    heads_of(model).in_evaluation = True
+    heads_of(model).watching = True
     outputs = model.eval()(**batch, output_hidden_states=True)
     deep = {}
     model.transformer.ln_f.register_forward_pre_hook(lambda module, args: deep.setdefault("features", args[0]))
@@ -298,7 +298,7 @@ def test_shared_embedding_is_not_copied_and_starts_undecided(name):
 def test_causal_heads_do_not_see_what_follows():
     for head in ("transformer", "stages", "lm_head"):
         model = attach_auxiliary_heads(make_model("gpt2"), AuxiliaryHeadsConfig(head=head)).eval()
-        heads_of(model).in_evaluation = True
+        heads_of(model).watching = True
         words = torch.randint(3, VOCABULARY, (1, 6))
         changed = words.clone()
         changed[0, 4] = 3 + (changed[0, 4] - 2) % 20
@@ -315,7 +315,7 @@ def test_causal_heads_do_not_see_what_follows():
 def test_padding_does_not_reach_a_head(name, head):
     model = make_model(name)
     attach_auxiliary_heads(model, AuxiliaryHeadsConfig(head=head)).eval()
-    heads_of(model).in_evaluation = True
+    heads_of(model).watching = True
     key, size, short = ("input_ids", 8, 5) if name == "plain_bert" else ("input_values", 160, 100)
     values = torch.randint(3, 30, (1, size)) if key == "input_ids" else torch.randn(1, size)
     mask = (torch.arange(size) < short).long().unsqueeze(0)

@@ -188,7 +188,7 @@ def naive(model, samples, visits, epochs, per_epoch, config, alpha, teacher, see
         parts, logits = outputs["auxiliary"], outputs.logits[::count]
         past, pasts = [None] * len(ids), [[None] * len(keys)] * len(heads.heads)
         if other is not None:
-            heads_of(other).in_evaluation = True
+            heads_of(other).watching = True
             with torch.no_grad():
                 past = list(other(**batch).logits.softmax(-1)[::count])
                 pasts = [list(part.softmax(-1)) for part in heads_of(other).results.logits]
@@ -515,7 +515,7 @@ def test_evaluation_without_and_with_heads(tmp_path, preset):
     assert metrics["eval_loss"] == plain["eval_loss"]
     assert trainer.predict(test).predictions.shape == (11, CLASSES)
     model = trainer.model.eval()
-    heads_of(model).in_evaluation = True
+    heads_of(model).watching = True
     batch = collate(test.items)
     with torch.no_grad():
         model(pixel_values=batch["pixel_values"])
@@ -575,6 +575,14 @@ def test_resume_is_exact(tmp_path, name, teacher, accumulation):
 @pytest.mark.parametrize("name", ["bert_tokens", "gpt2", "wav2vec2"])
 def test_resume_of_other_models_is_exact(tmp_path, name, teacher):
     check_resume(tmp_path, name, make_samples(name), [8], **saves(4), teacher=teacher, auxiliary_heads="lsskd_full")
+
+
+@pytest.mark.parametrize("heads", [None, "lsskd"])
+def test_resume_with_dropout_of_the_teacher_is_exact(tmp_path, heads):
+    options = {"teacher": "snapshot", "teacher_dropout": True, "auxiliary_heads": heads}
+    whole = check_resume(tmp_path, "vit", make_samples("vit"), [8, 16], **saves(4), **options)
+    sure = train(tmp_path, "vit", make_samples("vit"), **(options | {"teacher_dropout": False}))
+    assert difference(whole, sure) > 1e-5
 
 
 def test_resume_depends_on_the_weights_of_the_heads(tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ def train_step(model, seed, lr=0.5):
 
 
 def logits_of(outputs):
-    return outputs["logits"]
+    return [outputs["logits"]]
 
 
 def log_probs(model, x):
@@ -119,6 +119,48 @@ def test_snapshot_equals_a_copy_of_the_model():
             assert past.log_probs.dtype == torch.float32 and past.index is None and not past.log_probs.requires_grad
         assert not torch.allclose(past.log_probs, log_probs(copy.deepcopy(model).eval(), data(101)), atol=1e-2)
         assert not torch.allclose(past.log_probs, log_probs(copy.deepcopy(frozen).train(), data(101)), atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["snapshot", "ema"])
+def test_dropout_of_a_teacher_leaves_statistics_alone(kind):
+    """Against a copy in training mode whose batch statistics are those of evaluation; no buffer moves."""
+    model = net()
+    if kind == "snapshot":
+        teacher = SnapshotTeacher(model, logits_of, warm_start=True, dropout=True)
+    else:
+        teacher = EMATeacher(model, logits_of, 0.0, dropout=True)
+        teacher.after_step()
+    teacher.begin_epoch(0)
+    teacher.begin_epoch(1)
+    frozen = copy.deepcopy(model).train()
+    for module in frozen.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.eval()
+    torch.manual_seed(5)
+    expected = log_probs(frozen, data(3))
+    before = {name: tensor.clone() for name, tensor in model.named_buffers()}
+    torch.manual_seed(5)
+    past = targets(teacher, data(3))
+    assert torch.equal(past.log_probs, expected)
+    assert not torch.allclose(past.log_probs, log_probs(copy.deepcopy(model).eval(), data(3)), atol=1e-3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_buffers())
+    assert all(module.training for module in model.modules())
+
+
+def test_heads_are_asked_in_the_same_pass():
+    model = net()
+    calls = []
+
+    def predict(outputs):
+        calls.append(1)
+        return [outputs["logits"], 2 * outputs["logits"]]
+
+    teacher = SnapshotTeacher(model, predict, warm_start=True)
+    teacher.begin_epoch(0)
+    past = targets(teacher, data(4))
+    expected = torch.log_softmax(2 * past.log_probs, -1)
+    torch.testing.assert_close(teacher.of_heads[0].log_probs, expected)
+    assert len(calls) == 1 and len(teacher.of_heads) == 1
 
 
 def test_snapshot_is_taken_once_an_epoch():
