@@ -1,18 +1,21 @@
 """
 What self-distillation costs: the time of a training step of `SelfKDTrainer` over that of `Trainer`.
 
-Both trainers run in one process and take turns, in alternating order, and the median of the paired ratios is
-reported. A step is everything from its beginning to that of the next one: fetching and collating the batch, forward,
-backward, optimizer, history and, once an epoch, the exchange of the history; the first epoch, which has no history to
-read, does not count. The data are tensors in memory, so that loading does not dilute it. `--clock cpu` counts the
-processor time of the process instead of seconds, for a machine that is not idle (one thread, no accelerator).
+Both trainers run in one process and take turns step by step, so that whatever else the machine does meets both. A step
+is everything from its beginning to that of the next one: fetching and collating the batch, forward, backward,
+optimizer, logging, history and, once an epoch, the exchange of the history; the first epoch, which has no history to
+read, does not count. All is done in either order (made first, plays first), which cancels what the order does to a
+ratio. An epoch in both orders gives one ratio; reported are their median and a 95 % interval of it (bootstrap). The
+data are tensors in memory, so that loading does not dilute the step. `--clock cpu` counts the processor time of the
+process instead of seconds, for a machine that is not idle (one thread, no accelerator).
 
-    python benchmarks/step_time.py --model resnet18
-    python benchmarks/step_time.py --model small
-    python benchmarks/step_time.py --model small --teacher control
+    export OMP_NUM_THREADS=1
+    python benchmarks/step_time.py --model resnet18 --clock cpu --steps_per_epoch 5
+    python benchmarks/step_time.py --model small --clock cpu --steps_per_epoch 40 --rounds 16
+    python benchmarks/step_time.py --model small --clock cpu --steps_per_epoch 40 --rounds 16 --teacher control
     python benchmarks/step_time.py --model marian --batch_size 64 --classes 32000 --steps_per_epoch 3 --rounds 4
 
-The control is `Trainer` against itself: how far its ratio is from 1 is the noise of the measurement. For `marian`,
+The control is `Trainer` against itself: how far its ratio is from 1 is the error of the measurement. For `marian`,
 a translation model whose vocabulary is `--classes`, the other side is `Seq2SeqTrainer` with label smoothing 0.1, which
 is what people use. `history_share` is the time that reading and writing the history took, over that of the training
 (for wide rows without the search for the largest entries, which shares a pass with the loss: `benchmarks/loss.py` has
@@ -23,10 +26,14 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
+import math
 import platform
+import random
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 
@@ -130,33 +137,87 @@ class HistoryClock:
         return timed
 
 
-class StepTimes(TrainerCallback):
-    """Seconds from the beginning of each step to that of the next one, after the first epoch."""
+class Turns(TrainerCallback):
+    """
+    Times the steps of a trainer and, at the beginning of each, lets the other trainer do one of its own. The trainers
+    have a thread each, of which one waits.
+    """
 
     def __init__(self, clock: Callable[[], float]):
-        self.clock = clock
+        self.clock, self.my_turn = clock, threading.Semaphore(0)
+        self.other: Turns | None = None
         self.seconds: list[float] = []
-        self.last: float | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.seconds, self.last = [], None
+        self.my_turn.acquire()
+        self.last = self.clock()
 
     def on_step_begin(self, args, state, control, **kwargs):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        now = self.clock()
-        if self.last is not None and state.epoch >= 1:
-            self.seconds.append(now - self.last)
-        self.last = now
+        self.seconds.append(self.clock() - self.last)
+        self.other.my_turn.release()
+        self.my_turn.acquire()
+        self.last = self.clock()
+
+    def play(self, trainer: Trainer) -> None:
+        """Train; whatever happens, the other trainer is not left waiting."""
+        try:
+            trainer.train()
+        finally:
+            self.other.my_turn.release()
 
 
-def make_trainer(self_distils: bool, args: argparse.Namespace, data: InMemory, folder: str) -> Trainer:
-    """A trainer of the model that is measured."""
+def train_in_turns(trainers: list[Trainer], clock: Callable[[], float]) -> list[list[float]]:
+    """Train, the first trainer beginning; seconds of the steps of each, without the last step."""
+    turns = [Turns(clock) for _ in trainers]
+    for mine, other, trainer in zip(turns, turns[::-1], trainers, strict=True):
+        mine.other = other
+        trainer.add_callback(mine)
+    threads = [
+        threading.Thread(target=mine.play, args=(trainer,)) for mine, trainer in zip(turns, trainers, strict=True)
+    ]
+    gc.collect()
+    gc.freeze()  # what was there before costs neither of them anything
+    for thread in threads:
+        thread.start()
+    turns[0].my_turn.release()
+    for thread in threads:
+        thread.join()
+    return [mine.seconds[1:] for mine in turns]
+
+
+def keep_freed_memory(keep: bool) -> None:
+    """
+    Whether the C library (glibc) keeps what is freed, in one heap for all threads. Giving memory back to the system
+    and fetching it again within a step takes a time that depends on what the step before left, on both sides.
+    """
+    mmap_max, arena_max, trim_threshold = -4, -8, -1
+    values = {mmap_max: 0, trim_threshold: 2**31 - 1} if keep else {mmap_max: 2**16, trim_threshold: 2**17}
+    for option, value in {arena_max: 1, **values}.items():
+        ctypes.CDLL("libc.so.6").mallopt(option, value)
+
+
+def interval(values: list[float], draws: int = 2000) -> list[float]:
+    """95 % interval of the median, by bootstrap."""
+    generator = random.Random(0)
+    medians = sorted(statistics.median(generator.choices(values, k=len(values))) for _ in range(draws))
+    return [medians[draws // 40], medians[-1 - draws // 40]]
+
+
+def make_trainer(self_distils: bool, args: argparse.Namespace, epochs: int, data: InMemory, folder: str) -> Trainer:
+    """A silent trainer of the model that is measured."""
+    trainer = new_trainer(self_distils, args, epochs, data, folder)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def new_trainer(self_distils: bool, args: argparse.Namespace, epochs: int, data: InMemory, folder: str) -> Trainer:
     torch.manual_seed(0)
     common = {
         "output_dir": folder,
         "per_device_train_batch_size": args.batch_size,
-        "num_train_epochs": args.epochs,
+        "num_train_epochs": epochs,
         "optim": "sgd",
         "save_strategy": "no",
         "logging_steps": 10,
@@ -180,6 +241,7 @@ def make_trainer(self_distils: bool, args: argparse.Namespace, data: InMemory, f
 
 def peak_of_steps(trainer: Trainer) -> int:
     """Bytes that training takes above what the trainer holds already, with memory given back to the system first."""
+    trainer.train()  # warms up
     if not torch.cuda.is_available():
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     with PeakMemory() as watched:
@@ -193,42 +255,33 @@ def main() -> None:
     parser.add_argument("--teacher", choices=("history", "snapshot", "ema", "control"), default="history")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--steps_per_epoch", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=8, help="epochs that count, in either order")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--length", type=int, default=24, help="tokens of a sentence")
     parser.add_argument("--top_k", type=int, default=16, help="stored entries of a token")
     parser.add_argument("--chunked_logits", action="store_true", help="never hold the logits of all tokens")
     args = parser.parse_args()
-    size = args.batch_size * args.steps_per_epoch
-    if args.model == "marian":
-        data = Sentences(size, args.classes, args.length)
-    else:
-        data = InMemory(size, args.classes)
+    steps = args.steps_per_epoch
+    size = args.batch_size * steps
+    data = Sentences(size, args.classes, args.length) if args.model == "marian" else InMemory(size, args.classes)
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+    sides = (False, args.teacher != "control")
+    epochs: list[list[list[float]]] = []  # of each order: seconds of the epochs of either side
     with tempfile.TemporaryDirectory() as folder:
-        trainers = [
-            make_trainer(self_distils, args, data, folder) for self_distils in (False, args.teacher != "control")
-        ]
-        clock = time.process_time if args.clock == "cpu" else time.perf_counter
-        times = [StepTimes(clock), StepTimes(clock)]
-        history = HistoryClock(trainers[1], clock)
-        for trainer, callback in zip(trainers, times, strict=True):
-            trainer.remove_callback(PrinterCallback)
-            trainer.add_callback(callback)
-        rounds: list[tuple[float, float]] = []
-        whole = 0.0
-        for number in range(args.rounds + 1):
-            for player in (0, 1) if number % 2 else (1, 0):
-                start = clock()
-                trainers[player].train()
-                whole += (clock() - start) * player
-            if number:  # the first round warms up
-                rounds.append(tuple(statistics.mean(callback.seconds) for callback in times))
-        share = history.seconds / whole
-        peaks = [peak_of_steps(trainer) for trainer in trainers]
-    plain, ours = (statistics.median(column) for column in zip(*rounds, strict=True))
-    ratios = sorted(b / a for a, b in rounds)
+        keep_freed_memory(True)
+        for order in (1, -1):
+            trainers = [make_trainer(side, args, args.rounds + 2, data, folder) for side in sides[::order]]
+            history = HistoryClock(trainers[::order][1], clock)
+            seconds = train_in_turns(trainers, clock)[::order]
+            share = history.seconds / sum(seconds[1])
+            # The first epoch has no history, the last one no end.
+            starts = range(steps, steps * (args.rounds + 1), steps)
+            epochs.append([[sum(side[start : start + steps]) for start in starts] for side in seconds])
+        keep_freed_memory(False)
+        peaks = [peak_of_steps(make_trainer(side, args, 2, data, folder)) for side in sides]
+    ratios = [math.sqrt(b / a * d / c) for a, b, c, d in zip(*epochs[0], *epochs[1], strict=True)]
+    plain, ours = (1000 / steps * statistics.median(one + other) for one, other in zip(*epochs, strict=True))
     print(
         json.dumps(
             {
@@ -237,15 +290,16 @@ def main() -> None:
                 "chunked_logits": args.chunked_logits,
                 "batch_size": args.batch_size,
                 "clock": args.clock,
-                "plain_ms": round(1000 * plain, 2),
-                "selfkd_ms": round(1000 * ours, 2),
+                "plain_ms": round(plain, 2),
+                "selfkd_ms": round(ours, 2),
                 "ratio": round(statistics.median(ratios), 4),
-                "ratio_min_max": [round(ratios[0], 4), round(ratios[-1], 4)],
+                "ratio_interval": [round(end, 4) for end in interval(ratios)],
+                "ratio_min_max": [round(min(ratios), 4), round(max(ratios), 4)],
                 "history_share": round(share, 4),
                 "peak_mib": [round(peak / 2**20) for peak in peaks],
                 "peak_ratio": round(peaks[1] / peaks[0], 3),
-                "rounds": len(rounds),
-                "steps_per_round": args.steps_per_epoch * (args.epochs - 1),
+                "rounds": args.rounds,
+                "steps_per_round": 2 * steps,
                 "threads": torch.get_num_threads(),
                 "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
                 "torch": torch.__version__,

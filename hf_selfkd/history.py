@@ -212,7 +212,7 @@ class PredictionHistory:
         self.trace = torch.full((size, trace_epochs), math.nan, dtype=torch.float16) if trace_epochs else None
         # What was predicted in this epoch: which samples, and their rows in buffers that are made once. Tensors that
         # outlive a step would scatter the memory that the next step needs in one piece.
-        self.samples: list[np.ndarray] = []
+        self.samples: list[tuple[np.ndarray | int, ...]] = []  # (slots, order, label hashes, rows of each) of batches
         self.journal: dict[str, torch.Tensor] = {}
         self.filled = 0
         self._last: tuple[SampleKeys, np.ndarray, np.ndarray] | None = None  # what `_known` said of the last batch
@@ -227,7 +227,7 @@ class PredictionHistory:
             ValueError: if an id is unknown.
         """
         if self.ids is None:
-            slots, known = ids, (ids >= 0) & (ids < self.size)
+            slots, known = ids, ids.view(np.uint64) < self.size  # without a sign, a negative id is a huge one
         else:
             slots = np.minimum(np.searchsorted(self.ids, ids), self.size - 1)
             known = self.ids[slots] == ids
@@ -255,24 +255,23 @@ class PredictionHistory:
             ValueError: if an id is unknown, or a sample's labels are not those of the stored prediction.
         """
         slots, known = self._known(keys)
-        if not known.any():
+        count = np.count_nonzero(known)
+        if not count:
             return None
+        source, mask = slots if count == len(slots) else slots[known], known
         if self.ragged:
-            source = _ranges(self.starts[slots[known]], self.counts[slots[known]])
-            target = keys.rows[np.repeat(known, keys.counts)]
-        else:
-            source, target = slots[known], np.flatnonzero(known)
+            source = _ranges(self.starts[source], self.counts[source])
+            mask = np.zeros(num_rows, dtype=bool)
+            mask[keys.rows[np.repeat(known, keys.counts)]] = True
         index = torch.from_numpy(source)
         if self.device.type != "cpu":
             index = _to(index, self.device)
         parts = {name: _to(part.index_select(0, index), device) for name, part in self.table.items()}
-        if len(target) == num_rows:
-            past = self.codec.decode(parts, torch.ones(num_rows, dtype=torch.bool, device=device))
-            past.whole = bool((keys.counts > 0).all())
+        past = self.codec.decode(parts, _to(torch.from_numpy(mask), device))
+        if len(source) == num_rows:
+            past.whole = keys.total == num_rows
             return past
-        target = _to(torch.from_numpy(target), device)
-        mask = torch.zeros(num_rows, dtype=torch.bool, device=device).index_fill_(0, target, True)
-        past = self.codec.decode(parts, mask)
+        target = _to(torch.from_numpy(np.flatnonzero(mask)), device)
         past.log_probs = past.log_probs.new_zeros(num_rows, past.log_probs.shape[1]).index_copy_(
             0, target, past.log_probs
         )
@@ -362,12 +361,10 @@ class PredictionHistory:
         if self.ragged:
             rows = _to(torch.from_numpy(keys.rows), log_probs.device)
             parts = {name: part.index_select(0, rows) for name, part in parts.items()}
-        counts = keys.counts if self.ragged else np.ones_like(keys.counts)
-        order = np.full(len(keys.ids), self.visits, dtype=np.int64)
-        self._note(np.stack((slots, order, keys.label_hash, counts), axis=1), parts)
+        self._note((slots, self.visits, keys.label_hash, keys.counts if self.ragged else 1), parts)
         self.visits += 1
 
-    def _note(self, samples: np.ndarray, parts: dict[str, torch.Tensor]) -> None:
+    def _note(self, samples: tuple[np.ndarray | int, ...], parts: dict[str, torch.Tensor]) -> None:
         start, self.filled = self.filled, self.filled + len(parts["log_probs"])
         held = len(self.journal["log_probs"]) if self.journal else 0
         if self.filled > held or not self.journal:
@@ -380,7 +377,7 @@ class PredictionHistory:
                 self.journal[name] = buffer
         for name, part in parts.items():
             self.journal[name][start : self.filled].copy_(part, non_blocking=True)
-        self.samples.append(samples[samples[:, 3] > 0])
+        self.samples.append(samples)  # as they are: once an epoch is soon enough to put them into one array
 
     @property
     def _columns(self) -> dict[str, tuple[int, torch.dtype]]:
@@ -390,13 +387,19 @@ class PredictionHistory:
         """The journal: `[n, 4]` of (slot, order, label hash, rows), and the parts of their rows."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # copies to the host may be under way; once an epoch, not once a step
-        if len(self.samples) != 1:
-            self.samples = [np.concatenate([np.zeros((0, 4), dtype=np.int64), *self.samples])]
+        samples = np.empty((sum(len(batch[0]) for batch in self.samples), 4), dtype=np.int64)
+        start = 0
+        for batch in self.samples:
+            rows = samples[start : start + len(batch[0])]
+            for column, values in enumerate(batch):
+                rows[:, column] = values
+            start += len(rows)
+        samples = samples[samples[:, 3] > 0]
         if self.journal:
-            return self.samples[0], {name: buffer[: self.filled] for name, buffer in self.journal.items()}
+            return samples, {name: buffer[: self.filled] for name, buffer in self.journal.items()}
         columns = self._columns.items()
         parts = {name: torch.zeros(0, width, dtype=dtype, device=self.device) for name, (width, dtype) in columns}
-        return self.samples[0], parts
+        return samples, parts
 
     def end_epoch(
         self, stamp: int, gather: Callable[[torch.Tensor], torch.Tensor] | None = None, rank: int = 0
@@ -415,7 +418,7 @@ class PredictionHistory:
             samples, torch.isfinite(parts["log_probs"].sum(dim=-1, dtype=torch.float32)).cpu().numpy()
         )
         everyone, owners, local = _gather_samples(samples, gather)
-        first = _first_of_each(everyone)
+        first = _first_of_each(everyone, self.size)
         self._check_labels_agree(everyone, first)
         everyone, owners, local = everyone[first], owners[first], local[first]
         destination = self._allocate(everyone[:, 0], everyone[:, 3], gather)
@@ -436,9 +439,9 @@ class PredictionHistory:
         self.samples, self.filled, self.visits, self._last = [], 0, 0, None
 
     def _check_labels_agree(self, samples: np.ndarray, first: np.ndarray) -> None:
-        by_slot = samples[first][np.argsort(samples[first, 0])]
-        expected = by_slot[np.searchsorted(by_slot[:, 0], samples[:, 0])] if len(by_slot) else samples
-        different = samples[:, 2] != expected[:, 2]
+        expected = np.empty(self.size, dtype=np.int64)
+        expected[samples[first, 0]] = samples[first, 2]
+        different = samples[:, 2] != expected[samples[:, 0]]
         if different.any():
             slot = samples[np.flatnonzero(different)[0], 0]
             raise ValueError(
@@ -559,7 +562,7 @@ class PredictionHistory:
     def add_journal(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take over a journal; several may follow one another when the number of processes changed."""
         if len(tensors["samples"]):
-            self._note(tensors["samples"].numpy(), {name: tensors[name] for name in self._columns})
+            self._note(tuple(tensors["samples"].numpy().T), {name: tensors[name] for name in self._columns})
         self.visits = max(self.visits, int(tensors["visits"]))
 
 
@@ -589,8 +592,9 @@ def _gather_samples(samples: np.ndarray, gather: Callable | None) -> tuple[np.nd
     return everyone, owners, np.concatenate([np.arange(length) for length in lengths])
 
 
-def _first_of_each(samples: np.ndarray) -> np.ndarray:
-    """Where the first prediction of each sample stands, by step and then by process; grouped by process."""
-    order = np.lexsort((samples[:, 1], samples[:, 0]))  # stable: equal steps stay in the order of processes
-    slots = samples[order, 0]
-    return np.sort(order[np.append(True, slots[1:] != slots[:-1])]) if len(slots) else order
+def _first_of_each(samples: np.ndarray, size: int) -> np.ndarray:
+    """Where the first prediction of each of `size` samples stands, by step and then by process; grouped by process."""
+    latest_first = np.argsort(samples[:, 1], kind="stable")[::-1]  # equal steps in the order of processes
+    first = np.empty(size, dtype=np.int64)
+    first[samples[latest_first, 0]] = latest_first  # of several assignments the last one stays
+    return np.flatnonzero(first[samples[:, 0]] == np.arange(len(samples)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -10,6 +11,7 @@ from .losses import RowLosses, Side, chunks, labelled, of_label, only, target_en
 
 
 SUMS = ("hard_loss", "soft_loss", "target_entropy", "past_agreement", "learners", "rows", "rows_with_entropy")
+MAX_HELD = 2**18  # elements of past rows that may wait to be summed
 
 
 @torch.no_grad()
@@ -29,19 +31,20 @@ def measures(
         `torch.FloatTensor` of shape `[7]`: sums over the rows, in the order of `SUMS`.
     """
     labels, past = sides[0].labels, sides[0].past
-    rows = labelled(labels).float()
+    whole = bool(parts) and parts[0].learners is None  # every row has a label, too
+    rows = torch.ones_like(parts[0].hard) if whole else labelled(labels).float()
     with_entropy = rows if len(sides) == 1 else torch.zeros_like(rows)  # the target of a mixed image is another one
     if not parts:
         zero = torch.zeros_like(hard, dtype=torch.float32)
         return torch.stack((hard.float(), zero, zero, zero, zero, rows.sum(), with_entropy.sum()))
-    learners = rows if parts[0].learners is None else parts[0].learners.float()
+    learners = rows if whole else parts[0].learners.float()
     guess = past.log_probs.argmax(dim=-1) if past.index is None else past.index[:, 0]
     entropy = only(target_entropy(past, labels, alpha), parts[0].learners) if len(sides) == 1 else with_entropy
     columns = (
         weighted([part.hard for part in parts], sides),
         weighted([part.soft for part in parts], sides),
         entropy,
-        (guess == labels) * learners,
+        only((guess == labels).float(), parts[0].learners),
         learners,
         rows,
         with_entropy,
@@ -53,22 +56,39 @@ def measures(
 
 
 class RunningMeans:
-    """Sums on the device, so that logging waits for it once; see [`~SelfKDMixin.log`]."""
+    """
+    Sums on the device, so that logging waits for it once; see [`~SelfKDMixin.log`].
+
+    Small batches wait and are summed several at a time: code that has just run is still in the processor's cache, and
+    on a small batch fetching it takes longer than running it.
+    """
 
     def __init__(self):
         self.sums: torch.Tensor | float = 0.0
         self.alpha, self.batches = 0.0, 0  # the same in every process
+        self.waiting: list[tuple] = []  # arguments of `measures`
+        self.held = 0  # elements of past rows among them
 
     def add(self, sides: list[Side], parts: list[RowLosses], alpha: float, hard: torch.Tensor | None = None) -> None:
         """Add a batch; the arguments are those of [`measures`]."""
         self.alpha += alpha
         self.batches += 1
-        self.sums = self.sums + measures(sides, parts, alpha, hard)
+        parts = [replace(part, total=part.total.detach()) for part in parts]  # the graph must not wait
+        self.waiting.append((sides, parts, alpha, hard))
+        self.held += sum(side.labels.numel() if side.past is None else side.past.log_probs.numel() for side in sides)
+        if self.held > MAX_HELD:
+            self._sum()
+
+    def _sum(self) -> None:
+        for batch in self.waiting:
+            self.sums = self.sums + measures(*batch)
+        self.waiting, self.held = [], 0
 
     def take(self, reduce: Callable[[torch.Tensor], torch.Tensor], distils: bool) -> dict[str, float]:
         """The means since the last call, of all processes; this waits for the device."""
         if not self.batches:
             return {}
+        self._sum()
         sums = dict(zip(SUMS, reduce(self.sums).tolist(), strict=True))
         means = {"hard_loss": (sums["hard_loss"], sums["rows"]), "alpha": (self.alpha, self.batches)}
         if distils:

@@ -31,6 +31,7 @@ class SampleKeys:
         label_hash (`np.ndarray` of `int64`, shape `[B]`):
             a hash of each sample's labels; the label itself where labels are `[B]`.
         counts (`np.ndarray` of `int64`, shape `[B]`): number of labelled rows of each sample.
+        total (`int`): number of labelled rows of all samples.
         rows (`np.ndarray` of `int64`, shape `[counts.sum()]`, *optional*):
             where the labelled rows stand among the flattened rows of the batch; `None` when sample `b` is row `b`.
     """
@@ -38,6 +39,7 @@ class SampleKeys:
     ids: np.ndarray
     label_hash: np.ndarray
     counts: np.ndarray
+    total: int
     rows: np.ndarray | None = None
 
 
@@ -56,7 +58,7 @@ def sample_keys(ids: torch.Tensor, labels: torch.Tensor, shifted: bool = False) 
     Raises:
         ValueError: if the samples were merged into rows of another number (packing).
     """
-    ids = ids.numpy().astype(np.int64)
+    ids = ids.numpy().astype(np.int64, copy=False)
     labels = labels.numpy()
     if labels.ndim == 2 and len(labels) != len(ids):
         raise ValueError(
@@ -68,7 +70,8 @@ def sample_keys(ids: torch.Tensor, labels: torch.Tensor, shifted: bool = False) 
         labels = np.concatenate((labels[:, 1:], np.full((len(ids), 1), IGNORE_INDEX, labels.dtype)), axis=1)
     if labels.ndim < 2:  # and not by the size: a batch of sequences may have length 1
         labels = labels.reshape(len(ids)).astype(np.int64)
-        return SampleKeys(ids, labels, (labels != IGNORE_INDEX).astype(np.int64))
+        valid = labels != IGNORE_INDEX
+        return SampleKeys(ids, labels, valid.astype(np.int64), np.count_nonzero(valid))
     labels = labels.reshape(len(ids), -1).astype(np.int64)
     valid = labels != IGNORE_INDEX
     # The sum of splitmix64 of (label, position among the labels), modulo 2**64.
@@ -78,7 +81,8 @@ def sample_keys(ids: torch.Tensor, labels: torch.Tensor, shifted: bool = False) 
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed ^= mixed >> np.uint64(31)
     hashes = np.where(valid, mixed, np.uint64(0)).sum(axis=1).view(np.int64)
-    return SampleKeys(ids, hashes, valid.sum(axis=1), np.flatnonzero(valid))
+    rows = np.flatnonzero(valid)
+    return SampleKeys(ids, hashes, valid.sum(axis=1), len(rows), rows)
 
 
 @contextmanager
@@ -274,14 +278,12 @@ class SelfKDDataCollator:
     def __call__(self, features: list[Any]) -> dict[str, Any]:
         ids = None
         if isinstance(features[0], Mapping) and self.id_column in features[0]:
-            ids = [_as_id(feature.get(self.id_column), self.id_column) for feature in features]
             if not self.owns_features:
                 features = [dict(feature) for feature in features]
-            for feature in features:
-                del feature[self.id_column]
+            ids = [_as_id(feature.pop(self.id_column, None), self.id_column) for feature in features]
         batch = self.collator(features)
         if ids is not None:
-            batch[SAMPLE_ID] = torch.as_tensor(ids, dtype=torch.int64)
+            batch[SAMPLE_ID] = torch.from_numpy(np.array(ids, dtype=np.int64))
             labels = batch.get("labels")
             if self.host_keys and isinstance(labels, torch.Tensor) and (labels.dim() < 2 or len(labels) == len(ids)):
                 batch[SAMPLE_KEYS] = sample_keys(batch[SAMPLE_ID], labels, self.shifts_labels)

@@ -171,7 +171,7 @@ class HistoryTeacher(Teacher):
 
     def _make_history(self, keys: SampleKeys, rows: Rows) -> None:
         ragged = keys.rows is not None
-        counted = torch.tensor([len(keys.ids), int(keys.counts.sum()) if ragged else len(keys.ids)])
+        counted = torch.tensor([len(keys.ids), keys.total if ragged else len(keys.ids)])
         if self.gather is not None:
             counted = self.gather(counted).view(-1, 2).sum(dim=0)
         samples, num_rows = counted.tolist()

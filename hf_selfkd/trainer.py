@@ -393,6 +393,8 @@ class SelfKDMixin:
             if self.args.warm_start_history and self.args.distils and self.args.teacher_kind == "history":
                 self._warm_start()
         self._means = RunningMeans()
+        averaged = self.args.average_tokens_across_devices
+        self._loss_world = self.accelerator.num_processes // self.get_tp_size() if averaged else 1
         self._release_head()
         if self.args.chunked_logits:
             self._chunked = ChunkedHead(self.model)
@@ -525,7 +527,7 @@ class SelfKDMixin:
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         keys = [batch.get(SAMPLE_KEYS) for batch in batch_samples]
         if keys and None not in keys and self.args.world_size == 1:
-            count = max(sum(int(part.counts.sum()) for part in keys), 1)
+            count = max(sum(part.total for part in keys), 1)
             return torch.tensor(count).to(device, non_blocking=True)
         # The stock Trainer counts only for models that ask for it; our loss divides by the count for every model.
         accepts = self.model_accepts_loss_kwargs
@@ -690,12 +692,6 @@ class SelfKDMixin:
             self._means.add(sides, [task.losses], alpha)
         loss = task.total / num_items * self._loss_world
         return (loss, outputs) if return_outputs else loss
-
-    @property
-    def _loss_world(self) -> int:
-        if not self.args.average_tokens_across_devices:
-            return 1
-        return self.accelerator.num_processes // self.get_tp_size()
 
     def _past(self, batch: Batch, rows: Rows) -> Past | None:
         if self.teacher.needs_ids:

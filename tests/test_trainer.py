@@ -27,7 +27,8 @@ from safetensors.torch import load_file
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_selfkd import SelfKDConfig, SelfKDDataCollator, SelfKDMixin, SelfKDTrainer, with_sample_ids
+from hf_selfkd import SelfKDConfig, SelfKDDataCollator, SelfKDMixin, SelfKDTrainer, measures, with_sample_ids
+from hf_selfkd.measures import RunningMeans
 
 
 def hf_dataset(samples, **more):
@@ -108,6 +109,28 @@ def test_logged_values_are_those_of_the_rows(tmp_path, name, options):
         assert {name: entry[name] for name in names & entry.keys()} == pytest.approx(values, rel=1e-5, abs=1e-6)
     assert len(got) in (len(expected), len(expected) - 1)
     assert got[-1]["rows_with_history"] > 0.5
+
+
+@pytest.mark.parametrize("held", [0, 10])
+def test_how_many_batches_wait_for_the_log_changes_no_figure(tmp_path, monkeypatch, held):
+    figures = ("loss", "hard_loss", "soft_loss", "past_agreement", "target_entropy", "rows_with_history")
+    logs, most, waited = [], [], []
+    add = RunningMeans.add
+
+    def watched(self, sides, parts, *arguments):
+        add(self, sides, parts, *arguments)
+        most.append(len(self.waiting))
+        assert not any(part.total.requires_grad for _, waiting, *_ in self.waiting for part in waiting)
+
+    monkeypatch.setattr(RunningMeans, "add", watched)
+    for limit in (2**18, held):
+        monkeypatch.setattr(measures, "MAX_HELD", limit)
+        trainer = train(tmp_path, "vit", make_samples("vit"), logging_steps=6)
+        logs.append([[entry.get(name) for name in figures] for entry in trainer.state.log_history if "loss" in entry])
+        waited.append(max(most))
+        most.clear()
+    assert logs[0] == logs[1] and len(logs[0]) == 3
+    assert waited[0] == 6 > waited[1]
 
 
 def test_loss_logged_is_the_mixture_of_hard_and_soft_loss(tmp_path):
