@@ -142,7 +142,8 @@ class Layered:
             return keys
         labels = np.where(keys.counts[:, None] > 0, ROTATIONS * keys.label_hash[:, None] + turns, IGNORE_INDEX)
         ids = ROTATIONS * keys.ids[:, None] + turns
-        return SampleKeys(ids.reshape(-1), labels.reshape(-1), np.repeat(keys.counts, turns.shape[1]))
+        count = turns.shape[1]
+        return SampleKeys(ids.reshape(-1), labels.reshape(-1), np.repeat(keys.counts, count), count * keys.total)
 
     def ids(self, ids: np.ndarray | None) -> np.ndarray | None:
         """The ids of all views of all samples."""
