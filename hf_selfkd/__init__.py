@@ -5,7 +5,8 @@ from .config import SelfKDConfig, Seq2SeqSelfKDConfig
 from .heads import attach_auxiliary_heads, strip_auxiliary_heads
 from .heads_config import AuxiliaryHeadsConfig
 from .samples import SelfKDDataCollator, with_sample_ids
-from .trainer import SelfKDMixin, SelfKDTrainer, Seq2SeqSelfKDTrainer
+from .seq2seq import Seq2SeqSelfKDTrainer
+from .trainer import SelfKDMixin, SelfKDTrainer
 
 
 __all__ = [

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
-import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,15 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import broadcast
-from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
+from .checkpoints import STATE_FOLDER, Checkpoints
 from .chunked import ChunkedHead, Task
-from .config import SelfKDConfig, Seq2SeqSelfKDConfig, alpha_at
-from .files import load_tensors, save_tensors
-from .fixes import EpochLengthGroupedSampler, generation_gather, hub_copy, load_renamed_weights, stream_position
-from .heads import HeadResults, attach_auxiliary_heads, head_names, heads_of, split_auxiliary
+from .config import SelfKDConfig, alpha_at
+from .dataloading import DataLoading
+from .fixes import EpochLengthGroupedSampler, stream_position
+from .heads import HeadResults, attach_auxiliary_heads, heads_of, split_auxiliary
 from .heads_config import ROTATIONS, AuxiliaryHeadsConfig
 from .layered import HeadFigures, Layered, choose_turns
 from .losses import (
@@ -38,7 +37,7 @@ from .losses import (
     soft_cross_entropy,
     weighted,
 )
-from .measures import RunningMeans, TokenFigures
+from .measures import RunningMeans
 from .rows import (
     Rows,
     adapter_for,
@@ -60,19 +59,13 @@ from .samples import (
     SampleIdDataset,
     SampleKeys,
     SelfKDDataCollator,
-    checked_ids,
-    is_hf_dataset,
     sample_keys,
     seeded,
-    with_sample_ids,
 )
 from .teachers import EMATeacher, HistoryTeacher, SnapshotTeacher, Teacher
 
 
 logger = logging.getLogger(__name__)
-
-STATE_FOLDER = "_selfkd"  # in a checkpoint and, for a history on disk, in the output folder
-HEADS_FILE = "auxiliary_heads.safetensors"  # in that folder of a checkpoint
 
 
 @dataclass
@@ -127,7 +120,7 @@ class _Epochs(TrainerCallback):
             teacher.begin_epoch(teacher.epoch + 1)
 
 
-class SelfKDMixin:
+class SelfKDMixin(DataLoading, Checkpoints):
     """
     Progressive self-distillation for [`~transformers.Trainer`] and its subclasses: put it before the trainer class.
 
@@ -249,129 +242,6 @@ class SelfKDMixin:
                 )
         self._check_dataset()
 
-    def _check_dataset(self) -> None:
-        dataset, column = self.train_dataset, self.args.sample_id_column
-        collator = self.data_collator if isinstance(self.data_collator, SelfKDDataCollator) else None
-        needs_ids = self.args.distils and self.args.teacher_kind == "history" or self.args.history_trace
-        if collator is not None and collator.mixes and needs_ids and collator.mix_probability == 1:
-            raise ValueError(
-                "mix_probability=1.0 with teacher='history': a mixed image has no row of its own to store. Use "
-                "teacher='snapshot', or mix_probability below 1."
-            )
-        heads = heads_of(self.model)
-        rotates = heads is not None and heads.config.views == "rotation" and heads.config.uses_past
-        if collator is not None and collator.mixes and needs_ids and rotates:
-            raise ValueError(
-                "mixed images, rotated views and teacher='history': the partner's stored view would be another one. "
-                "Use teacher='snapshot'."
-            )
-        if not isinstance(dataset, IterableDataset):
-            return
-        if needs_ids and column is None:
-            raise ValueError(
-                f"{type(dataset).__name__} has no sample ids for teacher='history': use teacher='snapshot' or "
-                "teacher='ema', or name a column of ids 0..len-1 in sample_id_column."
-            )
-        if needs_ids and not has_length(dataset):
-            raise ValueError(
-                f"{type(dataset).__name__} with teacher='history' must declare its size: give it a __len__ that "
-                "counts the samples, or use teacher='snapshot'."
-            )
-        if self.args.distils and not has_length(dataset) and self.args.alpha_schedule in ("linear", "cosine"):
-            raise ValueError(
-                f"alpha_schedule={self.args.alpha_schedule!r} needs a known number of epochs, which "
-                f"{type(dataset).__name__} without __len__ does not have: use 'linear_step' or 'constant'."
-            )
-        if self.args.seed_transforms:
-            raise ValueError(
-                "seed_transforms=True needs a map-style dataset: seed inside the iterable dataset instead."
-            )
-
-    # Data
-
-    def _get_dataloader(self, dataset: Any, description: str, *arguments: Any, **keywords: Any):
-        collator = self.data_collator
-        training = keywords.get("is_training", False)
-        inner = collator.collator if isinstance(collator, SelfKDDataCollator) else collator
-        try:
-            if training:
-                dataset, inner = self._identified(dataset, inner, description)
-                self.data_collator = self._training_collator(collator, inner, dataset)
-            else:
-                self.data_collator = inner  # evaluation sees neither ids nor mixed images
-            return super()._get_dataloader(dataset, description, *arguments, **keywords)
-        finally:
-            self.data_collator = collator
-
-    def _identified(self, dataset: Any, collator: Callable, description: str) -> tuple[Any, Callable]:
-        """The dataset with ids, unused columns removed, and the user's collator as the stock Trainer would wrap it."""
-        column = self.args.sample_id_column
-        if isinstance(dataset, IterableDataset):
-            return dataset, super()._get_collator_with_removed_columns(collator, description)
-        wrapped = dataset if isinstance(dataset, SampleIdDataset) else with_sample_ids(dataset, column)
-        inner = wrapped.dataset
-        if is_hf_dataset(inner):
-            ids = np.arange(len(inner)) if wrapped.ids is None else wrapped.ids
-            wrapped = SampleIdDataset(self._remove_unused_columns(inner, description), ids)
-        else:
-            wrapped = SampleIdDataset(inner, wrapped.ids, wrapped.id_column)
-            collator = super()._get_collator_with_removed_columns(collator, description)
-        if self.args.seed_transforms:
-            wrapped.transform_seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        self._train_samples = wrapped
-        return wrapped, collator
-
-    def _training_collator(self, outer: Callable, inner: Callable, dataset: Any) -> SelfKDDataCollator:
-        iterable = isinstance(dataset, IterableDataset)
-        collator = SelfKDDataCollator(inner, id_column=self.args.sample_id_column if iterable else SAMPLE_ID)
-        if isinstance(outer, SelfKDDataCollator):
-            for name in ("mixup_alpha", "cutmix_alpha", "mix_probability"):
-                setattr(collator, name, getattr(outer, name))
-        # Accelerate sends the batches of an iterable dataset from process to process, as tensors only.
-        dispatched = iterable and self.args.accelerator_config.dispatch_batches is not False
-        collator.shifts_labels = self._rows is causal_rows
-        collator.host_keys = not (dispatched and self.args.world_size > 1)
-        collator.owns_features = not iterable
-        collator.seed = self.args.seed
-        collator.epoch = None if iterable else dataset.epoch
-        return collator
-
-    def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
-        if isinstance(data_collator, SelfKDDataCollator):
-            return data_collator  # made by `_training_collator`: columns are removed inside it
-        return super()._get_collator_with_removed_columns(data_collator, description)
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None):
-        if isinstance(train_dataset, SampleIdDataset):
-            train_dataset = train_dataset.dataset
-        if self.args.train_sampling_strategy == "group_by_length" and has_length(self.train_dataset):
-            self._epoch_sampler = self._length_sampler(train_dataset)
-            return self._epoch_sampler
-        return super()._get_train_sampler(train_dataset)
-
-    def _get_eval_sampler(self, eval_dataset: Dataset):
-        # The stock Trainer groups evaluation by length too, and `predict` then returns rows in another order than
-        # those of the dataset, without a word (transformers#48025).
-        strategy, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "sequential"
-        try:
-            return super()._get_eval_sampler(eval_dataset)
-        finally:
-            self.args.train_sampling_strategy = strategy
-
-    def _length_sampler(self, train_dataset: Any) -> EpochLengthGroupedSampler:
-        args, lengths, source = self.args, None, self.train_dataset
-        source = source.dataset if isinstance(source, SampleIdDataset) else source
-        if is_hf_dataset(source) and args.length_column_name in source.column_names:
-            lengths = source.with_format(None)[args.length_column_name][:]  # before unused columns are removed
-        names = getattr(self.processing_class, "model_input_names", None)
-        return EpochLengthGroupedSampler(
-            args.train_batch_size * args.gradient_accumulation_steps,
-            dataset=train_dataset,
-            lengths=lengths,
-            model_input_name=names[0] if names else None,
-            seed=args.data_seed if args.data_seed is not None else args.seed,
-        )
-
     # The run
 
     def _init_training_state(
@@ -458,14 +328,6 @@ class SelfKDMixin:
             rank=args.process_index,
             writes=args.local_process_index == 0,
         )
-
-    def _size_and_ids(self) -> tuple[int, np.ndarray | None]:
-        dataset, column = self.train_dataset, self.args.sample_id_column
-        if isinstance(dataset, SampleIdDataset):
-            return len(dataset), dataset.ids
-        if column is not None and is_hf_dataset(dataset):
-            return len(dataset), checked_ids(dataset.with_format(None)[column][:], column)
-        return len(dataset), None
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.gather(tensor.to(self.accelerator.device)).cpu()
@@ -860,136 +722,6 @@ class SelfKDMixin:
                 logs |= self._layered.take_figures(reduce)
         super().log(logs, start_time)
 
-    # Checkpoints
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not hasattr(self.model, "save_pretrained"):  # which leaves the heads out by itself
-            state_dict = self.model.state_dict() if state_dict is None else state_dict
-            heads = head_names(self.model)
-            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in heads}
-        super()._save(output_dir, state_dict)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        folder = Path(output_dir) / STATE_FOLDER
-        if self.args.should_save:
-            own = {
-                "version": "1",
-                "passes": str(self._passes),
-                "cross_entropy": json.dumps(self._ours),
-                "drops_cache": json.dumps(self._drops_cache),
-                "processes": str(self.args.world_size),
-                "schedule": self._schedule(),
-            }
-            heads = heads_of(self.model)
-            if heads is not None:
-                save_tensors(folder / HEADS_FILE, heads.state_dict(), {"config": json.dumps(heads.config.to_dict())})
-        for name, teacher in self._teachers.items():
-            if self.args.should_save:
-                tensors, metadata = teacher.state()
-                metadata = metadata | own | {"teacher": teacher.kind, "epoch": str(teacher.epoch)}
-                save_tensors(folder / f"{name}.safetensors", tensors, metadata)
-            journal = teacher.process_state()
-            if journal:
-                save_tensors(folder / self._journal_file(name, self.args.process_index), journal, {})
-
-    @staticmethod
-    def _journal_file(name: str, rank: int) -> str:
-        return f"journal_{rank}.safetensors" if name == "teacher" else f"{name}_journal_{rank}.safetensors"
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self._load_heads(Path(checkpoint) / STATE_FOLDER / HEADS_FILE)
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        self._make_teachers()
-        self._passes, self._resumed = -1, True
-        folder = Path(checkpoint) / STATE_FOLDER
-        if not (folder / "teacher.safetensors").is_file():
-            if self.teacher.kind == "none":
-                return
-            raise ValueError(
-                f"{checkpoint} has no self-distillation state for teacher={self.teacher.kind!r} (plain Trainer, "
-                "save_only_model or a download from the Hub): resume a run of SelfKDTrainer, or start a new run from "
-                "these weights with from_pretrained."
-            )
-        for name, teacher in self._teachers.items():
-            metadata = self._load_teacher(folder, name, teacher)
-        self._passes = int(metadata["passes"])
-        self._ours = json.loads(metadata["cross_entropy"])
-        self._drops_cache = json.loads(metadata["drops_cache"])
-        if metadata["schedule"] != self._schedule():
-            logger.warning(f"The schedule of alpha was {metadata['schedule']} and is now {self._schedule()}.")
-
-    def _load_teacher(self, folder: Path, name: str, teacher: Teacher) -> dict[str, str]:
-        tensors, metadata = load_tensors(folder / f"{name}.safetensors")
-        if metadata["teacher"] != teacher.kind:
-            raise ValueError(
-                f"{folder.parent} was written with teacher={metadata['teacher']!r}, this run has "
-                f"teacher={teacher.kind!r}: resume with the same teacher."
-            )
-        written, now = int(metadata["processes"]), self.args.world_size
-        ranks = range(self.args.process_index, written, now) if teacher.needs_ids and tensors else ()
-        journals = [load_tensors(folder / self._journal_file(name, rank))[0] for rank in ranks]
-        teacher.load(tensors, metadata, journals)
-        teacher.epoch = int(metadata["epoch"])
-        return metadata
-
-    def _load_heads(self, path: Path) -> None:
-        """Give the heads the weights of a checkpoint; the model's own file does not have them."""
-        heads = heads_of(self.model)
-        if heads is None and not path.is_file():
-            return
-        if heads is None or not path.is_file():
-            raise ValueError(
-                f"{path.parent.parent} was written {'without' if heads else 'with'} auxiliary heads and this run is "
-                f"{'with' if heads else 'without'}: resume with the same auxiliary_heads."
-            )
-        tensors, metadata = load_tensors(path)
-        written = json.loads(metadata["config"])
-        if written != heads.config.to_dict():
-            changed = [name for name, value in heads.config.to_dict().items() if written.get(name) != value]
-            raise ValueError(
-                f"the checkpoint's auxiliary heads have other settings ({', '.join(changed)}): {written}, this run "
-                f"{heads.config.to_dict()}: resume with the same auxiliary_heads."
-            )
-        heads.load_state_dict(tensors)
-
-    def _schedule(self) -> str:
-        args, state = self.args, self.state
-        return f"{args.alpha_schedule} to {args.alpha} in {state.num_train_epochs} epochs ({state.max_steps} steps)"
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            load_renamed_weights(self.model if model is None else model, resume_from_checkpoint)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # The heads are in a file of their own: it is no fault that the model's has none.
-        heads = head_names(self.model)
-        missing = [name for name in load_result.missing_keys if name not in heads]
-        super()._issue_warnings_after_load(type(load_result)(missing, load_result.unexpected_keys))
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            load_renamed_weights(self.model, self.state.best_model_checkpoint)
-        heads = Path(self.state.best_model_checkpoint or "") / STATE_FOLDER / HEADS_FILE
-        if heads.is_file() and heads_of(self.model) is not None:
-            self._load_heads(heads)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Stored predictions never reach the Hub; with hub_strategy="checkpoint" the whole folder would.
-        if (Path(checkpoint_folder) / STATE_FOLDER).is_dir() and self.is_world_process_zero():
-            checkpoint_folder = str(hub_copy(checkpoint_folder, self.args.output_dir, STATE_FOLDER))
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def _finish_current_push(self) -> None:
-        super()._finish_current_push()
-        if self.is_world_process_zero():
-            shutil.rmtree(Path(self.args.output_dir) / "_hub", ignore_errors=True)
-
 
 class SelfKDTrainer(SelfKDMixin, Trainer):
     """
@@ -1017,65 +749,3 @@ class SelfKDTrainer(SelfKDMixin, Trainer):
     trainer.train()
     ```
     """
-
-
-class Seq2SeqSelfKDTrainer(SelfKDMixin, Seq2SeqTrainer):
-    """
-    [`~transformers.Seq2SeqTrainer`] with progressive self-distillation of every target token.
-
-    Every argument keeps its meaning, `predict_with_generate` and the other generation arguments included. A plain
-    [`~transformers.Seq2SeqTrainingArguments`] is accepted and takes the defaults of [`Seq2SeqSelfKDConfig`].
-
-    Args:
-        model ([`~transformers.PreTrainedModel`], *optional*): an encoder-decoder model with a language modeling head.
-        args ([`Seq2SeqSelfKDConfig`] or [`~transformers.Seq2SeqTrainingArguments`], *optional*): the arguments.
-        *arguments, **keywords: as for [`~transformers.Seq2SeqTrainer`].
-    """
-
-    _config_class = Seq2SeqSelfKDConfig
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """
-        As in [`~transformers.Seq2SeqTrainer`], with every sentence once in `compute_metrics` for any number of
-        processes, and with `token_nll` (nats), `token_accuracy` and `token_ece` (per cent, 10 right-closed bins) over
-        all target tokens among the metrics, generated or not.
-        """
-        if not self._several_sequences():
-            self.gather_function = generation_gather(self.accelerator)
-        self._token_figures = TokenFigures(self.accelerator.gather_for_metrics)
-        self._eval_labels: torch.Tensor | None = None
-        handle = self.model.register_forward_hook(self._see_outputs, with_kwargs=True)
-        try:
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-        finally:
-            handle.remove()
-        for name, value in self._token_figures.compute().items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = value
-        return output
-
-    def _several_sequences(self) -> bool:
-        generation = getattr(self.model, "generation_config", None)
-        asked = getattr(self, "_gen_kwargs", {}).get("num_return_sequences")
-        return ((asked if asked is not None else getattr(generation, "num_return_sequences", None)) or 1) > 1
-
-    def _see_outputs(self, model: torch.nn.Module, arguments: tuple, keywords: dict[str, Any], outputs: Any) -> None:
-        labels = keywords.get("labels", self._eval_labels)
-        if labels is not None:  # and not one of the steps of generation
-            self._token_figures.see(logits_of(outputs, has_loss="labels" in keywords), labels)
-
-    def prediction_step(self, model, inputs, *arguments: Any, **keywords: Any):
-        """As in [`~transformers.Seq2SeqTrainer`]; the figures of the target tokens are noted."""
-        # Without generation the stock Trainer may take the labels off before it runs the model.
-        self._eval_labels = None if self.args.predict_with_generate else self._prepare_inputs(inputs).get("labels")
-        result = super().prediction_step(model, inputs, *arguments, **keywords)
-        self._token_figures.gather()
-        return result

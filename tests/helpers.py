@@ -117,6 +117,11 @@ _MODELS = {
         lambda: ViTConfig(num_hidden_layers=1, num_attention_heads=2, **_NO_DROPOUT, **_VIT),
         "images",
     ),
+    "plain_deep_vit": (
+        ViTForImageClassification,
+        lambda: ViTConfig(num_hidden_layers=2, num_attention_heads=2, **_NO_DROPOUT, **_VIT),
+        "images",
+    ),
     "resnet": (
         ResNetForImageClassification,
         lambda: ResNetConfig(

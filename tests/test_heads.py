@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from hf_selfkd import AuxiliaryHeadsConfig, attach_auxiliary_heads, strip_auxiliary_heads
-from hf_selfkd.heads import heads_of, pool
+from hf_selfkd.head_kinds import pool
+from hf_selfkd.heads import heads_of
 from hf_selfkd.heads_config import CONFIG_NAME, PRESETS
 from hf_selfkd.rows import base_model
 

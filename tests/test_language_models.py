@@ -26,7 +26,7 @@ from helpers import (
 from transformers import Seq2SeqTrainer, Trainer
 
 from hf_selfkd import SelfKDTrainer
-from hf_selfkd.trainer import Seq2SeqSelfKDTrainer
+from hf_selfkd.seq2seq import Seq2SeqSelfKDTrainer
 
 
 SEQ2SEQ = "marian t5 bart mbart m2m100".split()

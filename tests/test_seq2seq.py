@@ -24,7 +24,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
 from hf_selfkd import SelfKDTrainer
 from hf_selfkd.metrics import calibration_metrics
-from hf_selfkd.trainer import Seq2SeqSelfKDTrainer
+from hf_selfkd.seq2seq import Seq2SeqSelfKDTrainer
 
 
 EVALUATED = make_samples("pairs", 11, seed=5)
