@@ -10,7 +10,17 @@ import torch
 
 from .heads import AuxiliaryHeads, HeadResults
 from .heads_config import ROTATIONS, AuxiliaryHeadsConfig
-from .losses import Past, RowLosses, Side, cross_entropy_sum, divergence, labelled, progressive_cross_entropy, weighted
+from .losses import (
+    WHOLE,
+    Past,
+    RowLosses,
+    Side,
+    cross_entropy_sum,
+    divergence,
+    labelled,
+    progressive_cross_entropy,
+    weighted,
+)
 from .measures import TokenFigures
 from .rows import Rows
 from .samples import IGNORE_INDEX, SampleKeys
@@ -203,7 +213,10 @@ class Layered:
     def _label_loss(rows: Rows, sides: list[Side], alpha: float, temperature: float) -> torch.Tensor:
         if sides[0].past is None or alpha == 0:
             return weighted([cross_entropy_sum(rows.logits, side.labels) for side in sides], sides)
-        normalized = rows.log_probs if sides[0].past.index is None else rows.summary.log_norm
+        if sides[0].past.index is not None:
+            normalized = rows.summary.log_norm
+        else:  # a history stores them, too; of many rows they are too large to be made as a whole
+            normalized = rows.log_probs if rows.logits.numel() <= WHOLE else None
         parts: list[RowLosses] = [
             progressive_cross_entropy(rows.logits, side.labels, side.past, alpha, temperature, normalized)
             for side in sides

@@ -290,8 +290,8 @@ def progressive_cross_entropy(
 
     Hard and soft part are kept apart, so that a poisoned past row cannot reach a row that does not learn from it, and
     a row without a past costs its hard cross-entropy (with whole rows: to the bit). At temperature 1 both come from
-    one pass over the logits with a backward of its own; with stored entries, nothing but the gradient is as large as
-    the logits.
+    one pass over the logits with a backward of its own; with stored entries or many rows, nothing but the gradient is
+    as large as the logits.
 
     Args:
         logits (`torch.FloatTensor` of shape `[R, C]`): present scores.
@@ -309,7 +309,7 @@ def progressive_cross_entropy(
     learners = learners_of(past, labels) if alpha > 0 else torch.zeros_like(past.mask)
     log_probs = past.log_probs.detach()
     if past.index is None:
-        function, parts = _WholeRows, (log_probs,)
+        function, parts = _WholeRows if logits.numel() <= WHOLE else _WholeRowsInPieces, (log_probs,)
     else:
         function, parts = _StoredEntries, (log_probs, past.index, past.remainder)
     if temperature == 1.0:
@@ -323,17 +323,48 @@ def progressive_cross_entropy(
     return RowLosses(total, hard.detach(), soft.detach(), learners)
 
 
+def _learned(log_probs: torch.Tensor, learners: torch.Tensor | None) -> torch.Tensor:
+    """Past probabilities; 0 in rows that learn nothing."""
+    probs = log_probs.exp()
+    # Not only the result is masked: its gradient would be 0 * NaN.
+    return probs if learners is None else probs.masked_fill_(~learners.unsqueeze(-1), 0.0)
+
+
+def _whole_losses(
+    log_probs: torch.Tensor, labels: torch.Tensor, learners: torch.Tensor | None, probs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hard and soft losses of rows with whole past rows."""
+    hard = F.nll_loss(log_probs, labels, reduction="none")
+    return hard, only((probs * log_probs).sum(-1).neg_(), learners)
+
+
+def _whole_gradient(
+    grad: torch.Tensor,
+    log_probs: torch.Tensor,
+    labels: torch.Tensor,
+    learners: torch.Tensor | None,
+    probs: torch.Tensor,
+    alpha: float,
+) -> torch.Tensor:
+    """The gradient for the logits, given that of the total of each row."""
+    gradient = probs * (grad * -alpha).unsqueeze(-1)
+    at_label = grad * (alpha - 1)
+    if learners is not None:
+        at_label = torch.where(learners, at_label, -grad).masked_fill_(~labelled(labels), 0.0)
+        labels = labels.clamp_min(0)
+    gradient.scatter_add_(-1, labels.unsqueeze(-1), at_label.unsqueeze(-1))
+    # What log_softmax itself would do with it: rows without a past get the very bits of F.cross_entropy.
+    return torch._log_softmax_backward_data(gradient, log_probs, -1, torch.float32)
+
+
 class _WholeRows(torch.autograd.Function):
     """[`progressive_cross_entropy`] with whole past rows: total, hard and soft loss of each row."""
 
     @staticmethod
     def forward(ctx, logits, normalized, labels, learners, alpha, past_log_probs):
         log_probs = log_softmax(logits) if normalized is None else normalized
-        probs = past_log_probs.exp()
-        if learners is not None:
-            probs.masked_fill_(~learners.unsqueeze(-1), 0.0)  # and not only the result: its gradient would be 0 * NaN
-        hard = F.nll_loss(log_probs, labels, reduction="none")
-        soft = only((probs * log_probs).sum(-1).neg_(), learners)
+        probs = _learned(past_log_probs, learners)
+        hard, soft = _whole_losses(log_probs, labels, learners, probs)
         total = only(torch.lerp(hard, soft, alpha), learners, hard)
         ctx.save_for_backward(log_probs, labels, learners, probs)
         ctx.alpha, ctx.dtype = alpha, logits.dtype
@@ -343,16 +374,38 @@ class _WholeRows(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
-        log_probs, labels, learners, probs = ctx.saved_tensors
-        gradient = probs * (grad * -ctx.alpha).unsqueeze(-1)
-        at_label = grad * (ctx.alpha - 1)
-        if learners is not None:
-            at_label = torch.where(learners, at_label, -grad).masked_fill_(~labelled(labels), 0.0)
-            labels = labels.clamp_min(0)
-        gradient.scatter_add_(-1, labels.unsqueeze(-1), at_label.unsqueeze(-1))
-        # What log_softmax itself would do with it: rows without a past get the very bits of F.cross_entropy.
-        gradient = torch._log_softmax_backward_data(gradient, log_probs, -1, torch.float32)
+        gradient = _whole_gradient(grad, *ctx.saved_tensors, ctx.alpha)
         return gradient.to(ctx.dtype), None, None, None, None, None
+
+
+class _WholeRowsInPieces(torch.autograd.Function):
+    """The same to the bit, with nothing but the gradient as large as the logits; for many or wide rows."""
+
+    @staticmethod
+    def forward(ctx, logits, normalized, labels, learners, alpha, past_log_probs):
+        hard, soft = (torch.empty(len(logits), device=logits.device) for _ in range(2))
+        for part in chunks(logits):
+            log_probs = log_softmax(logits[part]) if normalized is None else normalized[part]
+            mask = None if learners is None else learners[part]
+            probs = _learned(past_log_probs[part], mask)
+            hard[part], soft[part] = _whole_losses(log_probs, labels[part], mask, probs)
+        total = only(torch.lerp(hard, soft, alpha), learners, hard)
+        ctx.save_for_backward(logits, normalized, labels, learners, past_log_probs)
+        ctx.alpha = alpha
+        ctx.mark_non_differentiable(hard, soft)
+        return total, hard, soft
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        logits, normalized, labels, learners, past_log_probs = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for part in chunks(logits):
+            log_probs = log_softmax(logits[part]) if normalized is None else normalized[part]
+            mask = None if learners is None else learners[part]
+            probs = _learned(past_log_probs[part], mask)
+            gradient[part] = _whole_gradient(grad[part], log_probs, labels[part], mask, probs, ctx.alpha)
+        return gradient, None, None, None, None, None
 
 
 class _StoredEntries(torch.autograd.Function):
@@ -427,9 +480,7 @@ def _entries(
     log_probs: torch.Tensor, learners: torch.Tensor | None, remainder: str, classes: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Probabilities of stored entries `[R, k]` and the mass that they lack `[R]`; 0 for rows that learn nothing."""
-    probs = log_probs.exp()
-    if learners is not None:
-        probs = probs.masked_fill_(~learners.unsqueeze(-1), 0.0)
+    probs = _learned(log_probs, learners)
     kept = probs.sum(-1)
     if remainder == "renormalize":
         return probs / kept.clamp_min(1e-30).unsqueeze(-1), torch.zeros_like(kept)
@@ -471,7 +522,9 @@ def target_entropy(past: Past, labels: torch.Tensor, alpha: float) -> torch.Tens
     """
     if past.index is None:
         # Sums of p and p log(p) over all classes, and the label's share of both.
-        sum_prob, sum_plogp = 1.0, (past.log_probs.exp() * past.log_probs).sum(-1)
+        sum_prob, sum_plogp = 1.0, torch.empty(len(labels), device=labels.device)
+        for part in chunks(past.log_probs):
+            sum_plogp[part] = (past.log_probs[part].exp() * past.log_probs[part]).sum(-1)
         label_logp = of_label(past.log_probs, labels)
         label_prob = label_logp.exp()
         label_plogp = label_prob * label_logp

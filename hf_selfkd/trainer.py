@@ -688,7 +688,10 @@ class SelfKDMixin(DataLoading, Checkpoints):
         return (1 - alpha * share) * hard + (alpha * world / num_items) * soft
 
     def _row_losses(self, rows: Rows, side: Side, alpha: float) -> RowLosses:
-        normalized = rows.log_probs if side.past.index is None else rows.summary.log_norm
+        if side.past.index is not None:
+            normalized = rows.summary.log_norm
+        else:  # a history stores the log-probabilities, others need not make them
+            normalized = rows.log_probs if self.teacher.needs_ids else None
         return progressive_cross_entropy(rows.logits, side.labels, side.past, alpha, self.args.temperature, normalized)
 
     def _soft_sum(self, rows: Rows, side: Side, learners: torch.Tensor) -> torch.Tensor:

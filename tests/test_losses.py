@@ -779,3 +779,51 @@ def test_cross_entropy_in_pieces_is_that_of_torch_to_the_bit(rows, dtype, monkey
     assert "InPieces" in type(loss.grad_fn).__name__ and "InPieces" not in type(expected.grad_fn).__name__
     kept = labels != -100
     close(loss, plain(logits.to(dtype).float()[kept], labels[kept])[0].sum(), atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("rows", [1, 263, 530])
+def test_whole_rows_in_pieces_are_those_of_one_piece_to_the_bit(rows, known, dtype, monkeypatch):
+    """Pieces of 262 rows; rows without a past have the bits of F.cross_entropy, and the past has no gradient."""
+    logits, labels, past = draw(rows, 1000, seed=rows)
+    labels[::3], mask = -100, torch.arange(rows) % 4 != 1
+    logits, old, weights = logits.to(dtype), dense(past, mask), torch.linspace(-1, 2, rows)
+    old.log_probs[~mask] = math.nan
+    old.log_probs.requires_grad_()
+    normalized = log_softmax(logits) if known else None
+    results = []
+    for limit in (0, 2**30):
+        monkeypatch.setattr(losses_module, "WHOLE", limit)
+        z = logits.clone().requires_grad_()
+        losses = progressive_cross_entropy(z, labels, old, 0.7, normalized=normalized)
+        assert ("InPieces" in type(losses.total.grad_fn).__name__) == (limit == 0)
+        (weights * losses.total).sum().backward()
+        results.append((losses, z.grad))
+    (pieces, gradient), (whole, expected) = results
+    for name in ("total", "hard", "soft"):
+        assert torch.equal(getattr(pieces, name), getattr(whole, name)), name
+    assert torch.equal(gradient, expected) and gradient.dtype == dtype and old.log_probs.grad is None
+    z = logits.clone().requires_grad_()
+    hard = F.cross_entropy(z.float(), labels, reduction="none")
+    (weights * hard).sum().backward()
+    assert torch.equal(pieces.total[~mask], hard[~mask]) and torch.equal(gradient[~mask], z.grad[~mask])
+    learns = mask & (labels != -100)
+    assert not torch.equal(gradient[learns], z.grad[learns]) or not learns.any()
+
+
+def test_large_whole_rows_equal_the_reference():
+    """More than `WHOLE` elements, in float64 row by row."""
+    rows, classes = 70, 32_000
+    logits, labels, past = draw(rows, classes, seed=3)
+    labels[2], mask = -100, torch.arange(rows) % 5 != 1
+    assert logits.numel() > losses_module.WHOLE
+    losses, gradient = run(logits, labels, dense(past, mask), 0.8)
+    total, expected = reference(logits, labels, past, mask, 0.8)
+    close(losses.total, total, atol=2e-5)
+    close(gradient, expected)
+    assert (run(logits, labels, dense(past, mask), 0.7)[0].total - losses.total).abs().max() > 0.1
+    for alpha in (0.3, 0.8):
+        target = alpha * past.double()
+        target[torch.arange(rows), labels.clamp_min(0)] += 1 - alpha
+        close(target_entropy(dense(past), labels.clamp_min(0), alpha), torch.special.entr(target).sum(-1), atol=2e-5)
