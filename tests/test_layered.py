@@ -690,6 +690,16 @@ def test_contradictions_are_refused(tmp_path):
     refused(lambda: make_trainer(tmp_path, "gpt2", make_samples("gpt2"), **heads), "chunked_logits=True")
 
 
+@pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
+def test_sharded_weights_are_refused(tmp_path, kind):
+    trainer = make_trainer(tmp_path, "vit", make_samples("vit"), auxiliary_heads="joint")
+    setattr(trainer, f"is_{kind}_enabled", True)
+    refused(trainer._check_setup, "auxiliary_heads do not work", "FSDP", "torchrun")
+    trainer = make_trainer(tmp_path, "vit", make_samples("vit"), teacher="snapshot")
+    setattr(trainer, f"is_{kind}_enabled", True)
+    refused(trainer._check_setup, "teacher='snapshot'", "teacher='history'")
+
+
 def test_optimizer_without_the_heads_is_refused(tmp_path):
     model, samples = make_model("vit"), make_samples("vit")
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
