@@ -47,6 +47,7 @@ METHODS = {
     "PS-KD snapshot": {"teacher": "snapshot"},
     # What tells history and snapshot apart: dropout, the mass that is not stored, and the age of the predictions.
     "PS-KD snapshot with dropout": {"teacher": "snapshot", "teacher_dropout": True},
+    "PS-KD snapshot with dropout, alpha 0.4": {"teacher": "snapshot", "teacher_dropout": True, "alpha": 0.4},
     "PS-KD snapshot, top 16, label": {"teacher": "snapshot"},
 }
 FIGURES = {
