@@ -14,11 +14,44 @@ from .taps import Call
 
 @dataclass
 class Context:
-    """What heads need of the forward pass besides features: padding `[B, L]`, layers' calls, the output embedding."""
+    """
+    What heads need of the forward pass besides features.
+
+    Args:
+        mask (`torch.Tensor` of shape `[B, L]`, *optional*): 0 where a position of the features is padding.
+        calls (`dict`): what each layer was called with.
+        embed (`Callable`, *optional*): from features to the scores of words, as the model itself does it.
+        size (`tuple`, *optional*): height and width of the images.
+    """
 
     mask: torch.Tensor | None
     calls: dict[int, Call]
     embed: Callable[[torch.Tensor], torch.Tensor] | None
+    size: tuple[int, int] | None = None
+
+
+def grid_of(length: int, size: tuple[int, int], patch: tuple[int, int] | None) -> tuple[int, int] | None:
+    """
+    Rows and columns that the tokens of an image make; class and register tokens, up to 8, stand before them.
+
+    Args:
+        length (`int`): number of tokens.
+        size (`tuple`): height and width of the image.
+        patch (`tuple`, *optional*): height and width of a patch.
+
+    Returns:
+        `tuple`: or `None` if no grid of the image's shape fits.
+    """
+    height, width = size
+    if patch is not None:
+        rows, columns = height // patch[0], width // patch[1]
+        if 0 <= length - rows * columns <= 8:
+            return rows, columns
+    for count in range(length, max(length - 9, 0), -1):
+        rows = round(math.sqrt(count * height / width))
+        if rows and count % rows == 0 and rows * width == count // rows * height:
+            return rows, count // rows
+    return None
 
 
 def pool(features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -53,10 +86,18 @@ class Same(nn.Module):
 
 
 class SeparableConvolution(nn.Module):
-    """A depthwise separable 3 x 3 convolution with stride 2; tokens of an image are put on a grid."""
+    """
+    A depthwise separable 3 x 3 convolution with stride 2; the tokens of an image are put on their grid.
 
-    def __init__(self, channels: int, width: int):
+    Args:
+        channels (`int`): of the features.
+        width (`int`): channels that it returns.
+        patch (`tuple`, *optional*): see [`grid_of`].
+    """
+
+    def __init__(self, channels: int, width: int, patch: tuple[int, int] | None = None):
         super().__init__()
+        self.patch = patch
         self.layers = nn.Sequential(
             nn.Conv2d(channels, channels, 3, stride=2, padding=1, groups=channels, bias=False),
             nn.Conv2d(channels, width, 1, bias=False),
@@ -66,9 +107,9 @@ class SeparableConvolution(nn.Module):
 
     def forward(self, features: torch.Tensor, context: Context) -> torch.Tensor:
         if features.dim() == 3:
-            side = math.isqrt(features.shape[1])
-            tokens = features[:, features.shape[1] - side * side :]  # class and register tokens stand first
-            features = tokens.transpose(1, 2).unflatten(-1, (side, side))
+            rows, columns = grid_of(features.shape[1], context.size, self.patch)
+            tokens = features[:, features.shape[1] - rows * columns :]
+            features = tokens.transpose(1, 2).unflatten(-1, (rows, columns))
         return self.layers(features)
 
 

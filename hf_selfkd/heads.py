@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, make_dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,11 +17,30 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .head_kinds import Blocks, Context, EncoderLayer, Head, RemainingLayers, Same, SeparableConvolution, pool
+from .head_kinds import (
+    Blocks,
+    Context,
+    EncoderLayer,
+    Head,
+    RemainingLayers,
+    Same,
+    SeparableConvolution,
+    grid_of,
+    pool,
+)
 from .heads_config import ROTATIONS, AuxiliaryHeadsConfig
-from .rows import adapter_for, base_model, causal_rows, is_encoder_decoder
+from .rows import adapter_for, base_model, causal_rows, is_encoder_decoder, logits_of
 from .samples import seeded
-from .taps import Layout, Recorder, choose_layers, example_inputs, find_layers, measure
+from .taps import (
+    Layout,
+    Recorder,
+    choose_layers,
+    evaluating,
+    example_inputs,
+    lists_of_layers,
+    measure,
+    named,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -107,8 +127,10 @@ class AuxiliaryHeads(nn.Module):
         if not self.recorder.on:
             return None
         self.recorder.on = False  # a head may call what it listens to
+        autocast = self.recorder.autocast  # of the model's forward, which is over
         try:
-            results = None if self.recorder.silent else self._run(model, kwargs.get("attention_mask"))
+            with nullcontext() if autocast is None else torch.autocast(autocast[0], autocast[1]):
+                results = None if self.recorder.silent else self._run(model, _arguments(model, args, kwargs))
         finally:
             self.recorder.clear()
         if not self.watching:
@@ -116,14 +138,19 @@ class AuxiliaryHeads(nn.Module):
         self.results = results
         return None
 
-    def _run(self, model: nn.Module, mask: torch.Tensor | None) -> HeadResults:
+    def _run(self, model: nn.Module, arguments: dict[str, Any]) -> HeadResults:
         features = [self._features(name) for name in self.names]
-        context = Context(self._mask(model, mask, features[-1]), self.recorder.calls, _embedding_of(model))
-        results = [head(part, context) for head, part in zip(self.heads, features, strict=True)]
+        images = arguments.get("pixel_values")
+        size = None if images is None else tuple(images.shape[-2:])
+        context = Context(None, self.recorder.calls, _embedding_of(model), size)
+        results = []
+        for head, part in zip(self.heads, features, strict=True):
+            context.mask = self._mask(model, arguments, part)
+            results.append(head(part, context))
         logits, adapted, deep = [result[0] for result in results], [None] * len(results), None
         if self.adapters and torch.is_grad_enabled():
             deep = self._features(self.deepest).detach()
-            deep = pool(deep, context.mask) if self.layout.pooled else deep
+            deep = pool(deep, self._mask(model, arguments, deep)) if self.layout.pooled else deep
             for index, adapter in self.adapters.items():
                 adapted[int(index)] = adapter(results[int(index)][1])
         return HeadResults(logits, adapted, deep)
@@ -132,12 +159,29 @@ class AuxiliaryHeads(nn.Module):
         features = self.recorder.features(name)
         return features.permute(0, 3, 1, 2) if name in self.layout.channels_last else features
 
-    def _mask(self, model: nn.Module, mask: torch.Tensor | None, features: torch.Tensor) -> torch.Tensor | None:
-        """Which positions of the features are no padding; `None` if all count or nobody knows."""
-        if mask is None or mask.dim() != 2 or features.dim() != 3 or mask.shape[1] == features.shape[1]:
-            return mask if mask is not None and mask.dim() == 2 else None
-        shorten = getattr(base_model(model), "_get_feature_vector_attention_mask", None)  # of audio models
-        return None if shorten is None else shorten(features.shape[1], mask)
+    def _mask(self, model: nn.Module, arguments: dict[str, Any], features: torch.Tensor) -> torch.Tensor | None:
+        """Which positions of features `[B, L, D]` are no padding; `None` if all count or it does not matter."""
+        base, mask = base_model(model), arguments.get("attention_mask")
+        if is_encoder_decoder(base):
+            mask = arguments.get("decoder_attention_mask", mask if self.layout.pooled else None)
+        matters = self.layout.pooled or self.config.head == "transformer"
+        if mask is None or mask.dim() != 2 or features.dim() != 3 or not matters:
+            return None
+        have, need = mask.shape[1], features.shape[1]
+        if have == need:
+            return mask
+        if hasattr(base, "_get_feature_vector_attention_mask"):  # of audio models
+            lengths = base._get_feat_extract_output_lengths(torch.tensor(have))
+            if int(lengths) == need:
+                return base._get_feature_vector_attention_mask(need, mask)
+        if need < have:  # downsampled: a position counts if anything of it does
+            return nn.functional.adaptive_max_pool1d(mask.float().unsqueeze(1), need).squeeze(1)
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            return torch.cat((mask.new_ones(len(mask), need - have), mask), dim=1)  # virtual tokens stand first
+        raise ValueError(
+            f"attention_mask has {have} positions and the features of a layer have {need}: a head cannot tell which "
+            "of them are padding. Choose other layers."
+        )
 
     def class_logits(self, logits: torch.Tensor) -> torch.Tensor:
         """Scores of the classes alone, `[..., N]`: rotations are summed over as probabilities, not as scores."""
@@ -186,6 +230,13 @@ def split_auxiliary(heads: AuxiliaryHeads, outputs: Any) -> tuple[Any, HeadResul
     for index, part in zip(heads.adapters, parts[count:], strict=False):
         features[int(index)] = part
     return rest, HeadResults(parts[:count], features, parts[-1] if heads.adapters else None)
+
+
+def _arguments(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a model was called with, by name."""
+    if not args:
+        return kwargs
+    return inspect.signature(base_model(model).forward).bind_partial(*args, **kwargs).arguments
 
 
 def _embedding_of(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
@@ -240,12 +291,36 @@ def attach_auxiliary_heads(
         heads = _build(model, config, inputs)
     setattr(model, ATTRIBUTE, heads)
     heads.register(model)
+    try:
+        _try(model, heads, inputs)
+    except Exception:
+        strip_auxiliary_heads(model)
+        raise
     heads.requires_grad_(config.trains)  # an optimizer or a process group would wait for gradients that never come
     if isinstance(model, PreTrainedModel):
         model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | head_names(model)
     on = ", ".join(heads.names)
     logger.info(f"Auxiliary heads {heads.config.head!r} on {on}; views={heads.config.views!r}.")
     return model
+
+
+def _try(model: nn.Module, heads: AuxiliaryHeads, inputs: dict[str, Any]) -> None:
+    """Run the heads once, so that what does not fit is told before training."""
+    told = f"head={heads.config.head!r} does not fit {', '.join(heads.names)} of {type(base_model(model)).__name__}"
+    remedy = "choose another head or other layers."
+    try:
+        with evaluating(model), heads.watched():
+            logits = logits_of(model(**inputs), has_loss=False)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{told} ({reason}): {remedy}") from error
+    results, heads.results = heads.results, None
+    for name, part in zip(heads.names, results.logits, strict=True):
+        if part.shape[:-1] != logits.shape[:-1]:
+            raise ValueError(
+                f"{told}: on {name} it gives {list(part.shape)} for logits {list(logits.shape)}, so its features do "
+                f"not keep samples apart as the model does; {remedy}"
+            )
 
 
 def strip_auxiliary_heads(model: nn.Module) -> nn.Module:
@@ -274,38 +349,50 @@ def head_names(model: nn.Module) -> set[str]:
 
 
 def _build(model: nn.Module, config: AuxiliaryHeadsConfig, inputs: dict[str, Any]) -> AuxiliaryHeads:
-    layers = find_layers(model)
-    names = list(layers)
-    asked = [] if config.layers == "auto" else config.layers
-    others = [name for name in asked if isinstance(name, str) and name not in names]
-    for name in others:
-        choose_layers([name], names, Layout({}, set(), set(), 0, True), model)  # an error, if it does not exist
-    layout = measure(model, names, others, inputs)
-    image = "pixel_values" in inputs and layout.pooled
+    asked = [] if config.layers == "auto" else [layer for layer in config.layers if isinstance(layer, str)]
+    others = [named(layer, [], model) for layer in asked]
+    layout = measure(model, others, inputs)
+    others = [name for name in others if name not in layout.layers]
+    images = inputs.get("pixel_values")
+    size = tuple(images.shape[-2:]) if images is not None and images.dim() == 4 and layout.pooled else None
     words = not layout.pooled and _embedding_of(model) is not None
-    config = config.with_choices("lm_head" if words else "conv" if image else "mlp", "rotation" if image else "none")
-    taps = choose_layers(config.layers, names, layout, model, last=config.views == "rotation")
-    silent = [name for name in taps if name not in layout.shapes]
-    if silent:
-        raise ValueError(f"layers: {silent[0]!r} was not called in a forward pass: choose another module.")
-    _check(config, layout, taps, image, words, type(base_model(model)).__name__)
-    factory = _Factory(model, config, layers, layout, words)
+    views = "rotation" if size is not None else "none"
+    taps = choose_layers(
+        config.layers, layout, model, last=(views if config.views == "auto" else config.views) != "none"
+    )
+    patch = _patch_of(model)
+    maps = size is not None and all(_is_map(layout.shapes[name], size, patch) for name in taps)
+    config = config.with_choices("lm_head" if words else "conv" if maps else "mlp", views)
+    _check(config, layout, taps, size is not None, maps, words, type(base_model(model)).__name__)
+    factory = _Factory(model, config, layout, words, patch)
     heads = [factory.make(name) for name in taps]
-    return AuxiliaryHeads(config, taps, layout, Recorder(names, others), heads)
+    return AuxiliaryHeads(config, taps, layout, Recorder(layout.layers, others), heads).to(**factory.to)
 
 
-def _check(config: AuxiliaryHeadsConfig, layout: Layout, taps: list[str], image: bool, words: bool, kind: str) -> None:
+def _patch_of(model: nn.Module) -> tuple[int, int] | None:
+    patch = getattr(getattr(base_model(model), "config", None), "patch_size", None)
+    if isinstance(patch, int):
+        return patch, patch
+    return tuple(patch) if isinstance(patch, (list, tuple)) and len(patch) == 2 else None
+
+
+def _is_map(shape: tuple[int, ...], size: tuple[int, int], patch: tuple[int, int] | None) -> bool:
+    return len(shape) == 4 or len(shape) == 3 and grid_of(shape[1], size, patch) is not None
+
+
+def _check(
+    config: AuxiliaryHeadsConfig, layout: Layout, taps: list[str], image: bool, maps: bool, words: bool, kind: str
+) -> None:
     if config.views == "rotation" and not image:
         raise ValueError(f"views='rotation' is for image classifiers, and {kind} is none: set views='none'.")
     if config.head == "lm_head" and not words:
         raise ValueError(f"head='lm_head' is for language models, and {kind} is none: choose another head.")
-    if config.head == "conv":
-        flat = [name for name in taps if len(layout.shapes[name]) < 3 or not image]
-        if flat:
-            raise ValueError(
-                f"head='conv' needs maps, and {flat[0]} of {kind} returns {list(layout.shapes[flat[0]])}: choose "
-                "head='mlp', 'linear' or 'transformer'."
-            )
+    if config.head == "conv" and not maps:
+        shapes = [list(layout.shapes[name]) for name in taps]
+        raise ValueError(
+            f"head='conv' needs maps or tokens on a grid of the image's shape, and the layers of {kind} return "
+            f"{shapes}: choose head='mlp', 'linear' or 'transformer'."
+        )
 
 
 class _Factory:
@@ -315,13 +402,12 @@ class _Factory:
         self,
         model: nn.Module,
         config: AuxiliaryHeadsConfig,
-        layers: dict[str, nn.Module],
         layout: Layout,
         words: bool,
+        patch: tuple[int, int] | None,
     ):
         self.model, self.base, self.config = model, base_model(model), config
-        self.layers, self.layout, self.words = layers, layout, words
-        self.names = list(layers)
+        self.layout, self.words, self.patch, self.names = layout, words, patch, layout.layers
         joint = ROTATIONS if config.views == "rotation" else 1
         self.num_outputs = layout.num_classes * joint
         parameter = next(p for p in model.parameters() if p.is_floating_point())
@@ -336,13 +422,13 @@ class _Factory:
         if tied:  # a fresh head starts undecided, also where embeddings are of size 1, as T5's are
             embedding = self.base.get_output_embeddings().weight.detach()
             nn.init.constant_(head.norm.weight, min(1.0, 1 / (math.sqrt(width) * float(embedding.std()))))
-        return head.to(**self.to)
+        return head
 
     def _body(self, name: str) -> tuple[nn.Module, int]:
         kind, width = self.config.head, self.layout.width(name)
         deep = next((layer for layer in reversed(self.names) if layer in self.layout.shapes), name)
         if kind == "conv":
-            return SeparableConvolution(width, self.layout.width(deep)), self.layout.width(deep)
+            return SeparableConvolution(width, self.layout.width(deep), self.patch), self.layout.width(deep)
         if kind == "transformer":
             causal = is_encoder_decoder(self.base) or adapter_for(self.model) is causal_rows
             return EncoderLayer(width, causal and not self.layout.pooled), width
@@ -356,18 +442,31 @@ class _Factory:
         place = self.names.index(name)
         places = [i for i in range(place + 1, len(self.names)) if self.names[i] in self.layout.shapes]
         if places:
-            return RemainingLayers(self._fresh([self.layers[self.names[i]] for i in places]), places)
+            return RemainingLayers(self._fresh([self.names[i] for i in places]), places)
         # On the last layer HSAKD puts one more of it, without change of resolution.
         if name in self.layout.preserving:
-            return RemainingLayers(self._fresh([self.layers[name]]), [place])
-        blocks = list(find_layers(self.layers[name]).values())[1:]  # the first one changes the resolution
-        if blocks:
+            return RemainingLayers(self._fresh([name]), [place])
+        lists = lists_of_layers(self.model.get_submodule(name))
+        blocks = [f"{name}.{block}" for block in list(lists[0])[1:]] if lists else []  # the first one changes it
+        if blocks and self._keeps_shape(Blocks(self._fresh(blocks)), name):
             return Blocks(self._fresh(blocks))
         width = self.layout.width(name)
-        return SeparableConvolution(width, width)
+        return SeparableConvolution(width, width, self.patch)
 
-    def _fresh(self, modules: list[nn.Module]) -> nn.ModuleList:
-        copies = copy.deepcopy(nn.ModuleList(modules))
+    def _keeps_shape(self, body: nn.Module, name: str) -> bool:
+        features = torch.zeros(self.layout.shapes[name])
+        try:
+            with evaluating(body):
+                return body.float().cpu()(features, Context(None, {}, None)).shape == features.shape
+        except Exception:  # a block that takes something else than the map
+            return False
+
+    def _fresh(self, names: list[str]) -> nn.ModuleList:
+        copies = copy.deepcopy(nn.ModuleList([self.model.get_submodule(name) for name in names]))
+        for name, module in list(copies.named_modules()):
+            if hasattr(module, "get_base_layer"):  # an adapter of PEFT: its name would be saved with the adapters
+                parent, _, child = name.rpartition(".")
+                setattr(copies.get_submodule(parent), child, module.get_base_layer())
         for parameter in copies.parameters():
             vars(parameter).pop("_is_hf_initialized", None)  # else transformers would leave pretrained weights alone
             parameter.requires_grad_(True)

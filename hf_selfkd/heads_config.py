@@ -21,6 +21,10 @@ CONFIG_NAME = "auxiliary_heads_config.json"
 ROTATIONS = 4  # M: by 0, 90, 180 and 270 degrees
 
 
+def _is_a(value: Any, kinds: Any) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
 @dataclass
 class AuxiliaryHeadsConfig:
     """
@@ -84,21 +88,22 @@ class AuxiliaryHeadsConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
         if isinstance(self.layers, (list, tuple)):
             self.layers = list(self.layers)
-        known = all(isinstance(layer, (int, str)) and not isinstance(layer, bool) for layer in self.layers)
-        if self.layers != "auto" and (isinstance(self.layers, str) or not self.layers or not known):
+        known = isinstance(self.layers, list) and all(_is_a(layer, (int, str)) for layer in self.layers)
+        if self.layers != "auto" and not (known and self.layers):
             raise ValueError(
                 f"layers={self.layers!r}: give a list of layer indices or module names, or leave out for 'auto'."
             )
-        if self.views_per_step not in range(ROTATIONS):
+        if not _is_a(self.views_per_step, int) or self.views_per_step not in range(ROTATIONS):
             raise ValueError(f"views_per_step={self.views_per_step} is not one of 0, 1, 2, 3 rotated views.")
         for name in ("hard_weight", "past_weight", "deep_to_shallow_weight", "feature_weight"):
             value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{name}={value} must be at least 0 and finite: it is the weight of a loss.")
+            if not (_is_a(value, (int, float)) and value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name}={value!r} must be a number of at least 0: it is the weight of a loss.")
         if self.past_weight > 1:
             raise ValueError(f"past_weight={self.past_weight} is above 1: it is a share of the trainer's alpha.")
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature={self.temperature} must be positive and finite: 3.0 is HSAKD's value.")
+        value = self.temperature
+        if not (_is_a(value, (int, float)) and value > 0 and math.isfinite(value)):
+            raise ValueError(f"temperature={value!r} must be positive and finite: 3.0 is HSAKD's value.")
 
     @property
     def trains(self) -> bool:

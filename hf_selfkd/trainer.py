@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate.utils import broadcast
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -88,9 +89,11 @@ class Batch:
 
 
 def _is_mean(loss: torch.Tensor, rows: Rows, labels: torch.Tensor) -> bool:
-    """Whether a loss is the mean cross-entropy of the rows with these labels."""
-    mean = -Rows(rows.logits, labels).label_log_probs[labelled(labels)].mean()
-    return bool(torch.isclose(loss.detach().float(), mean, rtol=1e-5, atol=0))
+    """Whether a loss is the mean cross-entropy of the rows with these labels, in float32 or the logits' own type."""
+    means = [-Rows(rows.logits, labels).label_log_probs[labelled(labels)].mean()]
+    if rows.logits.dtype != torch.float32:
+        means.append(F.cross_entropy(rows.logits.detach(), labels))
+    return any(bool(torch.isclose(loss.detach().float(), mean.float(), rtol=1e-5, atol=0)) for mean in means)
 
 
 class _Epochs(TrainerCallback):
