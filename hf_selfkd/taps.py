@@ -271,7 +271,6 @@ def measure(model: nn.Module, others: list[str], inputs: dict[str, Any]) -> Layo
     outputs, recorder = _watch(model, layers, [name for name in others if name not in layers], inputs)
     logits = logits_of(outputs, has_loss=False)
     layout = Layout(layers, {}, set(), set(), dict(recorder.counts), True, logits.shape[-1], logits.dim() == 2)
-    layout.chained = recorder.chained * 2 >= len(layers) - 1
     images = inputs.get("pixel_values")
     ratio = images.shape[-2] / images.shape[-1] if images is not None else 1.0
     previous = recorder.stem
@@ -285,6 +284,8 @@ def measure(model: nn.Module, others: list[str], inputs: dict[str, Any]) -> Layo
                 layout.preserving.add(name)
             previous = features
         layout.shapes[name] = shape
+    alike = len({layout.shapes[name] for name in layers if name in layout.shapes}) == 1
+    layout.chained = not alike or 2 * recorder.chained >= len(layers) - 1  # stages may be reshaped in between
     return layout
 
 

@@ -22,10 +22,11 @@ from transformers import (
 )
 
 from hf_selfkd import AuxiliaryHeadsConfig, attach_auxiliary_heads, strip_auxiliary_heads
-from hf_selfkd.head_kinds import pool
+from hf_selfkd.head_kinds import grid_of, pool
 from hf_selfkd.heads import heads_of
 from hf_selfkd.heads_config import CONFIG_NAME, PRESETS
 from hf_selfkd.rows import base_model
+from hf_selfkd.taps import example_inputs
 
 
 MODELS = "resnet vit convnext swin mobilenet timm bert bert_tokens wav2vec2 marian gpt2".split()
@@ -486,3 +487,292 @@ def test_a_skipped_layer_is_what_went_past_it():
     finally:
         skipped.__class__.__call__ = forward
     assert torch.equal(one, two)
+
+
+# Models of other kinds, and what they need
+
+
+TINY = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "num_labels": CLASSES,
+    "vocab_size": VOCABULARY,
+}
+
+
+def make(name, **options):
+    """A tiny model of transformers with a head for classes."""
+    import transformers as tf
+
+    config_class, model_class = (getattr(tf, part) for part in name)
+    set_seed(0)
+    return model_class(config_class(**options)).eval()
+
+
+OTHERS = {
+    "pvt": (
+        ("PvtConfig", "PvtForImageClassification"),
+        {
+            "hidden_sizes": [8, 8, 16, 16],
+            "depths": [1, 1, 1, 1],
+            "num_attention_heads": [1, 1, 1, 1],
+            "image_size": 32,
+        },
+    ),
+    "pvt_v2": (
+        ("PvtV2Config", "PvtV2ForImageClassification"),
+        {
+            "hidden_sizes": [8, 8, 16, 16],
+            "depths": [1, 1, 1, 1],
+            "num_attention_heads": [1, 1, 1, 1],
+            "image_size": 32,
+        },
+    ),
+    "mobilevit": (
+        ("MobileViTConfig", "MobileViTForImageClassification"),
+        {
+            "image_size": 64,
+            "hidden_sizes": [16, 16, 16],
+            "neck_hidden_sizes": [8, 8, 16, 16, 16, 16, 24],
+            "num_attention_heads": 2,
+        },
+    ),
+    "clip": (
+        ("CLIPConfig", "CLIPForImageClassification"),
+        {
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 24,
+                "patch_size": 8,
+            },
+            "num_labels": CLASSES,
+        },
+    ),
+    "bart": (
+        ("BartConfig", "BartForSequenceClassification"),
+        {
+            "d_model": 16,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 16,
+            "decoder_ffn_dim": 16,
+            "vocab_size": VOCABULARY,
+        },
+    ),
+    "videomae": (
+        ("VideoMAEConfig", "VideoMAEForVideoClassification"),
+        {
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+            "image_size": 16,
+            "patch_size": 8,
+            "num_frames": 4,
+            "tubelet_size": 2,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("preset", ["lsskd", "joint", "byot"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_with_layers_of_their_own_kind(name, preset):
+    kind, options = OTHERS[name]
+    model = make(kind, **({"num_labels": CLASSES} | options))
+    if (name, preset) == ("pvt_v2", "joint"):  # its stages return sequences and take maps
+        refused(lambda: attach_auxiliary_heads(model, preset), "head='stages' does not fit", "choose another head")
+        return
+    heads = heads_of(attach_auxiliary_heads(model, preset))
+    for logits in _said(model, heads, example_inputs(model)):
+        assert logits.shape[1] == CLASSES * (4 if heads.config.views == "rotation" else 1)
+    strip_auxiliary_heads(model)
+    assert not any("selfkd" in key for key in model.state_dict())
+
+
+def _said(model, heads, inputs):
+    with heads.watched(), torch.no_grad():
+        model(**inputs)
+    return heads.results.logits
+
+
+@pytest.mark.parametrize(
+    "kind, options, part",
+    [
+        (("AlbertConfig", "AlbertForSequenceClassification"), {"embedding_size": 8}, "is called 3 times"),
+        (
+            ("XLMConfig", "XLMForSequenceClassification"),
+            {"emb_dim": 16, "n_layers": 3, "n_heads": 2, "n_words": 30},
+            "follow one another",
+        ),
+        (
+            ("XLNetConfig", "XLNetForSequenceClassification"),
+            {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 16},
+            "keep samples apart",
+        ),
+    ],
+)
+def test_layers_that_no_head_can_use_are_refused(kind, options, part):
+    options = (TINY if kind[0] == "AlbertConfig" else {"num_labels": CLASSES, "vocab_size": VOCABULARY}) | options
+    model = make(kind, **options)
+    names = list(model.state_dict())
+    refused(lambda: attach_auxiliary_heads(model, "deep_supervision"), part)
+    assert list(model.state_dict()) == names and heads_of(model) is None
+
+
+@pytest.mark.parametrize("layers, names", [([3, 0], [0, 3]), ([-1, 1], [1, 5]), ([5, 2, 4], [2, 4, 5])])
+def test_heads_are_ordered_from_shallow_to_deep(layers, names):
+    model = attach_auxiliary_heads(deep_vit(), AuxiliaryHeadsConfig(layers=layers))
+    assert heads_of(model).names == [f"vit.layers.{i}" for i in names]
+
+
+def test_the_same_layer_twice_is_refused():
+    refused(lambda: attach_auxiliary_heads(deep_vit(), AuxiliaryHeadsConfig(layers=[1, -5])), "vit.layers.1", "twice")
+
+
+@pytest.mark.parametrize(
+    "length, size, patch, grid",
+    [
+        (16, (16, 16), (4, 4), (4, 4)),
+        (17, (16, 16), (4, 4), (4, 4)),
+        (201, (112, 112), (8, 8), (14, 14)),
+        (33, (32, 64), (8, 8), (4, 8)),
+        (4, (16, 16), (4, 4), (2, 2)),
+        (98, (56, 112), (4, 4), (7, 14)),
+        (32, (32, 64), None, (4, 8)),
+        (64 + 1, (16, 16), (4, 4), None),
+        (7, (16, 16), None, (2, 2)),
+    ],
+)
+def test_grid_of_tokens(length, size, patch, grid):
+    found = grid_of(length, size, patch)
+    assert found == grid or (grid is None and found != (4, 4))
+
+
+def test_convolution_sees_every_token_of_an_image_that_is_not_square():
+    config = {"image_size": (32, 64), "patch_size": 8, "hidden_size": 16, "intermediate_size": 16}
+    model = ViTForImageClassification(
+        ViTConfig(**config, num_hidden_layers=2, num_attention_heads=2, num_labels=CLASSES)
+    )
+    attach_auxiliary_heads(model, "byot").eval()
+    tokens = []
+    model.vit.layers[0].register_forward_hook(
+        lambda module, args, output: tokens.append(output[0] if isinstance(output, tuple) else output)
+    )
+    heads_of(model).watching = True
+    model(pixel_values=torch.randn(1, 3, 32, 64))
+    (gradient,) = torch.autograd.grad(heads_of(model).results.logits[0].square().sum(), tokens[-1])
+    reached = gradient[0].abs().sum(-1) > 0
+    assert reached[1:].all() and len(reached) == 33
+
+
+class Maps(nn.Module):
+    """Two stages of maps, with the channels last or not, for images that are not square."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.last = last
+        self.stages = nn.ModuleList([nn.Sequential(nn.Conv2d(n, 8, 2, stride=2), nn.ReLU()) for n in (3, 8)])
+        self.stages = nn.ModuleList([Stage(stage, last) for stage in self.stages])
+        self.out = nn.Linear(8, CLASSES)
+
+    def forward(self, pixel_values):
+        maps = pixel_values.movedim(1, -1) if self.last else pixel_values
+        for stage in self.stages:
+            maps = stage(maps)
+        return {"logits": self.out(maps.mean((1, 2) if self.last else (2, 3)))}
+
+
+class Stage(nn.Module):
+    def __init__(self, body, last):
+        super().__init__()
+        self.body, self.last = body, last
+
+    def forward(self, maps):
+        return self.body(maps.movedim(-1, 1)).movedim(1, -1) if self.last else self.body(maps)
+
+
+@pytest.mark.parametrize("size", [(32, 16), (16, 32), (16, 16)])
+@pytest.mark.parametrize("last", [False, True])
+def test_channels_of_maps(last, size):
+    """With 32 x 16, a map of the first stage is [8, 16, 8] or [16, 8, 8]: two of the three are equal."""
+    inputs = {"pixel_values": torch.zeros(2, 3, *size)}
+    model = attach_auxiliary_heads(Maps(last), AuxiliaryHeadsConfig(views="none", layers=[0, 1]), inputs=inputs)
+    height, width = size[0] // 2, size[1] // 2
+    if size == (16, 16) and not last:
+        assert heads_of(model).layout.shapes["stages.1"] == (2, 8, 4, 4)
+    else:
+        assert heads_of(model).layout.shapes["stages.0"] == (2, 8, height, width)
+
+
+@pytest.mark.parametrize("positional", [False, True])
+@pytest.mark.parametrize("name", ["canine", "sew", "bert"])
+def test_padding_of_features_of_another_length_does_not_reach_a_head(name, positional):
+    if name == "canine":
+        options = TINY | {"downsampling_rate": 2, "local_transformer_stride": 8, "num_hash_buckets": 64}
+        model = make(("CanineConfig", "CanineForSequenceClassification"), **options)
+        layers = ["canine.encoder.layer.0"]
+    elif name == "sew":
+        options = {
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+            "squeeze_factor": 2,
+            "conv_dim": [8, 8],
+            "conv_kernel": [5, 3],
+            "conv_stride": [5, 2],
+            "num_feat_extract_layers": 2,
+            "num_conv_pos_embeddings": 4,
+            "num_conv_pos_embedding_groups": 2,
+            "feat_extract_norm": "layer",
+            "classifier_proj_size": 8,
+            "num_labels": CLASSES,
+        }
+        model, layers = make(("SEWConfig", "SEWForSequenceClassification"), **options), "auto"
+    else:
+        model, layers = make_model("plain_bert").eval(), "auto"
+    attach_auxiliary_heads(model, AuxiliaryHeadsConfig(layers=layers, head="linear"))
+    heads_of(model).watching = True
+    sizes = (400, 800) if name == "sew" else (8, 16)
+    values = torch.randn(1, sizes[0]) if name == "sew" else torch.randint(3, 30, (1, sizes[0]))
+    said = []
+    for size in sizes:
+        padded = torch.cat((values, torch.zeros(1, size - sizes[0], dtype=values.dtype)), dim=1)
+        mask = (torch.arange(size) < sizes[0]).long().unsqueeze(0)
+        model(padded, mask) if positional else model(padded, attention_mask=mask)
+        said.append(heads_of(model).results.logits[0])
+    # A window of the squeezed sound may be padding in part, and counts; without a mask the difference was 0.47.
+    torch.testing.assert_close(said[0], said[1], rtol=0, atol=0.15 if name == "sew" else 1e-5)
+
+
+@FLOPS
+def test_heads_of_a_model_with_adapters_are_not_saved_with_them(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from safetensors import safe_open
+
+    model = get_peft_model(deep_vit(), LoraConfig(target_modules=["q_proj", "v_proj", "query", "value"]))
+    names = set(model.state_dict())
+    attach_auxiliary_heads(model, "joint")
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as file:
+        assert not any("selfkd" in name for name in file.keys())
+    strip_auxiliary_heads(model)
+    assert set(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("field", ["views_per_step", "hard_weight", "temperature", "layers"])
+@pytest.mark.parametrize("value", ["1", True, None])
+def test_fields_of_another_type_are_refused(field, value):
+    refused(lambda: AuxiliaryHeadsConfig(**{field: value}), field)
+
+
+def test_layers_may_not_be_a_number():
+    refused(lambda: AuxiliaryHeadsConfig(layers=3), "layers=3")

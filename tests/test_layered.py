@@ -739,3 +739,30 @@ def test_every_preset_trains_every_model(tmp_path, name, preset):
     changed = [n for n, t in state_of(model).items() if n.startswith(layer) and not torch.equal(t, before[n])]
     assert changed or name == "wav2vec2"  # whose only layer may be skipped
     assert len(logged(trainer, "head0_accuracy")) >= 1
+
+
+# Half precision
+
+
+@pytest.mark.parametrize("preset", ["lsskd", "joint", "byot"])
+@pytest.mark.parametrize("name", ["resnet", "swin", "vit", "t5"])
+def test_heads_under_autocast(tmp_path, name, preset):
+    """The model's forward is under autocast and its hooks are not: heads run as the forward did."""
+    options = {"bf16": True, "auxiliary_heads": preset, "eval_dataset": make_samples(name, 8), "evaluate_heads": True}
+    trainer = train(tmp_path, name, make_samples(name, 8), **options)
+    assert logged(trainer, "head0_loss") and math.isfinite(logged(trainer, "loss")[-1])
+    assert math.isfinite(trainer.evaluate()["eval_head0_nll"])
+
+
+@pytest.mark.parametrize("preset", ["lsskd", "joint", "byot"])
+@pytest.mark.parametrize("name", ["resnet", "vit", "gpt2"])
+def test_heads_of_a_model_in_half_precision(tmp_path, name, preset):
+    model = make_model(name).to(torch.bfloat16)
+
+    def half(items):
+        batch = collate(items)
+        return {key: value.bfloat16() if value.is_floating_point() else value for key, value in batch.items()}
+
+    trainer = train(tmp_path, model, make_samples(name, 8), auxiliary_heads=preset, data_collator=half)
+    assert trainer._ours and math.isfinite(logged(trainer, "loss")[-1])
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
