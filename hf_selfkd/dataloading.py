@@ -12,7 +12,15 @@ from transformers.trainer_utils import has_length
 from .fixes import EpochLengthGroupedSampler
 from .heads import heads_of
 from .rows import causal_rows
-from .samples import SAMPLE_ID, SampleIdDataset, SelfKDDataCollator, checked_ids, is_hf_dataset, with_sample_ids
+from .samples import (
+    SAMPLE_ID,
+    BatchIdDataset,
+    SampleIdDataset,
+    SelfKDDataCollator,
+    checked_ids,
+    is_hf_dataset,
+    with_sample_ids,
+)
 
 
 class DataLoading:
@@ -79,9 +87,9 @@ class DataLoading:
         inner = wrapped.dataset
         if is_hf_dataset(inner):
             ids = np.arange(len(inner)) if wrapped.ids is None else wrapped.ids
-            wrapped = SampleIdDataset(self._remove_unused_columns(inner, description), ids)
+            wrapped = BatchIdDataset(self._remove_unused_columns(inner, description), ids)
         else:
-            wrapped = SampleIdDataset(inner, wrapped.ids, wrapped.id_column)
+            wrapped = BatchIdDataset(inner, wrapped.ids, wrapped.id_column)
             collator = super()._get_collator_with_removed_columns(collator, description)
         if self.args.seed_transforms:
             wrapped.transform_seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
@@ -98,7 +106,6 @@ class DataLoading:
         dispatched = iterable and self.args.accelerator_config.dispatch_batches is not False
         collator.shifts_labels = self._rows is causal_rows
         collator.host_keys = not (dispatched and self.args.world_size > 1)
-        collator.owns_features = not iterable
         collator.seed = self.args.seed
         collator.epoch = None if iterable else dataset.epoch
         return collator

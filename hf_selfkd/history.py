@@ -73,8 +73,9 @@ class Codec:
 
     def decode(self, parts: dict[str, torch.Tensor], mask: torch.Tensor) -> Past:
         """Stored parts as [`~hf_selfkd.losses.Past`]; rounding never leaves more than the whole mass."""
-        log_probs = parts["log_probs"].float()
+        log_probs = parts["log_probs"]
         if self.dtype != torch.float32:
+            log_probs = log_probs.float()
             total = torch.logsumexp(log_probs, dim=-1, keepdim=True)
             log_probs = log_probs - (total if self.top_k is None else total.clamp_min(0))
         index = None if self.top_k is None else parts["index"].long()
@@ -164,6 +165,8 @@ def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 def _to(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """Move without making the host wait for the device."""
+    if tensor.device == device:
+        return tensor
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -205,6 +208,7 @@ class PredictionHistory:
         self.place, self.folder, self.writes = place, Path(folder), writes
         self.device = torch.device(device) if place == "model" else torch.device("cpu")
         self.stamps = np.full(size, NEVER, dtype=np.int32)
+        self._complete = False  # whether every sample has a prediction
         self.hashes = np.zeros(size, dtype=np.int64)
         self.counts = np.zeros(size, dtype=np.int32) if ragged else None
         self.starts = np.full(size, -1, dtype=np.int64) if ragged else None
@@ -215,7 +219,9 @@ class PredictionHistory:
         self.samples: list[tuple[np.ndarray | int, ...]] = []  # (slots, order, label hashes, rows of each) of batches
         self.journal: dict[str, torch.Tensor] = {}
         self.filled = 0
-        self._last: tuple[SampleKeys, np.ndarray, np.ndarray] | None = None  # what `_known` said of the last batch
+        self._last: tuple[SampleKeys, np.ndarray, np.ndarray | None] | None = (
+            None  # what `_known` said of the last batch
+        )
         self.visits = 0  # micro-batches of this epoch so far, the order in which predictions were made
 
     # Reading
@@ -231,7 +237,7 @@ class PredictionHistory:
         else:
             slots = np.minimum(np.searchsorted(self.ids, ids), self.size - 1)
             known = self.ids[slots] == ids
-        if not known.all():
+        if np.count_nonzero(known) < len(known):
             raise ValueError(
                 f"sample_id={ids[~known][0]} is out of range: the history was made for {self.size} samples"
                 f"{' with ids 0 to ' + str(self.size - 1) if self.ids is None else ''}; give the trainer the whole "
@@ -255,19 +261,20 @@ class PredictionHistory:
             ValueError: if an id is unknown, or a sample's labels are not those of the stored prediction.
         """
         slots, known = self._known(keys)
-        count = np.count_nonzero(known)
-        if not count:
+        if known is None and keys.total == num_rows and not self.ragged:
+            every = torch.ones(num_rows, dtype=torch.bool, device=device)
+            past = self._past(slots, every, device)
+            past.whole = True
+            return past
+        known = np.ones(len(slots), dtype=bool) if known is None else known
+        if not known.any():
             return None
-        source, mask = slots if count == len(slots) else slots[known], known
+        source, mask = slots[known], known
         if self.ragged:
             source = _ranges(self.starts[source], self.counts[source])
             mask = np.zeros(num_rows, dtype=bool)
             mask[keys.rows[np.repeat(known, keys.counts)]] = True
-        index = torch.from_numpy(source)
-        if self.device.type != "cpu":
-            index = _to(index, self.device)
-        parts = {name: _to(part.index_select(0, index), device) for name, part in self.table.items()}
-        past = self.codec.decode(parts, _to(torch.from_numpy(mask), device))
+        past = self._past(source, _to(torch.from_numpy(mask), device), device)
         if len(source) == num_rows:
             past.whole = keys.total == num_rows
             return past
@@ -279,14 +286,25 @@ class PredictionHistory:
             past.index = past.index.new_zeros(num_rows, past.index.shape[1]).index_copy_(0, target, past.index)
         return past
 
-    def _known(self, keys: SampleKeys) -> tuple[np.ndarray, np.ndarray]:
-        """Where these samples are kept and which have a prediction, made for the labels that they have now."""
+    def _past(self, source: np.ndarray, mask: torch.Tensor, device: torch.device) -> Past:
+        """These rows of the table."""
+        index = _to(torch.from_numpy(source), self.device)
+        parts = {name: _to(part.index_select(0, index), device) for name, part in self.table.items()}
+        return self.codec.decode(parts, mask)
+
+    def _known(self, keys: SampleKeys) -> tuple[np.ndarray, np.ndarray | None]:
+        """
+        Where these samples are kept and which have a prediction (`None` for all), made for the labels that they have
+        now.
+        """
         if self._last is not None and self._last[0] is keys:
             return self._last[1:]  # of the same batch, read before it is written
-        slots = self.slots(keys.ids)
-        known = self.stamps[slots] != NEVER
-        changed = known & (self.hashes[slots] != keys.label_hash)
-        if changed.any():
+        slots, known = self.slots(keys.ids), None
+        changed = self.hashes[slots] != keys.label_hash
+        if not self._complete:
+            known = self.stamps[slots] != NEVER
+            changed &= known
+        if np.count_nonzero(changed):
             where = np.flatnonzero(changed)[0]
             raise ValueError(
                 f"the labels of sample_id={keys.ids[where]} are not those its stored prediction was made for (hash "
@@ -431,6 +449,7 @@ class PredictionHistory:
         row_owners = np.repeat(owners, everyone[:, 3])
         self._store(parts, lambda owner: torch.from_numpy(destination[row_owners == owner]), gather)
         self.stamps[everyone[:, 0]] = stamp
+        self._complete = bool((self.stamps != NEVER).all())
         self.hashes[everyone[:, 0]] = everyone[:, 2]
         if self.trace is not None and 0 <= stamp < self.trace.shape[1]:
             true = self.table["true_probs"].index_select(0, torch.from_numpy(destination).to(self.device)).float()
@@ -541,6 +560,7 @@ class PredictionHistory:
         for name in ("stamps", "hashes", "counts", "starts"):
             if name in tensors:
                 setattr(self, name, tensors[name].numpy().copy())
+        self._complete = bool((self.stamps != NEVER).all())
         self.visits = int(tensors["visits"])  # also where no journal is loaded: later visits stay later
         if "trace" in tensors and self.trace is not None:
             epochs = min(self.trace.shape[1], tensors["trace"].shape[1])

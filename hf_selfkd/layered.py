@@ -150,10 +150,10 @@ class Layered:
         """Where the predictions of the views are kept: as samples `4 * id + quarter turns`."""
         if turns is None:
             return keys
-        labels = np.where(keys.counts[:, None] > 0, ROTATIONS * keys.label_hash[:, None] + turns, IGNORE_INDEX)
+        labels = keys.label_hash[:, None]  # images have one row each, whose hash is its label
+        labels = np.where(labels != IGNORE_INDEX, ROTATIONS * labels + turns, IGNORE_INDEX)
         ids = ROTATIONS * keys.ids[:, None] + turns
-        count = turns.shape[1]
-        return SampleKeys(ids.reshape(-1), labels.reshape(-1), np.repeat(keys.counts, count), count * keys.total)
+        return SampleKeys(ids.reshape(-1), labels.reshape(-1), turns.shape[1] * keys.total)
 
     def ids(self, ids: np.ndarray | None) -> np.ndarray | None:
         """The ids of all views of all samples."""

@@ -347,18 +347,28 @@ def _whole_gradient(
     alpha: float,
 ) -> torch.Tensor:
     """The gradient for the logits, given that of the total of each row."""
+    if learners is None:
+        return _unit_gradient(log_probs, labels, probs * -alpha, alpha) * grad.unsqueeze(-1)
     gradient = probs * (grad * -alpha).unsqueeze(-1)
-    at_label = grad * (alpha - 1)
-    if learners is not None:
-        at_label = torch.where(learners, at_label, -grad).masked_fill_(~labelled(labels), 0.0)
-        labels = labels.clamp_min(0)
-    gradient.scatter_add_(-1, labels.unsqueeze(-1), at_label.unsqueeze(-1))
+    at_label = torch.where(learners, grad * (alpha - 1), -grad).masked_fill_(~labelled(labels), 0.0)
+    gradient.scatter_add_(-1, labels.clamp_min(0).unsqueeze(-1), at_label.unsqueeze(-1))
     # What log_softmax itself would do with it: rows without a past get the very bits of F.cross_entropy.
     return torch._log_softmax_backward_data(gradient, log_probs, -1, torch.float32)
 
 
+def _unit_gradient(
+    log_probs: torch.Tensor, labels: torch.Tensor, gradient: torch.Tensor, alpha: float
+) -> torch.Tensor:
+    """The gradient of the totals for the logits, where all rows learn; `gradient`, of the soft part, is reused."""
+    gradient.scatter_(-1, labels.unsqueeze(-1), alpha - 1, reduce="add")
+    return torch._log_softmax_backward_data(gradient, log_probs, -1, torch.float32)
+
+
 class _WholeRows(torch.autograd.Function):
-    """[`progressive_cross_entropy`] with whole past rows: total, hard and soft loss of each row."""
+    """
+    [`progressive_cross_entropy`] with whole past rows: total, hard and soft loss of each row. If all rows learn, the
+    gradient is made at once, from what is still in the processor's cache.
+    """
 
     @staticmethod
     def forward(ctx, logits, normalized, labels, learners, alpha, past_log_probs):
@@ -366,7 +376,10 @@ class _WholeRows(torch.autograd.Function):
         probs = _learned(past_log_probs, learners)
         hard, soft = _whole_losses(log_probs, labels, learners, probs)
         total = only(torch.lerp(hard, soft, alpha), learners, hard)
-        ctx.save_for_backward(log_probs, labels, learners, probs)
+        if learners is None:
+            ctx.save_for_backward(_unit_gradient(log_probs, labels, probs.mul_(-alpha), alpha))
+        else:
+            ctx.save_for_backward(log_probs, labels, learners, probs)
         ctx.alpha, ctx.dtype = alpha, logits.dtype
         ctx.mark_non_differentiable(hard, soft)
         return total, hard, soft
@@ -374,7 +387,8 @@ class _WholeRows(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
-        gradient = _whole_gradient(grad, *ctx.saved_tensors, ctx.alpha)
+        saved = ctx.saved_tensors
+        gradient = saved[0] * grad.unsqueeze(-1) if len(saved) == 1 else _whole_gradient(grad, *saved, ctx.alpha)
         return gradient.to(ctx.dtype), None, None, None, None, None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 
@@ -55,12 +56,41 @@ def measures(
     return sums
 
 
+def _kind(batch: tuple) -> tuple:
+    """What batches must have in common to be measured as one; `batch` holds arguments of [`measures`]."""
+    sides, parts, alpha, hard = batch
+    past = sides[0].past
+    of_past = (past is None or (past.index is None, past.remainder), bool(parts) and parts[0].learners is None)
+    return len(sides), len(parts), alpha, hard is None, of_past
+
+
+def _joined(batches: list[tuple]) -> tuple:
+    """One-sided batches of a kind as one batch: each operation runs once, on the rows of all."""
+    (first,), parts, alpha, hard = batches[0]
+    past = first.past
+    if past is not None:
+        log_probs, mask, index = (
+            torch.cat([getattr(side.past, name) for (side,), *_ in batches]) if part is not None else None
+            for name, part in (("log_probs", past.log_probs), ("mask", past.mask), ("index", past.index))
+        )
+        past = replace(past, log_probs=log_probs, mask=mask, index=index)
+    if parts:
+        hards, softs = (torch.cat([getattr(part, name) for _, (part,), *_ in batches]) for name in ("hard", "soft"))
+        learners = parts[0].learners
+        if learners is not None:
+            learners = torch.cat([part.learners for _, (part,), *_ in batches])
+        parts = [RowLosses(hards, hards, softs, learners)]
+    labels = torch.cat([side.labels for (side,), *_ in batches])
+    hard = None if hard is None else torch.stack([batch[3] for batch in batches]).sum()
+    return [Side(labels, past, None)], parts, alpha, hard
+
+
 class RunningMeans:
     """
     Sums on the device, so that logging waits for it once; see [`~SelfKDMixin.log`].
 
-    Small batches wait and are summed several at a time: code that has just run is still in the processor's cache, and
-    on a small batch fetching it takes longer than running it.
+    Small batches wait and are measured several at a time: on a small batch, fetching code that has not just run into
+    the processor's cache takes longer than running it.
     """
 
     def __init__(self):
@@ -73,15 +103,19 @@ class RunningMeans:
         """Add a batch; the arguments are those of [`measures`]."""
         self.alpha += alpha
         self.batches += 1
-        parts = [replace(part, total=part.total.detach()) for part in parts]  # the graph must not wait
+        for part in parts:
+            part.total = part.hard  # nobody asks for it any more, and the graph must not wait
         self.waiting.append((sides, parts, alpha, hard))
-        self.held += sum(side.labels.numel() if side.past is None else side.past.log_probs.numel() for side in sides)
+        for side in sides:
+            self.held += side.labels.numel() if side.past is None else side.past.log_probs.numel()
         if self.held > MAX_HELD:
             self._sum()
 
     def _sum(self) -> None:
-        for batch in self.waiting:
-            self.sums = self.sums + measures(*batch)
+        for (num_sides, *_), group in groupby(self.waiting, _kind):
+            batches = list(group)
+            for batch in [_joined(batches)] if num_sides == 1 and len(batches) > 1 else batches:
+                self.sums = self.sums + measures(*batch)
         self.waiting, self.held = [], 0
 
     def take(self, reduce: Callable[[torch.Tensor], torch.Tensor], distils: bool) -> dict[str, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +14,22 @@ from transformers.models.auto import modeling_auto
 
 from .losses import Summary, log_softmax, of_label, summarize
 from .samples import IGNORE_INDEX
+
+
+class lazy:
+    """`functools.cached_property` without its lock, which Python takes before 3.12 and a step notices."""
+
+    def __init__(self, function: Callable[[Any], Any]):
+        self.function, self.__doc__ = function, function.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return self
+        value = instance.__dict__[self.name] = self.function(instance)
+        return value
 
 
 @dataclass
@@ -32,17 +47,17 @@ class Rows:
     labels: torch.Tensor
     top_k: int | None = None
 
-    @cached_property
+    @lazy
     def log_probs(self) -> torch.Tensor:
         """[`~hf_selfkd.losses.log_softmax`] of the logits, without a gradient; made once for loss and history."""
         return log_softmax(self.logits.detach())
 
-    @cached_property
+    @lazy
     def summary(self) -> Summary:
         """The [`~hf_selfkd.losses.Summary`] of the logits, without a gradient; made once for loss and history."""
         return summarize(self.logits.detach(), self.top_k)
 
-    @cached_property
+    @lazy
     def label_log_probs(self) -> torch.Tensor:
         """Log-probabilities of the labels, `[R]`, without a gradient; arbitrary where there is none."""
         return of_label(self.logits.detach(), self.labels).float() - self.summary.log_norm
@@ -59,7 +74,7 @@ def sample_rows(logits: torch.Tensor, labels: torch.Tensor) -> Rows:
             f"logits of shape {list(logits.shape)} with labels of shape {list(labels.shape)}: single-label "
             "classification needs [batch, classes] and [batch]."
         )
-    return Rows(logits, labels.reshape(-1))
+    return Rows(logits, labels if labels.dim() == 1 else labels.reshape(-1))
 
 
 def token_rows(logits: torch.Tensor, labels: torch.Tensor) -> Rows:
@@ -224,13 +239,15 @@ def logits_of(outputs: Any, has_loss: bool) -> torch.Tensor:
     """
     if isinstance(outputs, dict):
         logits = outputs.get("logits")
-        found = ", ".join(outputs.keys())
     elif isinstance(outputs, (tuple, list)):
         logits = outputs[int(has_loss)] if len(outputs) > int(has_loss) else None
-        found = f"a tuple of {len(outputs)}"
     else:
-        logits, found = getattr(outputs, "logits", None), type(outputs).__name__
+        logits = getattr(outputs, "logits", None)
     if not isinstance(logits, torch.Tensor):
+        if isinstance(outputs, dict):
+            found = ", ".join(outputs)
+        else:
+            found = f"a tuple of {len(outputs)}" if isinstance(outputs, (tuple, list)) else type(outputs).__name__
         raise ValueError(f"the model returned no logits but {found}: self-distillation needs outputs.logits.")
     return logits
 

@@ -30,25 +30,26 @@ class SampleKeys:
         ids (`np.ndarray` of `int64`, shape `[B]`): sample ids.
         label_hash (`np.ndarray` of `int64`, shape `[B]`):
             a hash of each sample's labels; the label itself where labels are `[B]`.
-        counts (`np.ndarray` of `int64`, shape `[B]`): number of labelled rows of each sample.
         total (`int`): number of labelled rows of all samples.
+        counts (`np.ndarray` of `int64`, shape `[B]`, *optional*):
+            number of labelled rows of each sample; `None` when sample `b` is row `b`.
         rows (`np.ndarray` of `int64`, shape `[counts.sum()]`, *optional*):
             where the labelled rows stand among the flattened rows of the batch; `None` when sample `b` is row `b`.
     """
 
     ids: np.ndarray
     label_hash: np.ndarray
-    counts: np.ndarray
     total: int
+    counts: np.ndarray | None = None
     rows: np.ndarray | None = None
 
 
-def sample_keys(ids: torch.Tensor, labels: torch.Tensor, shifted: bool = False) -> SampleKeys:
+def sample_keys(ids: torch.Tensor | np.ndarray, labels: torch.Tensor, shifted: bool = False) -> SampleKeys:
     """
     Make the host-side keys of a batch.
 
     Args:
-        ids (`torch.LongTensor` of shape `[B]`): sample ids, on the CPU.
+        ids (`torch.LongTensor` of shape `[B]`, or such an array): sample ids, on the CPU.
         labels (`torch.LongTensor` of shape `[B]` or `[B, L]`): labels, -100 where there is none, on the CPU.
         shifted (`bool`, *optional*, defaults to `False`): whether position `i` predicts label `i + 1`.
 
@@ -58,7 +59,8 @@ def sample_keys(ids: torch.Tensor, labels: torch.Tensor, shifted: bool = False) 
     Raises:
         ValueError: if the samples were merged into rows of another number (packing).
     """
-    ids = ids.numpy().astype(np.int64, copy=False)
+    if isinstance(ids, torch.Tensor):
+        ids = ids.numpy().astype(np.int64, copy=False)
     labels = labels.numpy()
     if labels.ndim == 2 and len(labels) != len(ids):
         raise ValueError(
@@ -69,9 +71,8 @@ def sample_keys(ids: torch.Tensor, labels: torch.Tensor, shifted: bool = False) 
     if shifted and labels.ndim == 2:
         labels = np.concatenate((labels[:, 1:], np.full((len(ids), 1), IGNORE_INDEX, labels.dtype)), axis=1)
     if labels.ndim < 2:  # and not by the size: a batch of sequences may have length 1
-        labels = labels.reshape(len(ids)).astype(np.int64)
-        valid = labels != IGNORE_INDEX
-        return SampleKeys(ids, labels, valid.astype(np.int64), np.count_nonzero(valid))
+        labels = labels.astype(np.int64).reshape(len(ids))
+        return SampleKeys(ids, labels, np.count_nonzero(labels != IGNORE_INDEX))
     labels = labels.reshape(len(ids), -1).astype(np.int64)
     valid = labels != IGNORE_INDEX
     # The sum of splitmix64 of (label, position among the labels), modulo 2**64.
@@ -82,7 +83,7 @@ def sample_keys(ids: torch.Tensor, labels: torch.Tensor, shifted: bool = False) 
     mixed ^= mixed >> np.uint64(31)
     hashes = np.where(valid, mixed, np.uint64(0)).sum(axis=1).view(np.int64)
     rows = np.flatnonzero(valid)
-    return SampleKeys(ids, hashes, valid.sum(axis=1), len(rows), rows)
+    return SampleKeys(ids, hashes, len(rows), valid.sum(axis=1), rows)
 
 
 @contextmanager
@@ -124,35 +125,72 @@ class SampleIdDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def _with_id(self, index: int, item: Any) -> dict[str, Any]:
-        if not isinstance(item, (dict, Mapping)):  # dict first: asking the abstract class is slow
+    def _item(self, index: int) -> Any:
+        if self.transform_seed is None:
+            return self.dataset[index]
+        sample_id = index if self.ids is None else int(self.ids[index])
+        with seeded(self.transform_seed, int(self.epoch) + 1, sample_id):
+            return self.dataset[index]
+
+    def _items(self, indices: list[int]) -> list[Any]:
+        if self.transform_seed is not None:
+            return [self._item(int(index)) for index in indices]
+        fetch = getattr(self.dataset, "__getitems__", None)
+        return [self.dataset[index] for index in indices] if fetch is None else list(fetch(indices))
+
+    def _ids(self, indices: list[int], items: list[Any]) -> np.ndarray:
+        """The ids of items, which must be dictionaries."""
+        if len(items) != len(indices):
+            raise ValueError(f"__getitems__ of train_dataset gave {len(items)} items for {len(indices)} indices.")
+        if not all(issubclass(kind, Mapping) for kind in set(map(type, items))):
+            index, item = next(pair for pair in zip(indices, items, strict=True) if not isinstance(pair[1], Mapping))
             raise TypeError(
                 f"train_dataset[{index}] is a {type(item).__name__}: self-distillation needs items that are "
                 "dictionaries, to add their sample_id."
             )
-        if self.id_column is not None:
+        if self.id_column is None:
+            indices = np.array(indices, dtype=np.int64)
+            return indices if self.ids is None else self.ids[indices]
+        for index, item in zip(indices, items, strict=True):
             if self.id_column not in item:
                 raise ValueError(
                     f"sample_id_column={self.id_column!r} is not among the keys of train_dataset[{index}]: "
                     f"{', '.join(map(str, item))}."
                 )
-            return {**item, SAMPLE_ID: _as_id(item[self.id_column], self.id_column)}
-        return {**item, SAMPLE_ID: index if self.ids is None else int(self.ids[index])}
+        return _ids_in(items, self.id_column)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[int(index)]
-        if self.transform_seed is None:
-            return self._with_id(index, self.dataset[index])
-        sample_id = index if self.ids is None else int(self.ids[index])
-        with seeded(self.transform_seed, int(self.epoch) + 1, sample_id):
-            return self._with_id(index, self.dataset[index])
+        return self._marked([index], [self._item(index)])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        if self.transform_seed is not None:
-            return [self[index] for index in indices]
-        fetch = getattr(self.dataset, "__getitems__", None)
-        items = [self.dataset[index] for index in indices] if fetch is None else fetch(indices)
-        return [self._with_id(int(index), item) for index, item in zip(indices, items, strict=True)]
+        return self._marked(indices, self._items(indices))
+
+    def _marked(self, indices: list[int], items: list[Any]) -> list[dict[str, Any]]:
+        ids = self._ids(indices, items).tolist()
+        return [{**item, SAMPLE_ID: sample_id} for item, sample_id in zip(items, ids, strict=True)]
+
+
+class IdentifiedItems(list):
+    """
+    Items of a dataset as it gave them, in a list that knows their ids.
+
+    Args:
+        items (`list`): the items.
+        ids (`np.ndarray` of `int64`, shape `[B]`): their ids.
+    """
+
+    def __init__(self, items: list[Any], ids: np.ndarray):
+        super().__init__(items)
+        self.ids = ids
+
+
+class BatchIdDataset(SampleIdDataset):
+    """A [`SampleIdDataset`] that is read in batches by [`SelfKDDataCollator`], which spares a copy of each item."""
+
+    def __getitems__(self, indices: list[int]) -> IdentifiedItems:
+        items = self._items(indices)
+        return IdentifiedItems(items, self._ids(indices, items))
 
 
 def is_hf_dataset(dataset: Any) -> bool:
@@ -204,6 +242,18 @@ def _as_id(value: Any, name: str) -> int:
         return operator.index(value)
     except TypeError:
         raise ValueError(f"sample_id_column={name!r} holds {value!r}: ids must be integers.") from None
+
+
+def _ids_in(items: list[Mapping], name: str) -> np.ndarray:
+    """The ids that items carry under this name."""
+    return np.array([_as_id(item.get(name), name) for item in items], dtype=np.int64)
+
+
+def _without(items: list[Mapping], name: str) -> list[Mapping]:
+    """The items without this key; they may be the dataset's own, so they are copied where one has it."""
+    if not any(name in item for item in items):
+        return items
+    return [{key: value for key, value in item.items() if key != name} for item in items]
 
 
 def checked_ids(values: Any, name: str) -> np.ndarray:
@@ -267,7 +317,6 @@ class SelfKDDataCollator:
         self.id_column = id_column
         self.host_keys = True  # off where batches travel between processes, which takes tensors only
         self.shifts_labels = False  # set by the trainer for causal language models
-        self.owns_features = False  # set by the trainer for its own wrapper, whose items are made for this one batch
         self.seed, self.epoch = 0, None  # set by the trainer: args.seed and the epoch in shared memory
 
     @property
@@ -277,16 +326,16 @@ class SelfKDDataCollator:
 
     def __call__(self, features: list[Any]) -> dict[str, Any]:
         ids = None
-        if isinstance(features[0], Mapping) and self.id_column in features[0]:
-            if not self.owns_features:
-                features = [dict(feature) for feature in features]
-            ids = [_as_id(feature.pop(self.id_column, None), self.id_column) for feature in features]
+        if isinstance(features, IdentifiedItems):
+            ids, features = features.ids, _without(features, SAMPLE_ID)
+        elif isinstance(features[0], Mapping) and self.id_column in features[0]:
+            ids, features = _ids_in(features, self.id_column), _without(features, self.id_column)
         batch = self.collator(features)
         if ids is not None:
-            batch[SAMPLE_ID] = torch.from_numpy(np.array(ids, dtype=np.int64))
+            batch[SAMPLE_ID] = torch.from_numpy(ids)
             labels = batch.get("labels")
             if self.host_keys and isinstance(labels, torch.Tensor) and (labels.dim() < 2 or len(labels) == len(ids)):
-                batch[SAMPLE_KEYS] = sample_keys(batch[SAMPLE_ID], labels, self.shifts_labels)
+                batch[SAMPLE_KEYS] = sample_keys(ids, labels, self.shifts_labels)
         if self.mixes:
             self._mix(batch)
         return batch

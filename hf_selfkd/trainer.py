@@ -109,8 +109,7 @@ class _Epochs(TrainerCallback):
         self.trainer._begin_epoch()
 
     def on_step_end(self, args, state, control, **kwargs):
-        for teacher in self.trainer._teachers.values():
-            teacher.after_step()
+        self.trainer.teacher.after_step()  # those of heads are histories, to which steps are all the same
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer._release_head()
@@ -177,6 +176,8 @@ class SelfKDMixin(DataLoading, Checkpoints):
             self._grow_heads(model, args)
         super().__init__(model, args, *arguments, **keywords)
         self._rows: Callable[[torch.Tensor, torch.Tensor], Rows] = adapter_for(self.model)
+        self._world = self.args.world_size  # properties, which would be worked out in every step
+        self._distils = self.args.distils
         self._loss_shifts_labels = False  # what the stock Trainer counts by: we shift the labels that it is given
         self._check_setup()
         self._chunked: ChunkedHead | None = None  # in training only
@@ -268,6 +269,7 @@ class SelfKDMixin(DataLoading, Checkpoints):
         self._means = RunningMeans()
         averaged = self.args.average_tokens_across_devices
         self._loss_world = self.accelerator.num_processes // self.get_tp_size() if averaged else 1
+        self._distils = self.args.distils
         self._release_head()
         if self.args.chunked_logits:
             self._chunked = ChunkedHead(self.model)
@@ -391,9 +393,8 @@ class SelfKDMixin(DataLoading, Checkpoints):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         keys = [batch.get(SAMPLE_KEYS) for batch in batch_samples]
-        if keys and None not in keys and self.args.world_size == 1:
-            count = max(sum(part.total for part in keys), 1)
-            return torch.tensor(count).to(device, non_blocking=True)
+        if keys and None not in keys and self._world == 1:
+            return torch.tensor(max(sum(part.total for part in keys), 1)).to(device, non_blocking=True)
         # The stock Trainer counts only for models that ask for it; our loss divides by the count for every model.
         accepts = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = True
@@ -608,7 +609,7 @@ class SelfKDMixin(DataLoading, Checkpoints):
 
     def _alpha(self) -> float:
         args, state = self.args, self.state
-        if not args.distils:
+        if not self._distils:
             return 0.0
         return alpha_at(
             args.alpha,

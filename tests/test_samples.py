@@ -19,6 +19,7 @@ from hf_selfkd.samples import (
     MIX_PARTNER,
     SAMPLE_ID,
     SAMPLE_KEYS,
+    BatchIdDataset,
     SampleIdDataset,
     checked_ids,
     is_hf_dataset,
@@ -170,6 +171,47 @@ def test_the_batch_path_is_used_where_there_is_one():
     assert [item["x"] for item in with_sample_ids(slow).__getitems__([3, 1])] == [3, 1] and slow.asked == [3, 1]
     batch = next(iter(DataLoader(with_sample_ids(plain), batch_size=2, sampler=[5, 0, 1])))
     assert batch[SAMPLE_ID].tolist() == [5, 0] and plain.asked[1] == (5, 0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ids_that_travel_beside_the_items(workers):
+    """The user's collator gets the items of the dataset themselves, and they are not changed."""
+    plain, own = Plain(), []
+
+    def inner(items):
+        own.append(all(item is plain.items[item["x"]] and SAMPLE_ID not in item for item in items))
+        return {"own": all(own)} | default_data_collator(items)
+
+    for dataset, ids in ((BatchIdDataset(plain), [3, 1, 4]), (BatchIdDataset(plain, np.arange(6) + 7), [10, 8, 11])):
+        loader = DataLoader(
+            dataset, batch_size=3, sampler=[3, 1, 4], collate_fn=SelfKDDataCollator(inner), num_workers=workers
+        )
+        (batch,) = loader
+        assert batch["own"] and batch[SAMPLE_ID].tolist() == batch[SAMPLE_KEYS].ids.tolist() == ids
+        assert batch["x"].tolist() == [3, 1, 4]
+    assert BatchIdDataset(plain)[5][SAMPLE_ID] == 5  # one by one, the items carry their ids
+
+
+def test_ids_beside_items_that_have_a_sample_id():
+    """The collator of the user sees none, and the item keeps its own."""
+    plain, seen = Plain(own=4), []
+    for item in plain.items:
+        item[SAMPLE_ID] = item["x"] + 20
+    collator = SelfKDDataCollator(lambda items: seen.extend(items) or default_data_collator(items))
+    for column, ids in ((None, [2, 5]), (SAMPLE_ID, [22, 25])):
+        batch = collator(BatchIdDataset(plain, id_column=column).__getitems__([2, 5]))
+        assert batch[SAMPLE_ID].tolist() == ids
+    assert not any(SAMPLE_ID in item for item in seen) and plain.items[2][SAMPLE_ID] == 22
+    with pytest.raises(TypeError, match=r"train_dataset\[4\] is a tuple"):
+        plain.items[4] = (1, 2)
+        BatchIdDataset(plain).__getitems__([3, 4])
+
+
+def test_a_dataset_that_gives_too_few_items():
+    plain = Batched()
+    plain.__class__ = type("Short", (Batched,), {"__getitems__": lambda self, indices: self.items[:1]})
+    with pytest.raises(ValueError, match="gave 1 items for 2 indices"):
+        BatchIdDataset(plain).__getitems__([3, 4])
 
 
 def test_indices_of_other_integer_types():
@@ -396,7 +438,7 @@ def test_keys_of_samples():
     """One label each: the hash is the label, row b is sample b."""
     keys = sample_keys(torch.tensor([7, 3, 9]), torch.tensor([2, -100, 0]))
     assert keys.ids.tolist() == [7, 3, 9] and keys.ids.dtype == np.int64
-    assert keys.label_hash.tolist() == [2, -100, 0] and keys.counts.tolist() == [1, 0, 1] and keys.rows is None
+    assert keys.label_hash.tolist() == [2, -100, 0] and keys.total == 2 and keys.counts is keys.rows is None
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (1, 1)])

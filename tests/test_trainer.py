@@ -126,10 +126,14 @@ def test_how_many_batches_wait_for_the_log_changes_no_figure(tmp_path, monkeypat
     for limit in (2**18, held):
         monkeypatch.setattr(measures, "MAX_HELD", limit)
         trainer = train(tmp_path, "vit", make_samples("vit"), logging_steps=6)
-        logs.append([[entry.get(name) for name in figures] for entry in trainer.state.log_history if "loss" in entry])
+        entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+        logs.append([{name: entry[name] for name in figures if name in entry} for entry in entries])
         waited.append(max(most))
         most.clear()
-    assert logs[0] == logs[1] and len(logs[0]) == 3
+    # Not to the bit: batches that wait are measured as one, which adds up the rows in another order.
+    assert len(logs[0]) == len(logs[1]) == 3
+    for one, other in zip(*logs, strict=True):
+        assert one == pytest.approx(other, rel=1e-6)
     assert waited[0] == 6 > waited[1]
 
 
