@@ -445,15 +445,7 @@ class SelfKDMixin(DataLoading, Checkpoints):
             ValueError: at the first batch that shows a fault (labels, logits, ids), before any optimizer step.
         """
         if not (self.is_in_train and model.training):
-            if self.args.world_size > 1 and self.compute_loss_func is None and self.label_smoother is None:
-                # Many models ignore the count, and the stock Trainer then multiplies their mean by the processes.
-                num_items_in_batch = None
-            if "labels" in inputs and not (self.compute_loss_func is None and self.label_smoother is None):
-                # The stock Trainer takes the labels off, and with them what the decoder starts from.
-                others = {name: value for name, value in inputs.items() if name != "labels"}
-                batch = Batch(others, inputs["labels"], None, None)
-                inputs = self._unlabelled(batch) | {"labels": batch.labels}
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = self._take(inputs)
         if self._chunked is not None:
             if self._ours is None:
@@ -484,6 +476,18 @@ class SelfKDMixin(DataLoading, Checkpoints):
             heads = self._heads_loss(batch, results, rows, alpha)
             loss = loss + heads / num_items_in_batch * self._loss_world
         return (loss, outputs) if return_outputs else loss
+
+    def _evaluation_loss(self, model, inputs, return_outputs, num_items_in_batch):
+        """The loss of the stock Trainer, with what it gets wrong put right."""
+        if self.args.world_size > 1 and self.compute_loss_func is None and self.label_smoother is None:
+            # Many models ignore the count, and the stock Trainer then multiplies their mean by the processes.
+            num_items_in_batch = None
+        if "labels" in inputs and not (self.compute_loss_func is None and self.label_smoother is None):
+            # The stock Trainer takes the labels off, and with them what the decoder starts from.
+            others = {name: value for name, value in inputs.items() if name != "labels"}
+            batch = Batch(others, inputs["labels"], None, None)
+            inputs = self._unlabelled(batch) | {"labels": batch.labels}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _heads_loss(self, batch: Batch, results: HeadResults, rows: Rows, alpha: float) -> torch.Tensor:
         """The sum of the heads' losses over the rows of a batch; what they say is noted."""
