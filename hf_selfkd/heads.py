@@ -287,15 +287,15 @@ def attach_auxiliary_heads(
     if heads_of(model) is not None:
         raise ValueError("the model has auxiliary heads already: call strip_auxiliary_heads(model) first.")
     inputs = example_inputs(model) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}
-    with seeded(torch.initial_seed() % 2**63 if seed is None else seed):
+    with seeded(torch.initial_seed() % 2**63 if seed is None else seed):  # LayerDrop draws in evaluation mode too
         heads = _build(model, config, inputs)
-    setattr(model, ATTRIBUTE, heads)
-    heads.register(model)
-    try:
-        _try(model, heads, inputs)
-    except Exception:
-        strip_auxiliary_heads(model)
-        raise
+        setattr(model, ATTRIBUTE, heads)
+        heads.register(model)
+        try:
+            _try(model, heads, inputs)
+        except Exception:
+            strip_auxiliary_heads(model)
+            raise
     heads.requires_grad_(config.trains)  # an optimizer or a process group would wait for gradients that never come
     if isinstance(model, PreTrainedModel):
         model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | head_names(model)
@@ -337,7 +337,7 @@ def strip_auxiliary_heads(model: nn.Module) -> nn.Module:
     if heads is None:
         return model
     if isinstance(model, PreTrainedModel):
-        model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save) - head_names(model)
+        model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) - head_names(model)
     heads.remove()
     delattr(model, ATTRIBUTE)
     return model
