@@ -87,7 +87,7 @@ class AuxiliaryHeads(nn.Module):
         self.config, self.names, self.layout, self.recorder = config, names, layout, recorder
         self.heads = nn.ModuleList(heads)
         self.adapters = nn.ModuleDict()
-        self.deepest = next((name for name in reversed(recorder.names) if name in layout.shapes), names[-1])
+        self.deepest = layout.deepest or names[-1]
         if config.feature_weight > 0:
             for index, (name, head) in enumerate(zip(names, heads, strict=True)):
                 if name != self.deepest:
@@ -356,10 +356,8 @@ def _build(model: nn.Module, config: AuxiliaryHeadsConfig, inputs: dict[str, Any
     images = inputs.get("pixel_values")
     size = tuple(images.shape[-2:]) if images is not None and images.dim() == 4 and layout.pooled else None
     words = not layout.pooled and _embedding_of(model) is not None
-    views = "rotation" if size is not None else "none"
-    taps = choose_layers(
-        config.layers, layout, model, last=(views if config.views == "auto" else config.views) != "none"
-    )
+    views = config.views if config.views != "auto" else "rotation" if size is not None else "none"
+    taps = choose_layers(config.layers, layout, model, last=views == "rotation")
     patch = _patch_of(model)
     maps = size is not None and all(_is_map(layout.shapes[name], size, patch) for name in taps)
     config = config.with_choices("lm_head" if words else "conv" if maps else "mlp", views)
@@ -426,7 +424,7 @@ class _Factory:
 
     def _body(self, name: str) -> tuple[nn.Module, int]:
         kind, width = self.config.head, self.layout.width(name)
-        deep = next((layer for layer in reversed(self.names) if layer in self.layout.shapes), name)
+        deep = self.layout.deepest or name
         if kind == "conv":
             return SeparableConvolution(width, self.layout.width(deep), self.patch), self.layout.width(deep)
         if kind == "transformer":
@@ -448,8 +446,9 @@ class _Factory:
             return RemainingLayers(self._fresh([name]), [place])
         lists = lists_of_layers(self.model.get_submodule(name))
         blocks = [f"{name}.{block}" for block in list(lists[0])[1:]] if lists else []  # the first one changes it
-        if blocks and self._keeps_shape(Blocks(self._fresh(blocks)), name):
-            return Blocks(self._fresh(blocks))
+        body = Blocks(self._fresh(blocks))
+        if blocks and self._keeps_shape(body, name):
+            return body
         width = self.layout.width(name)
         return SeparableConvolution(width, width, self.patch)
 

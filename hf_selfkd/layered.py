@@ -10,17 +10,7 @@ import torch
 
 from .heads import AuxiliaryHeads, HeadResults
 from .heads_config import ROTATIONS, AuxiliaryHeadsConfig
-from .losses import (
-    WHOLE,
-    Past,
-    RowLosses,
-    Side,
-    cross_entropy_sum,
-    divergence,
-    labelled,
-    progressive_cross_entropy,
-    weighted,
-)
+from .losses import RowLosses, Side, cross_entropy_sum, divergence, labelled, only, weighted
 from .measures import TokenFigures
 from .rows import Rows
 from .samples import IGNORE_INDEX, SampleKeys
@@ -157,7 +147,7 @@ class Layered:
 
     def ids(self, ids: np.ndarray | None) -> np.ndarray | None:
         """The ids of all views of all samples."""
-        return None if ids is None or not self.rotates else (ROTATIONS * ids[:, None] + np.arange(4)).reshape(-1)
+        return None if ids is None else (ROTATIONS * ids[:, None] + np.arange(ROTATIONS)).reshape(-1)
 
     # Losses
 
@@ -175,7 +165,7 @@ class Layered:
         sides: list[list[Side]],
         logits: torch.Tensor,
         alpha: float,
-        temperature: float,
+        row_losses: Callable[[Rows, Side, float], RowLosses],
     ) -> torch.Tensor:
         """
         Sum of the losses of all heads over the rows of a batch, averaged over the views of a sample.
@@ -187,7 +177,7 @@ class Layered:
             logits (`torch.FloatTensor` of shape `[R, C]`): of the model itself, the deepest classifier if it tells
                 the same classes as the heads.
             alpha (`float`): the weight of the past for the model itself.
-            temperature (`float`): of the past.
+            row_losses (`Callable`): the losses of rows with a past, given rows, side and weight of the past.
 
         Returns:
             `torch.FloatTensor`: a scalar.
@@ -198,10 +188,10 @@ class Layered:
         for index, (part, own) in enumerate(zip(rows, sides, strict=True)):
             loss = torch.zeros((), device=mask.device)
             if config.hard_weight > 0:
-                loss = loss + config.hard_weight * self._label_loss(part, own, config.past_weight * alpha, temperature)
+                loss = loss + config.hard_weight * self._label_loss(part, own, config.past_weight * alpha, row_losses)
             if config.deep_to_shallow_weight > 0 and not (self.rotates and index == len(rows) - 1):
                 away = divergence(part.logits, teacher, config.temperature)
-                loss = loss + config.deep_to_shallow_weight * torch.where(mask, away, 0.0).sum()
+                loss = loss + config.deep_to_shallow_weight * only(away, mask).sum()
             if results.features[index] is not None:
                 loss = loss + config.feature_weight * self._feature_loss(results, index, mask)
             total = total + loss
@@ -210,35 +200,19 @@ class Layered:
         return total / self.views
 
     @staticmethod
-    def _label_loss(rows: Rows, sides: list[Side], alpha: float, temperature: float) -> torch.Tensor:
+    def _label_loss(
+        rows: Rows, sides: list[Side], alpha: float, row_losses: Callable[[Rows, Side, float], RowLosses]
+    ) -> torch.Tensor:
         if sides[0].past is None or alpha == 0:
             return weighted([cross_entropy_sum(rows.logits, side.labels) for side in sides], sides)
-        if sides[0].past.index is not None:
-            normalized = rows.summary.log_norm
-        else:  # a history stores them, too; of many rows they are too large to be made as a whole
-            normalized = rows.log_probs if rows.logits.numel() <= WHOLE else None
-        parts: list[RowLosses] = [
-            progressive_cross_entropy(rows.logits, side.labels, side.past, alpha, temperature, normalized)
-            for side in sides
-        ]
-        return weighted([part.total.sum() for part in parts], sides)
+        return weighted([row_losses(rows, side, alpha).total.sum() for side in sides], sides)
 
     @staticmethod
     def _feature_loss(results: HeadResults, index: int, mask: torch.Tensor) -> torch.Tensor:
         adapted, deep = results.features[index].float(), results.deep.float()
         distance = (adapted - deep).square().mean(dim=-1).reshape(-1)
         # Rows of a causal model stand where their predictions do, so the mask fits the positions as it is.
-        return torch.where(mask, distance, 0.0).sum()
-
-    def sides(
-        self, rows: Rows, past: Past | None, labels: torch.Tensor, turns: np.ndarray | None, mix: Any | None
-    ) -> list[Side]:
-        """The labels and past rows that a head learns from: as of the model itself, in the views' order."""
-        if mix is None:
-            return [Side(rows.labels, past, None)]
-        partner = labels[mix.partner]
-        other = partner.reshape(-1) if turns is None else self.joint_labels(partner, turns)
-        return [Side(rows.labels, past, mix.weight), Side(other, past, 1 - mix.weight)]
+        return only(distance, mask).sum()
 
     def take_figures(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """

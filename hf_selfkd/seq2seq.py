@@ -26,6 +26,7 @@ class Seq2SeqSelfKDTrainer(SelfKDMixin, Seq2SeqTrainer):
     Args:
         model ([`~transformers.PreTrainedModel`], *optional*): an encoder-decoder model with a language modeling head.
         args ([`Seq2SeqSelfKDConfig`] or [`~transformers.Seq2SeqTrainingArguments`], *optional*): the arguments.
+        auxiliary_heads ([`AuxiliaryHeadsConfig`] or `str`, *optional*): as for [`SelfKDTrainer`].
         *arguments, **keywords: as for [`~transformers.Seq2SeqTrainer`].
     """
 

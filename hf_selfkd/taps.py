@@ -242,6 +242,11 @@ class Layout:
     num_classes: int
     pooled: bool
 
+    @property
+    def deepest(self) -> str | None:
+        """`str`: the last of the layers that was called, if any was."""
+        return next((name for name in reversed(self.layers) if name in self.shapes), None)
+
     def width(self, name: str) -> int:
         """Channels of the features of a module."""
         shape = self.shapes[name]

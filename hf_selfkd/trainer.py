@@ -502,13 +502,13 @@ class SelfKDMixin(DataLoading, Checkpoints):
                 teacher.observe(keys, part, mixed=batch.mix is not None)
         elif self._heads_learn_from_past and self.teacher.epoch > 0:  # before, even a warm start has untrained heads
             pasts = self.teacher.of_heads or pasts
+        partner = None
+        if batch.mix is not None and batch.turns is not None:
+            partner = layered.joint_labels(batch.labels[batch.mix.partner], batch.turns)
         sides = [
-            self._sides(part.labels, past, batch.mix)
-            if batch.turns is None
-            else layered.sides(part, past, batch.labels, batch.turns, batch.mix)
-            for part, past in zip(head_rows, pasts, strict=True)
+            self._sides(part.labels, past, batch.mix, partner) for part, past in zip(head_rows, pasts, strict=True)
         ]
-        return layered.loss(results, head_rows, sides, rows.logits, alpha, self.args.temperature)
+        return layered.loss(results, head_rows, sides, rows.logits, alpha, self._row_losses)
 
     @torch.no_grad()
     def _probe(self, batch: Batch) -> None:
@@ -655,13 +655,19 @@ class SelfKDMixin(DataLoading, Checkpoints):
             else "The model has a loss of its own: it is kept as the hard part, with weight 1 - alpha."
         )
 
-    def _sides(self, labels: torch.Tensor, past: Past | None, mix: Mix | None) -> list[Side]:
-        """The labels and past rows to learn from: the sample's own and, for mixed images, its partner's."""
+    def _sides(
+        self, labels: torch.Tensor, past: Past | None, mix: Mix | None, partner: torch.Tensor | None = None
+    ) -> list[Side]:
+        """
+        The labels and past rows to learn from: the sample's own and, for mixed images, those of its partner, whose
+        labels are given where rows are views.
+        """
         if mix is None:
             return [Side(labels, past, None)]
         # A stored row belongs to an unmixed image; other teachers have looked at the mixed image itself.
         partners = past.select(mix.partner) if past is not None and self.teacher.needs_ids else past
-        return [Side(labels, past, mix.weight), Side(labels[mix.partner], partners, 1 - mix.weight)]
+        partner = labels[mix.partner] if partner is None else partner
+        return [Side(labels, past, mix.weight), Side(partner, partners, 1 - mix.weight)]
 
     def _scaled_loss(
         self,
@@ -743,8 +749,9 @@ class SelfKDTrainer(SelfKDMixin, Trainer):
 
     Args:
         model ([`~transformers.PreTrainedModel`] or `nn.Module`, *optional*):
-            A model for sequence, image, audio or token classification, PEFT-wrapped or not.
+            A model for sequence, image, audio or token classification, or a language model, PEFT-wrapped or not.
         args ([`SelfKDConfig`] or [`~transformers.TrainingArguments`], *optional*): the arguments.
+        auxiliary_heads ([`AuxiliaryHeadsConfig`] or `str`, *optional*): layered distillation, as in the arguments.
         *arguments, **keywords: as for [`~transformers.Trainer`].
 
     Raises:
