@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from .config import SelfKDConfig
-from .losses import Past, Remainder, of_label
+from .losses import MAX_HELD, Past, Remainder, of_label
 from .samples import SampleKeys
 
 
@@ -216,12 +216,16 @@ class PredictionHistory:
         self.trace = torch.full((size, trace_epochs), math.nan, dtype=torch.float16) if trace_epochs else None
         # What was predicted in this epoch: which samples, and their rows in buffers that are made once. Tensors that
         # outlive a step would scatter the memory that the next step needs in one piece.
-        self.samples: list[tuple[np.ndarray | int, ...]] = []  # (slots, order, label hashes, rows of each) of batches
+        # (slots, order, label hashes, rows of each) of batches, once an epoch put into one array.
+        self.samples: list[tuple[np.ndarray | int, ...]] = []
         self.journal: dict[str, torch.Tensor] = {}
         self.filled = 0
-        self._last: tuple[SampleKeys, np.ndarray, np.ndarray | None] | None = (
-            None  # what `_known` said of the last batch
-        )
+        # Rows of small batches, not encoded yet (see `write`), and how many entries they have.
+        self.waiting: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]] = []
+        self.held = 0
+        # What `look_up` said of the last batch, and a mask that is true everywhere, of the length of the last one.
+        self._last: tuple[SampleKeys, np.ndarray, np.ndarray | None] | None = None
+        self._every: torch.Tensor | None = None
         self.visits = 0  # micro-batches of this epoch so far, the order in which predictions were made
 
     # Reading
@@ -233,11 +237,14 @@ class PredictionHistory:
             ValueError: if an id is unknown.
         """
         if self.ids is None:
-            slots, known = ids, ids.view(np.uint64) < self.size  # without a sign, a negative id is a huge one
+            values = ids.tolist()  # of which Python finds the ends of a batch sooner than NumPy
+            if not values or (min(values) >= 0 and max(values) < self.size):
+                return ids
+            slots, known = ids, (ids >= 0) & (ids < self.size)
         else:
             slots = np.minimum(np.searchsorted(self.ids, ids), self.size - 1)
             known = self.ids[slots] == ids
-        if np.count_nonzero(known) < len(known):
+        if not known.all():
             raise ValueError(
                 f"sample_id={ids[~known][0]} is out of range: the history was made for {self.size} samples"
                 f"{' with ids 0 to ' + str(self.size - 1) if self.ids is None else ''}; give the trainer the whole "
@@ -260,10 +267,11 @@ class PredictionHistory:
         Raises:
             ValueError: if an id is unknown, or a sample's labels are not those of the stored prediction.
         """
-        slots, known = self._known(keys)
+        slots, known = self.look_up(keys)
         if known is None and keys.total == num_rows and not self.ragged:
-            every = torch.ones(num_rows, dtype=torch.bool, device=device)
-            past = self._past(slots, every, device)
+            if self._every is None or len(self._every) != num_rows or self._every.device != device:
+                self._every = torch.ones(num_rows, dtype=torch.bool, device=device)
+            past = self._past(slots, self._every, device)
             past.whole = True
             return past
         known = np.ones(len(slots), dtype=bool) if known is None else known
@@ -292,20 +300,22 @@ class PredictionHistory:
         parts = {name: _to(part.index_select(0, index), device) for name, part in self.table.items()}
         return self.codec.decode(parts, mask)
 
-    def _known(self, keys: SampleKeys) -> tuple[np.ndarray, np.ndarray | None]:
+    def look_up(self, keys: SampleKeys) -> tuple[np.ndarray, np.ndarray | None]:
         """
-        Where these samples are kept and which have a prediction (`None` for all), made for the labels that they have
-        now.
+        Where these samples are kept and which have a prediction (`None` for all).
+
+        Raises:
+            ValueError: if an id is unknown, or a prediction was made for other labels than the sample has now.
         """
         if self._last is not None and self._last[0] is keys:
             return self._last[1:]  # of the same batch, read before it is written
         slots, known = self.slots(keys.ids), None
-        changed = self.hashes[slots] != keys.label_hash
+        hashes = self.hashes.take(slots)
         if not self._complete:
             known = self.stamps[slots] != NEVER
-            changed &= known
-        if np.count_nonzero(changed):
-            where = np.flatnonzero(changed)[0]
+            hashes = np.where(known, hashes, keys.label_hash)
+        if hashes.tobytes() != keys.label_hash.tobytes():  # faster than by elements
+            where = np.flatnonzero(hashes != keys.label_hash)[0]
             raise ValueError(
                 f"the labels of sample_id={keys.ids[where]} are not those its stored prediction was made for (hash "
                 f"{keys.label_hash[where]} now, {self.hashes[slots[where]]} stored): the training set was shuffled, "
@@ -361,7 +371,8 @@ class PredictionHistory:
 
         Args:
             keys ([`~hf_selfkd.samples.SampleKeys`]): of the batch.
-            log_probs (`torch.FloatTensor` of shape `[R, C]`, or `[R, k]` with `index`): float32, detached.
+            log_probs (`torch.FloatTensor` of shape `[R, C]`, or `[R, k]` with `index`):
+                float32, detached; it may be read later, so it must not be changed.
             labels (`torch.LongTensor` of shape `[R]`): for the trace.
             index (`torch.LongTensor` of shape `[R, k]`, *optional*): classes of the entries to store.
             true_log_probs (`torch.FloatTensor` of shape `[R]`, *optional*): of the labels, for the trace of entries.
@@ -369,20 +380,39 @@ class PredictionHistory:
         Raises:
             ValueError: as [`~PredictionHistory.read`] does, which is not called at alpha 0.
         """
-        slots, _ = self._known(keys)
-        parts = self.codec.encode(log_probs, index)
+        slots, _ = self.look_up(keys)
+        true = None
         if self.trace is not None:
-            if true_log_probs is None:
-                true_log_probs = of_label(log_probs, labels)
-            true = true_log_probs.exp().masked_fill_(labels < 0, math.nan)
-            parts["true_probs"] = true.to(torch.float16).unsqueeze(-1)
+            true = of_label(log_probs, labels) if true_log_probs is None else true_log_probs
+            true = true.exp().masked_fill_(labels < 0, math.nan)
+        rows = (log_probs, index, true)
         if self.ragged:
-            rows = _to(torch.from_numpy(keys.rows), log_probs.device)
-            parts = {name: part.index_select(0, rows) for name, part in parts.items()}
-        self._note((slots, self.visits, keys.label_hash, keys.counts if self.ragged else 1), parts)
+            places = _to(torch.from_numpy(keys.rows), log_probs.device)
+            rows = tuple(None if part is None else part.index_select(0, places) for part in rows)
+        self.samples.append((slots, self.visits, keys.label_hash, keys.counts if self.ragged else 1))
+        self.waiting.append(rows)
+        self.held += rows[0].numel()
         self.visits += 1
+        # Small batches are encoded several at a time: fetching code that has not just run into the processor's cache
+        # takes longer than running it.
+        if self.held > MAX_HELD:
+            self._encode()
 
-    def _note(self, samples: tuple[np.ndarray | int, ...], parts: dict[str, torch.Tensor]) -> None:
+    def _encode(self) -> None:
+        """Move the rows that wait to the journal."""
+        if not self.waiting:
+            return
+        log_probs, index, true = (
+            None if parts[0] is None else parts[0] if len(parts) == 1 else torch.cat(parts)
+            for parts in zip(*self.waiting, strict=True)
+        )
+        self.waiting, self.held = [], 0
+        parts = self.codec.encode(log_probs, index)
+        if true is not None:
+            parts["true_probs"] = true.to(torch.float16).unsqueeze(-1)
+        self._note(parts)
+
+    def _note(self, parts: dict[str, torch.Tensor]) -> None:
         start, self.filled = self.filled, self.filled + len(parts["log_probs"])
         held = len(self.journal["log_probs"]) if self.journal else 0
         if self.filled > held or not self.journal:
@@ -395,7 +425,6 @@ class PredictionHistory:
                 self.journal[name] = buffer
         for name, part in parts.items():
             self.journal[name][start : self.filled].copy_(part, non_blocking=True)
-        self.samples.append(samples)  # as they are: once an epoch is soon enough to put them into one array
 
     @property
     def _columns(self) -> dict[str, tuple[int, torch.dtype]]:
@@ -403,6 +432,7 @@ class PredictionHistory:
 
     def _take_journal(self) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
         """The journal: `[n, 4]` of (slot, order, label hash, rows), and the parts of their rows."""
+        self._encode()
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # copies to the host may be under way; once an epoch, not once a step
         samples = np.empty((sum(len(batch[0]) for batch in self.samples), 4), dtype=np.int64)
@@ -582,7 +612,9 @@ class PredictionHistory:
     def add_journal(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take over a journal; several may follow one another when the number of processes changed."""
         if len(tensors["samples"]):
-            self._note(tuple(tensors["samples"].numpy().T), {name: tensors[name] for name in self._columns})
+            self._encode()
+            self.samples.append(tuple(tensors["samples"].numpy().T))
+            self._note({name: tensors[name] for name in self._columns})
         self.visits = max(self.visits, int(tensors["visits"]))
 
 

@@ -17,6 +17,7 @@ Remainder = Literal["bucket", "label", "uniform", "renormalize"]
 
 
 WHOLE = 2**21  # logits up to which a loss is computed in one piece
+MAX_HELD = 2**18  # elements of the rows of small batches that may wait, to be worked off together
 LOG_ZERO = -1.0e4  # a finite stand-in for log(0): exp gives exactly 0 and 0 * LOG_ZERO is 0, not NaN
 
 

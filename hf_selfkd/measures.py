@@ -8,11 +8,10 @@ from itertools import groupby
 
 import torch
 
-from .losses import RowLosses, Side, chunks, labelled, of_label, only, target_entropy, weighted
+from .losses import MAX_HELD, RowLosses, Side, chunks, labelled, of_label, only, target_entropy, weighted
 
 
 SUMS = ("hard_loss", "soft_loss", "target_entropy", "past_agreement", "learners", "rows", "rows_with_entropy")
-MAX_HELD = 2**18  # elements of past rows that may wait to be summed
 
 
 @torch.no_grad()

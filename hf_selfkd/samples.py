@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import random
 from collections.abc import Callable, Mapping
@@ -72,7 +73,7 @@ def sample_keys(ids: torch.Tensor | np.ndarray, labels: torch.Tensor, shifted: b
         labels = np.concatenate((labels[:, 1:], np.full((len(ids), 1), IGNORE_INDEX, labels.dtype)), axis=1)
     if labels.ndim < 2:  # and not by the size: a batch of sequences may have length 1
         labels = labels.astype(np.int64).reshape(len(ids))
-        return SampleKeys(ids, labels, np.count_nonzero(labels != IGNORE_INDEX))
+        return SampleKeys(ids, labels, len(ids) - labels.tolist().count(IGNORE_INDEX))
     labels = labels.reshape(len(ids), -1).astype(np.int64)
     valid = labels != IGNORE_INDEX
     # The sum of splitmix64 of (label, position among the labels), modulo 2**64.
@@ -142,7 +143,8 @@ class SampleIdDataset(Dataset):
         """The ids of items, which must be dictionaries."""
         if len(items) != len(indices):
             raise ValueError(f"__getitems__ of train_dataset gave {len(items)} items for {len(indices)} indices.")
-        if not all(issubclass(kind, Mapping) for kind in set(map(type, items))):
+        kinds = set(map(type, items))
+        if kinds != {dict} and not all(issubclass(kind, Mapping) for kind in kinds):
             index, item = next(pair for pair in zip(indices, items, strict=True) if not isinstance(pair[1], Mapping))
             raise TypeError(
                 f"train_dataset[{index}] is a {type(item).__name__}: self-distillation needs items that are "
@@ -251,7 +253,7 @@ def _ids_in(items: list[Mapping], name: str) -> np.ndarray:
 
 def _without(items: list[Mapping], name: str) -> list[Mapping]:
     """The items without this key; they may be the dataset's own, so they are copied where one has it."""
-    if not any(name in item for item in items):
+    if name not in itertools.chain.from_iterable(items):
         return items
     return [{key: value for key, value in item.items() if key != name} for item in items]
 

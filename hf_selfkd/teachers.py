@@ -46,6 +46,9 @@ class Teacher:
         """Close the epoch before this one. Every process must call this; calling it again changes nothing."""
         self.epoch = epoch
 
+    def expect(self, keys: SampleKeys | None) -> None:
+        """Look these samples up before the model runs; this spares time, and finds faults early."""
+
     def targets(self, keys: SampleKeys | None, inputs: dict[str, Any], rows: Rows) -> Past | None:
         """Past predictions for these rows, or `None` if there are none at all."""
         return None
@@ -141,6 +144,10 @@ class HistoryTeacher(Teacher):
         if self.history is not None and epoch != self.epoch:
             self.history.end_epoch(max(self.epoch, WARM_START), self.gather, self.rank)
         self.epoch = epoch
+
+    def expect(self, keys: SampleKeys) -> None:
+        if self.history is not None:
+            self.history.look_up(keys)
 
     def targets(self, keys: SampleKeys, inputs: dict[str, Any], rows: Rows) -> Past | None:
         self._prepare(keys, rows)

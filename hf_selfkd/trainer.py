@@ -394,7 +394,10 @@ class SelfKDMixin(DataLoading, Checkpoints):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         keys = [batch.get(SAMPLE_KEYS) for batch in batch_samples]
         if keys and None not in keys and self._world == 1:
-            return torch.tensor(max(sum(part.total for part in keys), 1)).to(device, non_blocking=True)
+            count = max(sum(part.total for part in keys), 1)
+            if self._ours and device.type == "cpu":
+                return count  # only our loss sees it; an accelerator gets a tensor, as its division rounds otherwise
+            return torch.tensor(count).to(device, non_blocking=True)
         # The stock Trainer counts only for models that ask for it; our loss divides by the count for every model.
         accepts = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = True
@@ -455,6 +458,7 @@ class SelfKDMixin(DataLoading, Checkpoints):
         if self._ours is None:  # before the model sees them: its own loss may not say what is wrong
             check_labels(batch.labels, num_classes_of(self.model))
             self._unlabelled(batch)
+        self.teacher.expect(batch.keys)
         if self._asks_model:
             shown = batch.labels if batch.turns is None else self._layered.upright_labels(batch.labels)
             outputs = model(**batch.inputs, labels=shown)

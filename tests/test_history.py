@@ -687,6 +687,24 @@ def test_the_size_of_an_exchange_does_not_matter(tmp_path, monkeypatch):
         assert torch.equal(table.table["log_probs"][known], tables[0].table["log_probs"][known])
 
 
+@pytest.mark.parametrize("side", [None, "right"])
+@pytest.mark.parametrize("codec", CODECS)
+def test_when_rows_are_encoded_does_not_matter(tmp_path, monkeypatch, codec, side):
+    """Each batch at once, some together, or all at the end of the epoch: the dictionary's rows, the same bytes."""
+    arguments, atol = CODECS[codec]
+    plan, tables = draw_plan(2, epochs=2), []
+    for held in (0, 40, 2**18):
+        monkeypatch.setattr(history, "MAX_HELD", held)
+        tables += simulate(tmp_path / str(held), 2, plan, side, trace_epochs=2, **arguments)
+        one = make(tmp_path / "one")
+        write(one, [1, 2], 1)
+        assert len(one.waiting) == (held > 0)  # so the three ways differ
+    for table in tables:
+        check(table, reference(plan, side), list(range(10)), side, atol)
+        assert all(torch.equal(part, tables[0].table[name]) for name, part in table.table.items())
+        assert torch.equal(table.trace.nan_to_num(), tables[0].trace.nan_to_num())
+
+
 def test_processes_and_one_process_with_the_same_batches(tmp_path):
     """The ranks of a step as micro-batches of one process: the same table, byte for byte."""
     plan = draw_plan(2, epochs=2)
@@ -917,7 +935,8 @@ def test_declared_bytes_are_those_of_the_table_and_the_journals(tmp_path):
     table = make(tmp_path, size=40, top_k=2, dtype=torch.float16)
     for _ in range(2):
         write(table, list(range(40)), 1)
-        journal = sum(part[: table.filled].nbytes for part in table.journal.values())
+        parts = table.journal_state().items()
+        journal = sum(part.nbytes for name, part in parts if name not in ("samples", "visits"))
         table.end_epoch(0)
     assert made.num_bytes == journal + sum(part.nbytes for part in table.table.values())
 
