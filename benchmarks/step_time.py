@@ -190,8 +190,8 @@ def train_in_turns(trainers: list[Trainer], clock: Callable[[], float]) -> list[
 
 def keep_freed_memory(keep: bool) -> None:
     """
-    Whether the C library (glibc) keeps what is freed, in one heap for all threads. Giving memory back to the system
-    and fetching it again within a step takes a time that depends on what the step before left, on both sides.
+    Whether the C library (glibc) keeps what is freed, in one heap for all threads. Of a short step, giving memory back
+    to the system and fetching it again is a part that depends on what the step before left, on both sides.
     """
     mmap_max, arena_max, trim_threshold = -4, -8, -1
     values = {mmap_max: 0, trim_threshold: 2**31 - 1} if keep else {mmap_max: 2**16, trim_threshold: 2**17}
@@ -277,7 +277,7 @@ def main() -> None:
     sides = (False, args.teacher != "control")
     epochs: list[list[list[float]]] = []  # of each order: seconds of the epochs of either side
     with tempfile.TemporaryDirectory() as folder:
-        keep_freed_memory(True)
+        keep_freed_memory(args.model != "marian")  # whose large tensors are what users pay for
         for order in (1, -1):
             trainers = [make_trainer(side, args, args.rounds + 2, data, folder) for side in sides[::order]]
             seconds = train_in_turns(trainers, clock)[::order]

@@ -110,7 +110,7 @@ class ChunkedHead:
 
 def rows_of_a_piece(weight: torch.Tensor) -> int:
     """How many rows go through a head `[V, d]` at a time: enough for an efficient product, few enough to be small."""
-    return max(1, (2**26 if weight.is_cuda else 2**22) // len(weight))
+    return max(1, (2**26 if weight.is_cuda else 2**23) // len(weight))
 
 
 class _LinearRows(torch.autograd.Function):
