@@ -54,6 +54,7 @@ from transformers import (
 )
 
 from hf_selfkd import SelfKDConfig, SelfKDTrainer, Seq2SeqSelfKDConfig, Seq2SeqSelfKDTrainer
+from hf_selfkd.teachers import Teacher
 
 
 MODELS = {
@@ -112,10 +113,10 @@ def marian(args: argparse.Namespace) -> MarianMTModel:
 
 
 class HistoryClock:
-    """Seconds that a trainer's teacher spent on reading and writing."""
+    """How long reading and writing the history takes, and how long training, once there is a past to read."""
 
     def __init__(self, trainer: Trainer, clock: Callable[[], float]):
-        self.seconds = 0.0
+        self.seconds, self.start, self.end = 0.0, None, None
         make = getattr(trainer, "_make_teacher", None)
         if make is None:
             return
@@ -123,16 +124,18 @@ class HistoryClock:
         def made():
             teacher = make()
             for name in ("expect", "targets", "observe"):
-                setattr(teacher, name, self._timed(getattr(teacher, name), clock))
+                setattr(teacher, name, self._timed(teacher, getattr(teacher, name), clock))
             return teacher
 
         trainer._make_teacher = made
 
-    def _timed(self, function: Callable, clock: Callable[[], float]) -> Callable:
+    def _timed(self, teacher: Teacher, function: Callable, clock: Callable[[], float]) -> Callable:
         def timed(*arguments, **keywords):
             start = clock()
             result = function(*arguments, **keywords)
-            self.seconds += clock() - start
+            if teacher.epoch > 0:
+                self.start, self.end = start if self.start is None else self.start, clock()
+                self.seconds += self.end - start
             return result
 
         return timed
@@ -242,9 +245,9 @@ def new_trainer(self_distils: bool, args: argparse.Namespace, epochs: int, data:
 
 def history_share(trainer: Trainer, clock: Callable[[], float]) -> float:
     """The part of a training that its history takes; not of one that is timed, as asking for the time takes time."""
-    history, start = HistoryClock(trainer, clock), clock()
+    history = HistoryClock(trainer, clock)
     trainer.train()
-    return history.seconds / (clock() - start)
+    return history.seconds / (history.end - history.start) if history.seconds else 0.0
 
 
 def peak_of_steps(trainer: Trainer) -> int:
