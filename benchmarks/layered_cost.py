@@ -21,7 +21,7 @@ import time
 import warnings
 
 import torch
-from classification import cifar_resnet, cifar_vit
+from classification import cifar_vit, small_resnet
 from step_time import InMemory
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MobileNetV2Config, MobileNetV2ForImageClassification, PrinterCallback, TrainerCallback
@@ -40,7 +40,7 @@ def make_model(name: str) -> torch.nn.Module:
         return cifar_vit(100)
     if name == "mobilenet_v2":
         return MobileNetV2ForImageClassification(MobileNetV2Config(image_size=32, num_labels=100))
-    return cifar_resnet(name, 100)
+    return small_resnet(name, 100)
 
 
 class SecondEpoch(TrainerCallback):
