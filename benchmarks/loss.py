@@ -8,6 +8,7 @@ process (Linux) or of the CUDA allocator.
 
     python benchmarks/loss.py
     python benchmarks/loss.py --vocabulary 32000 --rows 2048 --dtype bfloat16
+    python benchmarks/loss.py --vocabulary 32000 --keep_freed_memory
 """
 
 from __future__ import annotations
@@ -28,6 +29,17 @@ import torch.nn.functional as F
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_selfkd.losses import Past, cross_entropy_sum, progressive_cross_entropy, summarize
+
+
+def keep_freed_memory(keep: bool) -> None:
+    """
+    Whether the C library (glibc) keeps what is freed, in one heap for all threads, as the allocator of an accelerator
+    does. By default it gives large tensors back to the system, and fetching them again takes time.
+    """
+    mmap_max, arena_max, trim_threshold = -4, -8, -1
+    values = {mmap_max: 0, trim_threshold: 2**31 - 1} if keep else {mmap_max: 2**16, trim_threshold: 2**17}
+    for option, value in {arena_max: 1, **values}.items():
+        ctypes.CDLL("libc.so.6").mallopt(option, value)
 
 
 def make_losses(
@@ -112,11 +124,15 @@ def measure(rows: int, vocabulary: int, args: argparse.Namespace) -> list[dict]:
     if args.whole_rows:
         losses["whole rows"] = whole_rows(rows, vocabulary, device)
     times: dict[str, list[float]] = {name: [] for name in losses}
+    if args.keep_freed_memory:
+        keep_freed_memory(True)
     for number in range(args.rounds + 1):
         for name, loss in losses.items():
             seconds = step(loss, logits)
             if number:  # the first round warms up
                 times[name].append(seconds)
+    if args.keep_freed_memory:
+        keep_freed_memory(False)
     memory = {}
     for name, loss in losses.items():
         if not logits.is_cuda:
@@ -168,6 +184,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--whole_rows", action="store_true", help="whole past rows too (the snapshot teacher)")
+    parser.add_argument("--keep_freed_memory", action="store_true", help="time without fetching memory (glibc)")
     args = parser.parse_args()
     for vocabulary in args.vocabulary:
         for result in measure(args.rows, vocabulary, args):

@@ -39,7 +39,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from loss import PeakMemory
+from loss import PeakMemory, keep_freed_memory
 from transformers import (
     MarianConfig,
     MarianMTModel,
@@ -117,9 +117,7 @@ class HistoryClock:
 
     def __init__(self, trainer: Trainer, clock: Callable[[], float]):
         self.seconds, self.start, self.end = 0.0, None, None
-        make = getattr(trainer, "_make_teacher", None)
-        if make is None:
-            return
+        make = trainer._make_teacher
 
         def made():
             teacher = make()
@@ -191,17 +189,6 @@ def train_in_turns(trainers: list[Trainer], clock: Callable[[], float]) -> list[
     return [mine.seconds[1:] for mine in turns]
 
 
-def keep_freed_memory(keep: bool) -> None:
-    """
-    Whether the C library (glibc) keeps what is freed, in one heap for all threads. Of a short step, giving memory back
-    to the system and fetching it again is a part that depends on what the step before left, on both sides.
-    """
-    mmap_max, arena_max, trim_threshold = -4, -8, -1
-    values = {mmap_max: 0, trim_threshold: 2**31 - 1} if keep else {mmap_max: 2**16, trim_threshold: 2**17}
-    for option, value in {arena_max: 1, **values}.items():
-        ctypes.CDLL("libc.so.6").mallopt(option, value)
-
-
 def interval(values: list[float], draws: int = 2000) -> list[float]:
     """95 % interval of the median, by bootstrap."""
     generator = random.Random(0)
@@ -247,7 +234,7 @@ def history_share(trainer: Trainer, clock: Callable[[], float]) -> float:
     """The part of a training that its history takes; not of one that is timed, as asking for the time takes time."""
     history = HistoryClock(trainer, clock)
     trainer.train()
-    return history.seconds / (history.end - history.start) if history.seconds else 0.0
+    return history.seconds / (history.end - history.start)
 
 
 def peak_of_steps(trainer: Trainer) -> int:
@@ -272,6 +259,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=24, help="tokens of a sentence")
     parser.add_argument("--top_k", type=int, default=16, help="stored entries of a token")
     parser.add_argument("--chunked_logits", action="store_true", help="never hold the logits of all tokens")
+    parser.add_argument("--keep_freed_memory", action="store_true", help="for marian too: see benchmarks/loss.py")
     args = parser.parse_args()
     steps = args.steps_per_epoch
     size = args.batch_size * steps
@@ -280,14 +268,15 @@ def main() -> None:
     sides = (False, args.teacher != "control")
     epochs: list[list[list[float]]] = []  # of each order: seconds of the epochs of either side
     with tempfile.TemporaryDirectory() as folder:
-        keep_freed_memory(args.model != "marian")  # whose large tensors are what users pay for
+        # Of a short step, fetching memory again is a part that depends on what the step before left, on both sides.
+        keep_freed_memory(args.keep_freed_memory or args.model != "marian")
         for order in (1, -1):
             trainers = [make_trainer(side, args, args.rounds + 2, data, folder) for side in sides[::order]]
             seconds = train_in_turns(trainers, clock)[::order]
             # The first epoch has no history, the last one no end.
             starts = range(steps, steps * (args.rounds + 1), steps)
             epochs.append([[sum(side[start : start + steps]) for start in starts] for side in seconds])
-        share = history_share(make_trainer(sides[1], args, 6, data, folder), clock)
+        share = history_share(make_trainer(True, args, 6, data, folder), clock) if sides[1] else 0.0
         keep_freed_memory(False)
         peaks = [peak_of_steps(make_trainer(side, args, 2, data, folder)) for side in sides]
     ratios = [math.sqrt(b / a * d / c) for a, b, c, d in zip(*epochs[0], *epochs[1], strict=True)]

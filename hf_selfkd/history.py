@@ -237,7 +237,7 @@ class PredictionHistory:
             ValueError: if an id is unknown.
         """
         if self.ids is None:
-            values = ids.tolist()  # of which Python finds the ends of a batch sooner than NumPy
+            values = ids.tolist()  # Python finds the ends of a batch sooner than NumPy
             if not values or (min(values) >= 0 and max(values) < self.size):
                 return ids
             slots, known = ids, (ids >= 0) & (ids < self.size)

@@ -459,12 +459,12 @@ class _StoredEntries(torch.autograd.Function):
         scale = grad if outside is None else grad - soft_grad * rest / outside
         gradient = torch.empty_like(logits)
         for part in chunks(logits):
-            piece = gradient[part] if gradient.dtype == torch.float32 else logits[part].float()
+            place = gradient[part] if gradient.dtype == torch.float32 else None
             # On a CPU softmax takes half the time of exp(logits - log_norm), though it sums once more.
-            torch.softmax(logits[part].float(), dim=-1, out=piece).mul_(scale[part].unsqueeze(-1))
+            piece = torch.softmax(logits[part].float(), dim=-1, out=place).mul_(scale[part].unsqueeze(-1))
             if offset is not None:
                 piece -= (soft_grad * offset)[part].unsqueeze(-1)
-            if piece.dtype != gradient.dtype:
+            if place is None:
                 gradient[part] = piece
         # Set, in float32, and not added to: in a bucket of almost no mass the scale is huge, and a difference would be
         # noise; in half precision a sum would be rounded twice.
