@@ -219,10 +219,10 @@ class Distinct:
 
     def add(self, pair: Pair) -> bool:
         """Remember the pair, unless one of its sentences is known."""
-        keys = [tuple(sorted(text.replace(",", " ").split())) for text in pair]
-        if any(key in seen for key, seen in zip(keys, self.seen, strict=True)):
+        samples = [tuple(sorted(text.replace(",", " ").split())) for text in pair]
+        if any(key in seen for key, seen in zip(samples, self.seen, strict=True)):
             return False
-        for key, seen in zip(keys, self.seen, strict=True):
+        for key, seen in zip(samples, self.seen, strict=True):
             seen.add(key)
         return True
 

@@ -10,7 +10,7 @@ scratch: causal (`--objective causal`, the default) or masked (`--objective mask
 # fine-tune a pretrained model on a dataset of the Hub; in so few epochs, the first one should have a past as well
 python examples/language_modeling.py --model_name_or_path distilbert/distilgpt2 \
     --dataset_name roneneldan/TinyStories --max_train_samples 20000 --max_eval_samples 1000 --do_train --do_eval \
-    --num_train_epochs 3 --warm_start_history --output_dir outputs/stories
+    --num_train_epochs 3 --warm_start_teacher --output_dir outputs/stories
 
 # train model and tokenizer from scratch on local files, one text per line; no network needed
 python examples/language_modeling.py --model_type gpt2 --config_overrides '{"n_layer": 4, "n_embd": 384}' \

@@ -8,7 +8,7 @@ Train a text classifier with progressive self-distillation, from a pretrained mo
 ```bash
 # fine-tune a pretrained model on a dataset of the Hub; in so few epochs, the first one should have a past as well
 python examples/text_classification.py --model_name_or_path distilbert/distilbert-base-uncased \
-    --dataset_name fancyzhx/ag_news --do_train --do_eval --num_train_epochs 3 --warm_start_history \
+    --dataset_name fancyzhx/ag_news --do_train --do_eval --num_train_epochs 3 --warm_start_teacher \
     --output_dir outputs/ag_news
 
 # train model and tokenizer from scratch on local files; no network needed

@@ -13,7 +13,7 @@ python examples/translation.py
 python examples/translation.py --model_name_or_path google-t5/t5-small \
     --source_prefix 'translate English to German: ' \
     --dataset_name bentrevett/multi30k --source_lang en --target_lang de \
-    --do_train --do_eval --num_train_epochs 3 --warm_start_history --output_dir outputs/multi30k_t5
+    --do_train --do_eval --num_train_epochs 3 --warm_start_teacher --output_dir outputs/multi30k_t5
 
 # train model and tokenizer from scratch on local files; no network needed
 python examples/translation.py --model_type marian --config_overrides '{"d_model": 256, "num_hidden_layers": 3}' \
@@ -392,7 +392,7 @@ def make_tokenizer(
             tokenizer.src_lang = data_args.source_lang_code or data_args.source_lang
             tokenizer.tgt_lang = data_args.target_lang_code or data_args.target_lang
     elif train_dataset is not None:
-        texts = (batch[side] for batch in train_dataset.iter(1000) for side in ("source", "target"))
+        texts = (batch[target] for batch in train_dataset.iter(1000) for target in ("source", "target"))
         tokenizer = train_tokenizer(texts, model_args.tokenizer_vocab_size)
         logger.info(f"Trained a tokenizer of {len(tokenizer)} tokens.")
     else:
@@ -647,7 +647,7 @@ def compare(
     plan = Seq2SeqSelfKDConfig(output_dir, do_train=True, do_predict=True)
     corpus = {split: dataset.filter(is_short) for split, dataset in load_splits(data_args, model_args).items()}
     pairs = needed_splits(corpus, data_args, plan)
-    tokenizer = train_tokenizer((pairs["train"][side][:] for side in ("source", "target")), vocab_size=2000)
+    tokenizer = train_tokenizer((pairs["train"][target][:] for target in ("source", "target")), vocab_size=2000)
     tokens = {split: tokenize(dataset, split, tokenizer, data_args, plan) for split, dataset in pairs.items()}
     print(f"{len(tokens['train'])} English-German pairs, {epochs} epochs, {len(seeds)} seeds; no GPU needed.\n")
 
@@ -657,10 +657,10 @@ def compare(
             set_seed(seed)
             model = new_model(make_config(model_args), tokenizer, data_args.max_target_length)
             args = demo_arguments(output_dir, seed, epochs, METHODS[method])
-            figures, samples[method] = train_and_translate(model, args, tokenizer, tokens)
-            results.append({"method": method, "seed": seed, **figures})
+            metrics, samples[method] = train_and_translate(model, args, tokenizer, tokens)
+            results.append({"method": method, "seed": seed, **metrics})
             print(
-                f"{method}, seed {seed}: " + ", ".join(f"{FIGURES[k][0]} {v:.3g}" for k, v in figures.items()),
+                f"{method}, seed {seed}: " + ", ".join(f"{FIGURES[k][0]} {v:.3g}" for k, v in metrics.items()),
                 flush=True,
             )
     Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -717,8 +717,8 @@ def train_and_translate(
     trainer.train()
     seconds = time.perf_counter() - start
     result = trainer.predict(tokens["test"], metric_key_prefix="test")
-    figures = {name: result.metrics[f"test_{name}"] for name in FIGURES if name != "seconds"}
-    return figures | {"seconds": seconds}, decode(tokenizer, result.predictions)
+    metrics = {name: result.metrics[f"test_{name}"] for name in FIGURES if name != "seconds"}
+    return metrics | {"seconds": seconds}, decode(tokenizer, result.predictions)
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -2,8 +2,8 @@
 
 from ._version import __version__
 from .config import SelfKDConfig, Seq2SeqSelfKDConfig
-from .heads import attach_auxiliary_heads, strip_auxiliary_heads
-from .heads_config import AuxiliaryHeadsConfig
+from .heads.attach import attach_auxiliary_heads, strip_auxiliary_heads
+from .heads.config import AuxiliaryHeadsConfig
 from .samples import SelfKDDataCollator, with_sample_ids
 from .seq2seq import Seq2SeqSelfKDTrainer
 from .trainer import SelfKDMixin, SelfKDTrainer

@@ -345,9 +345,9 @@ def test_two_processes(tmp_path, table):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("***** eval metrics *****") == 1 and "Process 1 of 2" in done.stdout
-    figures = results(out, "eval")
-    assert figures["eval_samples"] == 24 and results(out, "train")["train_samples"] == 24
-    assert figures["eval_loss"] == pytest.approx(figures["eval_nll"], rel=1e-3)
+    metrics = results(out, "eval")
+    assert metrics["eval_samples"] == 24 and results(out, "train")["train_samples"] == 24
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_nll"], rel=1e-3)
     steps = json.loads((out / "trainer_state.json").read_text())["global_step"]
     assert steps == 2 * 24 // (2 * 4)
     AutoModelForSequenceClassification.from_pretrained(out)

@@ -93,8 +93,8 @@ def test_corpus_sizes_and_determinism(splits):
 
 
 @pytest.mark.parametrize("side", ["en", "de"])
-def test_corpus_does_not_leak(splits, side):
-    sentences = [pair[side] for pairs in splits.values() for pair in pairs]
+def test_corpus_does_not_leak(splits, target):
+    sentences = [pair[target] for pairs in splits.values() for pair in pairs]
     assert all(text.strip() == text and text for text in sentences)
     bags = [tuple(sorted(text.replace(",", " ").split())) for text in sentences]
     assert len(set(bags)) == len(bags) == 10000  # not even in another order
@@ -132,10 +132,10 @@ def test_from_scratch_on_local_files(run, table, tmp_path):
     test = write(tmp_path / "test.jsonl", [{"en": "3 days"}, {"en": ""}, {"en": "twenty nights and a day"}])
     settings = RUN | {"train_file": table, "test_file": test, "do_predict": True}
     out = run(settings)
-    figures = results(out, "eval")
-    assert {f"eval_{name}" for name in FIGURES} <= figures.keys()
-    assert "nrefs:1" in figures["eval_bleu_signature"] and "nc:6" in figures["eval_chrf_signature"]
-    assert figures["eval_samples"] == 6 and results(out, "train")["train_samples"] == 18
+    metrics = results(out, "eval")
+    assert {f"eval_{name}" for name in FIGURES} <= metrics.keys()
+    assert "nrefs:1" in metrics["eval_bleu_signature"] and "nc:6" in metrics["eval_chrf_signature"]
+    assert metrics["eval_samples"] == 6 and results(out, "train")["train_samples"] == 18
     assert not {"predict_bleu", "predict_loss", "predict_token_nll"} & results(out, "predict").keys()
     lines = (out / "predictions.txt").read_text(encoding="utf-8").split("\n")
     assert len(lines) == 4 and lines[-1] == ""
@@ -312,7 +312,7 @@ def test_columns_of_text_only(run, tmp_path):
 
 
 def test_tokenizer_from_scratch(tmp_path):
-    texts = [[pair[side] for pair in PAIRS] for side in ("en", "de")]
+    texts = [[pair[target] for pair in PAIRS] for target in ("en", "de")]
     tokenizer = translation.train_tokenizer(texts, 400)
     tokenizer.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
