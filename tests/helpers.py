@@ -386,15 +386,6 @@ def train(output_dir, model, dataset, resume=None, **options):
     return trainer
 
 
-def load_example(name):
-    """A script of `examples/` as a module."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their annotations up there, and one script imports the other
-    spec.loader.exec_module(module)
-    return module
-
-
 def results(out, split="eval"):
     """The figures that an example wrote of a split."""
     return json.loads((out / f"{split}_results.json").read_text())

@@ -1,0 +1,6 @@
+"""`python -m hf_selfkd`: the command line, for launchers that start a module."""
+
+from .cli import main
+
+
+main()
