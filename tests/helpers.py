@@ -2,11 +2,8 @@
 
 import atexit
 import gc
-import importlib.util
 import json
 import random
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest

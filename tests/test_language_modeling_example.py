@@ -182,9 +182,8 @@ def test_masks_of_evaluation_do_not_depend_on_the_run(run, lines):
     out = run(MASKED | {"train_file": lines, "validation_file": lines})
     model, tokenizer = AutoModelForMaskedLM.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
     dataset = Dataset.from_dict({"text": [line for line in lines.read_text().split("\n") if line.strip()]})
-    samples = dataset.map(
-        lambda batch: script.MaskedBlocks(tokenizer, 8)(batch["text"]), batched=True, remove_columns="text"
-    )
+    blocks = script.MaskedBlocks(tokenizer, 8)
+    samples = dataset.map(blocks, batched=True, input_columns="text", remove_columns="text")
     assert all(row[0] == tokenizer.cls_token_id and row[-1] == tokenizer.sep_token_id for row in samples["input_ids"])
     masking = script.Masking(script.DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.4))
     losses = []

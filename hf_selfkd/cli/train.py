@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperGroup
@@ -59,30 +59,31 @@ def own_flags(task: str) -> argparse.ArgumentParser:
         add_help=False,
     )
     for kind in script.arguments:
-        group = parser.add_argument_group(kind.__doc__.rstrip("."))
+        group, hints = parser.add_argument_group(kind.__doc__.rstrip(".")), get_type_hints(kind)
         for spec in fields(kind):
-            _add_flag(group, spec)
+            _add_flag(group, spec, hints[spec.name])
     return parser
 
 
-def _add_flag(group: Any, spec: Field) -> None:
+def _add_flag(group: Any, spec: Field, hint: Any) -> None:
     default = spec.default if spec.default_factory is MISSING else spec.default_factory()
     text = spec.metadata["help"].replace("%", "%%")
-    if spec.type == "bool":
-        names = [f"--no_{spec.name}"] if default else []
-        group.add_argument(f"--{spec.name}", *names, action="store_true", help=f"{text} (default: {default})")
-        return
     text = text if default in (None, "") else f"{text} (default: {default})"
-    group.add_argument(f"--{spec.name}", metavar=_metavar(spec.type), help=text)
+    if hint is bool:
+        names = [f"--{spec.name}", f"--no_{spec.name}"] if default else [f"--{spec.name}"]
+        group.add_argument(*names, action="store_true", help=text)
+    else:
+        group.add_argument(f"--{spec.name}", metavar=_metavar(hint), help=text)
 
 
-def _metavar(annotation: str) -> str:
-    """What a flag takes, from an annotation as it is written: `int | None`, `list[float]` or `Literal["a", "b"]`."""
-    if annotation.startswith("Literal["):
-        return "{" + annotation[len("Literal[") : -1].replace('"', "").replace(", ", ",") + "}"
-    if annotation.startswith("list["):
-        return f"{annotation[len('list[') : -1].upper()} ..."
-    return annotation.removesuffix(" | None").removeprefix("dict | ").upper()
+def _metavar(hint: Any) -> str:
+    """What a flag takes: `INT` for `int | None`, `FLOAT ...` for `list[float]`, `{a,b}` for `Literal["a", "b"]`."""
+    if get_origin(hint) is Literal:
+        return "{" + ",".join(get_args(hint)) + "}"
+    if get_origin(hint) is list:
+        return f"{_metavar(get_args(hint)[0])} ..."
+    kinds = [kind for kind in get_args(hint) or [hint] if kind not in (dict, type(None))]
+    return kinds[0].__name__.upper()
 
 
 def _command(task: str) -> Callable[[typer.Context], None]:
