@@ -151,7 +151,7 @@ def test_training_from_the_command_line(tmp_path, monkeypatch):
         (
             "text-classification",
             "--aplha 0.5",
-            "^--aplha 0.5: no such flag. `hf-selfkd train text-classification --help`",
+            "^--aplha 0.5: no such flag. `hf-selfkd train text-.* --help` lists",
         ),
         ("text-classification", "--alpha 0.5 a.yaml", "^a.yaml: no such flag. .* a file of settings stands first"),
         ("translation", "--model_type t5 --cldr_corpus --train_file a.csv", "^--cldr_corpus is a corpus of its own"),
