@@ -1,4 +1,4 @@
-"""The language modeling example: tiny texts made on the spot, tiny models, no network."""
+"""The language modeling script: tiny texts made on the spot, tiny models, no network."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from helpers import load_example, results, same_weights
+from helpers import results, same_weights
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -25,6 +25,8 @@ from transformers import (
 
 from hf_selfkd import SelfKDTrainer
 from hf_selfkd.metrics import calibration_metrics
+from hf_selfkd.scripts import language_modeling as script
+from hf_selfkd.scripts.common import parse_arguments
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -53,9 +55,6 @@ MASKED = RUN | {
     "mlm_probability": 0.4,
 }
 WEATHER = ("sunny and warm", "rain and cold in the north")
-
-
-script = load_example("language_modeling")
 
 
 @pytest.fixture
@@ -183,9 +182,8 @@ def test_masks_of_evaluation_do_not_depend_on_the_run(run, lines):
     out = run(MASKED | {"train_file": lines, "validation_file": lines})
     model, tokenizer = AutoModelForMaskedLM.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
     dataset = Dataset.from_dict({"text": [line for line in lines.read_text().split("\n") if line.strip()]})
-    samples = dataset.map(
-        lambda batch: script.MaskedBlocks(tokenizer, 8)(batch["text"]), batched=True, remove_columns="text"
-    )
+    blocks = script.MaskedBlocks(tokenizer, 8)
+    samples = dataset.map(blocks, batched=True, input_columns="text", remove_columns="text")
     assert all(row[0] == tokenizer.cls_token_id and row[-1] == tokenizer.sep_token_id for row in samples["input_ids"])
     masking = script.Masking(script.DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.4))
     losses = []
@@ -311,7 +309,7 @@ def test_nothing_given(monkeypatch):
 def test_the_ready_run_is_valid(monkeypatch):
     file = EXAMPLES / "configs" / "wikitext2_gpt2.yaml"
     monkeypatch.setattr(sys, "argv", ["script", str(file)])
-    model_args, data_args, training_args = script.parse_arguments()
+    model_args, data_args, training_args = parse_arguments(script.make_parser())
     assert isinstance(training_args.learning_rate, float) and training_args.alpha == 0.8
     config = script.make_config(model_args)
     assert all(getattr(config, name) == value for name, value in model_args.config_overrides.items())

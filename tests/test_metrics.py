@@ -411,6 +411,12 @@ def test_the_metric_class_can_be_imported(offline_evaluate):
     assert list(CalibrationMetric(keep_in_memory=True).compute(predictions=[[0.0, 1.0]], references=[1])) == KEYS
 
 
+def test_the_metric_class_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "evaluate", None)
+    with pytest.raises(ImportError, match=r'^CalibrationMetric needs .*: pip install "hf_selfkd\[evaluate\]"\.$'):
+        runpy.run_path(evaluate_module_path())
+
+
 def test_metrics_module_needs_neither_evaluate_nor_torch(monkeypatch):
     for name in ("evaluate", "torch", "transformers", "matplotlib"):
         monkeypatch.setitem(sys.modules, name, None)

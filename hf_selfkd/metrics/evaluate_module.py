@@ -9,9 +9,14 @@ from itertools import chain
 from typing import Any
 
 import datasets
-import evaluate
 
 from hf_selfkd.metrics import calibration_metrics
+
+
+try:
+    import evaluate
+except ImportError as error:
+    raise ImportError('CalibrationMetric needs the package evaluate: pip install "hf_selfkd[evaluate]".') from error
 
 
 _METRICS = ("accuracy", "top5_accuracy", "nll", "brier", "ece", "ece_15", "aurc", "eaurc")
