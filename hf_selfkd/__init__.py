@@ -7,10 +7,11 @@ from ._version import __version__
 
 
 if TYPE_CHECKING:
+    from .collator import SelfKDDataCollator
     from .config import SelfKDConfig, Seq2SeqSelfKDConfig
     from .heads import attach_auxiliary_heads, strip_auxiliary_heads
     from .heads.config import AuxiliaryHeadsConfig
-    from .samples import SelfKDDataCollator, with_sample_ids
+    from .samples import with_sample_ids
     from .seq2seq import Seq2SeqSelfKDTrainer
     from .trainer import SelfKDMixin, SelfKDTrainer
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "AuxiliaryHeadsConfig": "heads.config",
     "SelfKDConfig": "config",
-    "SelfKDDataCollator": "samples",
+    "SelfKDDataCollator": "collator",
     "SelfKDMixin": "trainer",
     "SelfKDTrainer": "trainer",
     "Seq2SeqSelfKDConfig": "config",

@@ -2,26 +2,67 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from transformers.models.auto import modeling_auto
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile(model)` returns, or the model itself."""
+    return getattr(model, "_orig_mod", model)
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The bare model inside the wrappers of `torch.compile`, of data parallelism and of PEFT, in any order."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, (DistributedDataParallel, DataParallel)):
+            model = model.module
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def forward_owner(model: nn.Module) -> type:
+    """The class that defines the forward of a model."""
+    return next(cls for cls in type(base_model(model)).__mro__ if "forward" in vars(cls))
+
+
+def is_stock(model: nn.Module) -> bool:
+    """Whether the forward of a model, and with it the loss, is that of a class of transformers."""
+    return forward_owner(model).__module__.startswith("transformers.")
+
+
+def classes_of(*tasks: str) -> set[str]:
+    """The names of the classes that transformers has for some tasks (`"CAUSAL_LM"`, ...)."""
+    names: set[str] = set()
+    for task in tasks:
+        for value in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {}).values():
+            names.update((value,) if isinstance(value, str) else value)
+    return names
+
+
+def takes(model: nn.Module, argument: str) -> bool:
+    """Whether the forward of a model has an argument of this name, or any."""
+    parameters = inspect.signature(forward_owner(model).forward).parameters
+    return argument in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 def num_classes_of(model: nn.Module) -> int | None:
-    """Classes of a model's rows, as far as it tells before it has run."""
-    model = base_model(model)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is not None and hasattr(head, "weight"):
-        return head.weight.shape[0]
-    config = getattr(model, "config", None)
-    return getattr(config, "num_labels", None)
+    """Classes of a model's rows, as far as the model tells before it has run."""
+    base = base_model(model)
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if head is not None and hasattr(head, "weight") and head.weight.dim() == 2 and head.weight.numel():
+        return head.weight.shape[0]  # no elements: the weights are elsewhere (ZeRO-3)
+    # A configuration has `num_labels`, 2 by default, whether a model of one's own uses the field or not.
+    return getattr(getattr(base, "config", None), "num_labels", None) if is_stock(base) else None
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -29,7 +70,23 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False))
 
 
-def _decoder_input_ids(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
+def virtual_tokens_of(model: nn.Module) -> int:
+    """Positions that prompt tuning puts before those of the labels; 0 for any other model."""
+    model = uncompiled(model)
+    config = getattr(model, "active_peft_config", None)
+    if not getattr(config, "is_prompt_learning", False) or getattr(config, "peft_type", None) == "PREFIX_TUNING":
+        return 0
+    return int(config.num_virtual_tokens)
+
+
+def decoder_input_ids(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
+    """
+    What the decoder of a model starts from, made of the labels `[B, L]`.
+
+    Raises:
+        ValueError: if the model does not tell how.
+    """
+    model = base_model(model)
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         return model.prepare_decoder_input_ids_from_labels(labels=labels)
     # M2M100 and NLLB have no such method, but a function beside the class that their forward calls.
@@ -41,21 +98,6 @@ def _decoder_input_ids(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
             "them in your data collator."
         )
     return shift(labels, model.config.pad_token_id, model.config.decoder_start_token_id)
-
-
-def without_labels(model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor) -> dict[str, Any]:
-    """
-    What a language model needs to be run without labels: an encoder-decoder model makes its decoder's inputs from
-    them, others need nothing.
-
-    Raises:
-        ValueError: if the decoder's inputs are missing and the model cannot make them.
-    """
-    if not is_encoder_decoder(model):
-        return inputs
-    if not inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
-        return inputs | {"decoder_input_ids": _decoder_input_ids(base_model(model), labels)}
-    return inputs
 
 
 def logits_of(outputs: Any, has_loss: bool) -> torch.Tensor:
@@ -82,3 +124,10 @@ def logits_of(outputs: Any, has_loss: bool) -> torch.Tensor:
             found = f"a tuple of {len(outputs)}" if isinstance(outputs, (tuple, list)) else type(outputs).__name__
         raise ValueError(f"the model returned no logits but {found}: self-distillation needs outputs.logits.")
     return logits
+
+
+def loss_of(outputs: Any) -> torch.Tensor | None:
+    """The loss that a model computed itself from its labels, if the model did."""
+    if isinstance(outputs, dict):
+        return outputs.get("loss")
+    return outputs[0] if isinstance(outputs, (tuple, list)) and outputs else None

@@ -66,8 +66,8 @@ def equal(out, world, model="plain_vit", size=32, **more):
     trainer = make_trainer(out, model, samples, **options(world, **more))
     trainer.train()
     result = {"weights": state_of(trainer)}
-    if trainer.head_teachers:
-        result["heads"] = [teacher.stored(torch.arange(4 * size)) for teacher in trainer.head_teachers]
+    if trainer.teacher.head_stores:
+        result["heads"] = [teacher.stored(torch.arange(4 * size)) for teacher in trainer.teacher.head_stores]
     if trainer.teacher.kind == "history":
         result["stored"] = trainer.teacher.stored(torch.arange(size))
     names = (

@@ -416,7 +416,11 @@ class Recording(SelfKDTrainer):
 
     def compute_loss(self, model, inputs, *arguments, **keywords):
         if model.training:
-            self.__dict__.setdefault("visits", []).append((self.state.global_step, dict(inputs)))
+            record = self._batches.present
+            ids = {} if record is None or record.ids is None else {"sample_id": torch.from_numpy(record.ids)}
+            if record is not None and record.partner is not None:
+                ids |= {"mix_partner": record.partner, "mix_lambda": torch.full((len(record.partner),), record.weight)}
+            self.__dict__.setdefault("visits", []).append((self.state.global_step, dict(inputs) | ids))
         return super().compute_loss(model, inputs, *arguments, **keywords)
 
 

@@ -420,16 +420,16 @@ def test_history_is_kept_by_head_and_view(tmp_path):
                 handle.remove()
 
     trainer = train(tmp_path, "vit", make_samples("vit"), trainer=Watching, auxiliary_heads="lsskd", teacher="history")
-    assert len(trainer.head_teachers) == 2
+    assert len(trainer.teacher.head_stores) == 2
     latest = seen[0] | seen[1] | seen[2]
-    for head, teacher in enumerate(trainer.head_teachers):
+    for head, teacher in enumerate(trainer.teacher.head_stores):
         stored = teacher.stored(range(4 * 22)).view(22, 4, -1)
         for sample in range(22):
             for turn in range(4):
                 expected = latest[head, sample, turn]
                 torch.testing.assert_close(stored[sample, turn], expected, atol=1e-6, rtol=0)
-    upright = trainer.head_teachers[0].stored([0])
-    assert not torch.allclose(upright, trainer.head_teachers[0].stored([1]))  # another view, another row
+    upright = trainer.teacher.head_stores[0].stored([0])
+    assert not torch.allclose(upright, trainer.teacher.head_stores[0].stored([1]))  # another view, another row
 
 
 def test_history_of_heads_with_ids_of_ones_own(tmp_path):
@@ -439,9 +439,9 @@ def test_history_of_heads_with_ids_of_ones_own(tmp_path):
     columns = {name: [item[name] for item in items] for name in items[0]}
     data = datasets.Dataset.from_dict(columns | {"number": [7 * n + 3 for n in range(22)]}).with_format("torch")
     trainer = train(tmp_path, "vit", data, auxiliary_heads="lsskd", teacher="history", sample_id_column="number")
-    stored = trainer.head_teachers[0].stored([4 * 3, 4 * 10])
+    stored = trainer.teacher.head_stores[0].stored([4 * 3, 4 * 10])
     assert stored.shape == (2, 4 * CLASSES) and torch.isfinite(stored).all()
-    refused(lambda: trainer.head_teachers[0].stored([4 * 4]), "sample_id=16")
+    refused(lambda: trainer.teacher.head_stores[0].stored([4 * 4]), "sample_id=16")
 
 
 def test_heads_share_the_rows_of_tokens(tmp_path):
@@ -453,7 +453,7 @@ def test_heads_share_the_rows_of_tokens(tmp_path):
         auxiliary_heads="lsskd",
         teacher="history",
     )
-    (teacher,) = trainer.head_teachers
+    (teacher,) = trainer.teacher.head_stores
     assert teacher.stored(range(22)).shape == trainer.teacher.stored(range(22)).shape
 
 
@@ -766,5 +766,5 @@ def test_heads_of_a_model_in_half_precision(tmp_path, name, preset):
         return {key: value.bfloat16() if value.is_floating_point() else value for key, value in batch.items()}
 
     trainer = train(tmp_path, model, make_samples(name, 8), auxiliary_heads=preset, data_collator=half)
-    assert trainer._ours and math.isfinite(logged(trainer, "loss")[-1])
+    assert trainer.distiller.hard_loss.plain and math.isfinite(logged(trainer, "loss")[-1])
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

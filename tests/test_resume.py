@@ -36,7 +36,7 @@ LOGGED = ("loss", "grad_norm", "learning_rate", "alpha", "hard_loss", "soft_loss
 
 def everything(trainer, after):
     """What must not depend on an interruption at step `after`."""
-    teacher = trainer.teacher.state()[0]
+    teacher = dict(trainer.teacher.states())["teacher"][0]
     if trainer.teacher.kind == "history":
         teacher |= {"stored": trainer.teacher.stored(range(len(trainer.train_dataset)))}
     optimizer = trainer.optimizer.state_dict()["state"]

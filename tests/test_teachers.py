@@ -8,12 +8,14 @@ import torch
 from test_history import Processes
 from torch import nn
 
-from hf_selfkd import SelfKDConfig, teachers
+from hf_selfkd import teachers
+from hf_selfkd.batch import Batch, Mixing
+from hf_selfkd.config import MethodArguments
 from hf_selfkd.history.table import NEVER, WARM_START
 from hf_selfkd.samples import sample_index
 from hf_selfkd.tasks.rows import Rows
-from hf_selfkd.teachers.base import Teacher
-from hf_selfkd.teachers.history import HistoryTeacher
+from hf_selfkd.teachers.base import Taught, Teacher
+from hf_selfkd.teachers.history import HistoryStore, HistoryTeacher
 from hf_selfkd.teachers.weights import EMATeacher, SnapshotTeacher
 
 
@@ -58,8 +60,17 @@ def train_step(model, seed, lr=0.5):
             parameter -= lr * gradient
 
 
-def logits_of(outputs):
-    return [outputs["logits"]]
+def logits_of(run, batch):
+    return [run(batch.inputs)["logits"]]
+
+
+def state_of(teacher):
+    """The tensors and metadata of the one file that these teachers write."""
+    return dict(teacher.states())["teacher"]
+
+
+def journal_of(teacher):
+    return dict(teacher.process_states()).get("teacher", {})
 
 
 def log_probs(model, x):
@@ -68,7 +79,7 @@ def log_probs(model, x):
 
 
 def targets(teacher, x):
-    return teacher.targets(None, {"pixel_values": x}, None)
+    return teacher.targets(Batch({"pixel_values": x}, torch.zeros(len(x), dtype=torch.long))).model
 
 
 def flags_and_state(model):
@@ -93,10 +104,11 @@ def test_the_silent_teacher():
     """Says nothing, keeps nothing, and says so."""
     teacher = Teacher()
     teacher.begin_epoch(3)
-    teacher.observe(None, None)
+    batch = Batch({}, torch.zeros(1, dtype=torch.long))
+    teacher.observe(batch, None, [])
     teacher.after_step()
-    assert teacher.epoch == 3 and teacher.targets(None, {}, None) is None
-    assert teacher.state() == ({}, {}) and teacher.process_state() == {} and not teacher.needs_ids
+    assert teacher.epoch == 3 and teacher.targets(batch) == Taught()
+    assert state_of(teacher) == ({}, {}) and journal_of(teacher) == {} and not teacher.needs_ids
     with pytest.raises(ValueError, match="teacher='none' stores no rows: use teacher='history'"):
         teacher.stored([0])
 
@@ -159,7 +171,8 @@ def test_heads_are_asked_in_the_same_pass():
     model = net()
     calls = []
 
-    def predict(outputs):
+    def predict(run, batch):
+        outputs = run(batch.inputs)
         calls.append(1)
         return [outputs["logits"], 2 * outputs["logits"]]
 
@@ -167,8 +180,8 @@ def test_heads_are_asked_in_the_same_pass():
     teacher.begin_epoch(0)
     soft_targets = targets(teacher, data(4))
     expected = torch.log_softmax(2 * soft_targets.log_probs, -1)
-    torch.testing.assert_close(teacher.of_heads[0].log_probs, expected)
-    assert len(calls) == 1 and len(teacher.of_heads) == 1
+    torch.testing.assert_close(taught.heads[0].log_probs, expected)
+    assert len(calls) == 1 and len(taught.heads) == 1
 
 
 def test_snapshot_is_taken_once_an_epoch():
@@ -305,16 +318,16 @@ def test_state_of_weights(kind):
 
     model = net()
     teacher = make(model)
-    assert teacher.state()[0] == {} and teacher.process_state() == {}
+    assert state_of(teacher)[0] == {} and journal_of(teacher) == {}
     teacher.begin_epoch(0)
     for step in range(3):
         train_step(model, step)
         teacher.after_step()
     teacher.begin_epoch(1)
-    tensors, metadata = teacher.state()
+    tensors, metadata = state_of(teacher)
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     other = make(copy.deepcopy(model))
-    other.load(tensors, metadata | {"teacher": kind}, [])
+    other.load("teacher", (tensors, metadata | {"teacher": kind}), [])
     other.epoch = 1
     other.begin_epoch(1)
     for step in range(3, 6):
@@ -326,10 +339,10 @@ def test_state_of_weights(kind):
     assert not torch.allclose(targets(teacher, data(5)).log_probs, log_probs(copy.deepcopy(model).eval(), data(5)))
     wide = nn.Sequential(nn.Linear(6, 9))
     with pytest.raises(ValueError, match=f"the checkpoint's {kind} has no 0.weight of shape \\[9, 6\\]"):
-        make(wide).load(tensors, metadata, [])
+        make(wide).load("teacher", (tensors, metadata), [])
     tensors["weights.head.bias"] = torch.zeros(9)
     with pytest.raises(ValueError, match=f"the checkpoint's {kind} has no head.bias of shape \\[4\\]: resume with"):
-        make(net()).load(tensors, metadata, [])
+        make(net()).load("teacher", (tensors, metadata), [])
 
 
 @pytest.mark.parametrize("kind", ["snapshot", "ema"])
@@ -337,9 +350,9 @@ def test_state_before_the_teacher_has_acted(kind):
     def make():
         return SnapshotTeacher(net(), logits_of) if kind == "snapshot" else EMATeacher(net(), logits_of, 0.9)
 
-    tensors, metadata = make().state()
+    tensors, metadata = state_of(make())
     other = make()
-    other.load(tensors, metadata, [])
+    other.load("teacher", (tensors, metadata), [])
     other.begin_epoch(1 if kind == "ema" else 0)
     assert targets(other, data(1)) is None
 
@@ -396,8 +409,18 @@ def test_ema_acts_from_the_second_epoch():
 
 
 def history_teacher(tmp_path, size=6, ids=None, gather=None, rank=0, **fields):
-    config = SelfKDConfig(str(tmp_path / "out"), report_to="none", **fields)
-    return HistoryTeacher(config, size, ids, CPU, tmp_path / "history", 3, gather, rank, rank == 0)
+    store = HistoryStore(MethodArguments(**fields), size, ids, CPU, tmp_path / "history", 3, gather, rank, rank == 0)
+    return HistoryTeacher(store)
+
+
+def asked(teacher, samples, rows):
+    """The soft targets of a teacher for these rows."""
+    return teacher.targets(Batch({}, rows.labels, samples=samples)).model
+
+
+def observe(teacher, samples, rows, mixed=False):
+    mixing = Mixing(torch.arange(len(rows.labels)), torch.tensor(0.5)) if mixed else None
+    teacher.observe(Batch({}, rows.labels, samples=samples, mixing=mixing), rows, [])
 
 
 def batch(ids, seed, classes=CLASSES):
@@ -410,8 +433,8 @@ def batch(ids, seed, classes=CLASSES):
 def visit(teacher, ids, seed, mixed=False):
     """What a step does; the past it learns from."""
     samples, rows = batch(ids, seed)
-    soft_targets = teacher.targets(samples, {}, rows)
-    teacher.observe(samples, rows, mixed)
+    soft_targets = asked(teacher, samples, rows)
+    observe(teacher, samples, rows, mixed)
     return soft_targets, rows.logits.detach().log_softmax(-1)
 
 
@@ -438,9 +461,9 @@ def test_half_precision_rows_are_stored_in_float32(tmp_path):
     samples, rows = batch([0, 1], 1)
     rows.logits = rows.logits.detach().bfloat16()
     teacher.begin_epoch(0)
-    teacher.observe(samples, rows)
+    observe(teacher, samples, rows)
     teacher.begin_epoch(1)
-    assert torch.equal(teacher.targets(samples, {}, rows).log_probs, rows.logits.float().log_softmax(-1))
+    assert torch.equal(asked(teacher, samples, rows).log_probs, rows.logits.float().log_softmax(-1))
 
 
 def test_rows_of_mixed_images_are_not_stored(tmp_path):
@@ -460,7 +483,7 @@ def test_observations_before_training(tmp_path):
     """A warm start is the past of the first epoch, and has a stamp of its own."""
     teacher = history_teacher(tmp_path)
     samples, rows = batch([0, 1], 1)
-    teacher.observe(samples, rows)
+    observe(teacher, samples, rows)
     teacher.begin_epoch(0)
     assert torch.equal(visit(teacher, [1, 0], 2)[0].log_probs, rows.logits.log_softmax(-1)[[1, 0]])
     assert teacher.history.stamps.tolist() == [WARM_START] * 2 + [NEVER] * 4
@@ -472,7 +495,7 @@ def test_stored(tmp_path):
     with pytest.raises(ValueError, match="no predictions are stored yet"):
         teacher.stored([7])
     samples, rows = batch([30, 90], 1)
-    teacher.observe(samples, rows)
+    observe(teacher, samples, rows)
     teacher.begin_epoch(0)
     probabilities = rows.logits.detach().softmax(-1)
     for ids in ([90, 7, 30], np.array([90, 7, 30]), torch.tensor([90, 7, 30])):
@@ -500,15 +523,15 @@ def test_trace(tmp_path):
         _ = without.trace
 
 
-@pytest.mark.parametrize("first", ["targets", "observe"])
-def test_another_number_of_classes(tmp_path, first):
-    """Found before the loss fails on shapes."""
+def test_another_number_of_classes(tmp_path):
+    """Found where rows are kept; where they are read, the distiller compares the classes."""
     teacher = history_teacher(tmp_path)
     visit(teacher, [0, 1], 1)
     teacher.begin_epoch(0)
     samples, rows = batch([0, 1], 2, classes=7)
     with pytest.raises(ValueError, match="the model has 7 classes, the stored predictions 4: resume with the model"):
-        teacher.targets(samples, {}, rows) if first == "targets" else teacher.observe(samples, rows)
+        observe(teacher, samples, rows)
+    assert asked(teacher, samples, rows).num_classes == CLASSES
 
 
 def tokens(ids, seed, length=5):
@@ -522,21 +545,21 @@ def tokens(ids, seed, length=5):
 
 def test_size_of_a_history_of_tokens_is_estimated_from_the_first_batch(tmp_path, monkeypatch):
     """Labelled rows per sample, times the samples, rounded up; that of all processes together."""
-    asked, plan_history = [], teachers.history.plan_history
+    counts, plan_history = [], teachers.history.plan_history
     monkeypatch.setattr(
-        teachers.history, "plan_history", lambda c, rows, *rest: asked.append(rows) or plan_history(c, rows, *rest)
+        teachers.history, "plan_history", lambda c, rows, *rest: counts.append(rows) or plan_history(c, rows, *rest)
     )
     teacher = history_teacher(tmp_path, size=10)
-    teacher.observe(*tokens([1, 3, 3], 1))  # 7 rows of 3 samples
-    assert asked == [24] and teacher.history.ragged
+    observe(teacher, *tokens([1, 3, 3], 1))  # 7 rows of 3 samples
+    assert counts == [24] and teacher.history.ragged
 
     def process(rank, gather):
         teacher = history_teacher(tmp_path / str(rank), 10, gather=gather, rank=rank)
-        teacher.observe(*tokens([1, 3, 3] if rank == 0 else [1], 1))  # 8 rows of 4 samples
+        observe(teacher, *tokens([1, 3, 3] if rank == 0 else [1], 1))  # 8 rows of 4 samples
         return teacher
 
     Processes(2).run(process)
-    assert asked == [24, 20, 20]
+    assert counts == [24, 20, 20]
 
 
 def test_a_history_that_does_not_fit_is_refused_at_the_first_batch(tmp_path):
@@ -571,7 +594,7 @@ def test_processes_that_mix_different_batches(tmp_path):
 def trained(tmp_path, **arguments):
     teacher = history_teacher(tmp_path, **arguments)
     teacher.begin_epoch(0)
-    ids = [0, 1, 2, 3] if teacher.ids is None else teacher.ids[:4].tolist()
+    ids = [0, 1, 2, 3] if teacher.store.ids is None else teacher.store.ids[:4].tolist()
     visit(teacher, ids, 1)
     teacher.begin_epoch(1)
     visit(teacher, ids[:2], 2)
@@ -585,9 +608,9 @@ def test_a_loaded_history_goes_on_as_the_old_one(tmp_path, place, top_k, ids):
     """In the middle of an epoch, with rows read and rows still in the journal."""
     arguments = {"history_device": place, "history_top_k": top_k, "ids": ids, "history_trace": True}
     teacher, visited = trained(tmp_path / "a", **arguments)
-    tensors, metadata = teacher.state()
+    tensors, metadata = state_of(teacher)
     other = history_teacher(tmp_path / "b", **arguments)
-    other.load({n: t.clone() for n, t in tensors.items()}, metadata, [teacher.process_state()])
+    other.load("teacher", ({n: t.clone() for n, t in tensors.items()}, metadata), [journal_of(teacher)])
     other.epoch = 1
     for t in (teacher, other):
         t.begin_epoch(1)
@@ -605,9 +628,9 @@ def test_a_loaded_history_goes_on_as_the_old_one(tmp_path, place, top_k, ids):
 
 def test_a_history_saved_before_the_first_batch(tmp_path):
     teacher = history_teacher(tmp_path)
-    assert teacher.state() == ({}, {}) and teacher.process_state() == {}
+    assert state_of(teacher) == ({}, {}) and journal_of(teacher) == {}
     other = history_teacher(tmp_path)
-    other.load({}, {"teacher": "history"}, [])
+    other.load("teacher", ({}, {"teacher": "history"}), [])
     assert other.history is None and visit(other, [0], 1)[0] is None
 
 
@@ -633,9 +656,9 @@ OWN_IDS = np.array([5, 6, 7, 8, 9, 10])
 def test_histories_of_something_else(tmp_path, before, after, message):
     """Both sides are in the message."""
     teacher, _ = trained(tmp_path / "a", **before)
-    tensors, metadata = teacher.state()
+    tensors, metadata = state_of(teacher)
     with pytest.raises(ValueError, match=message):
-        history_teacher(tmp_path / "b", **after).load(tensors, metadata, [teacher.process_state()])
+        history_teacher(tmp_path / "b", **after).load("teacher", (tensors, metadata), [journal_of(teacher)])
 
 
 @pytest.mark.parametrize(
@@ -652,9 +675,9 @@ def test_histories_of_something_else(tmp_path, before, after, message):
 def test_histories_that_are_the_same(tmp_path, before, after):
     """What the checkpoint has wins over what is left open; the order of ids and the place do not matter."""
     teacher, ids = trained(tmp_path / "a", **before)
-    tensors, metadata = teacher.state()
+    tensors, metadata = state_of(teacher)
     other = history_teacher(tmp_path / "b", **after)
-    other.load(tensors, metadata, [])
+    other.load("teacher", (tensors, metadata), [])
     assert other.history.codec == teacher.history.codec
     assert torch.equal(other.stored(ids), teacher.stored(ids)) and other.stored(ids).isfinite().all()
 

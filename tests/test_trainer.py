@@ -156,8 +156,8 @@ def test_evaluation_changes_nothing_and_gives_the_loss_of_trainer(tmp_path, name
     options = {"eval_dataset": samples, "eval_strategy": "steps", "eval_steps": 5, "per_device_eval_batch_size": 5}
     trainer = train(tmp_path, name, samples, teacher=teacher, **options)
     assert difference(without, trainer) == 0
-    for part, tensor in without.teacher.state()[0].items():
-        assert torch.equal(tensor.nan_to_num(), trainer.teacher.state()[0][part].nan_to_num())
+    for part, tensor in dict(without.teacher.states())["teacher"][0].items():
+        assert torch.equal(tensor.nan_to_num(), dict(trainer.teacher.states())["teacher"][0][part].nan_to_num())
     plain = make_trainer(tmp_path, trainer.model, samples, trainer=Trainer, **options)
     ours, stock = trainer.evaluate(), plain.evaluate()
     assert ours["eval_loss"] == stock["eval_loss"]

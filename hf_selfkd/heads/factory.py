@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..models import base_model, is_encoder_decoder
-from ..tasks.rows import adapter_for, causal_rows
+from ..tasks.causal_lm import CausalLM
 from .config import ROTATIONS, AuxiliaryHeadsConfig
 from .kinds import Blocks, Context, EncoderLayer, Head, NoBody, RemainingLayers, SeparableConvolution
 from .taps import Layout, evaluating, lists_of_layers
@@ -51,7 +51,7 @@ class HeadFactory:
         if kind == "conv":
             return SeparableConvolution(width, self.layout.width(deep), self.patch), self.layout.width(deep)
         if kind == "transformer":
-            causal = is_encoder_decoder(self.base) or adapter_for(self.model) is causal_rows
+            causal = is_encoder_decoder(self.base) or CausalLM.matches(self.base)
             return EncoderLayer(width, causal and not self.layout.pooled), width
         if kind == "stages":
             return self._stages(name), self.layout.width(deep)

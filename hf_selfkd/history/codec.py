@@ -59,4 +59,4 @@ class Codec:
             total = torch.logsumexp(log_probs, dim=-1, keepdim=True)
             log_probs = log_probs - (total if self.top_k is None else total.clamp_min(0))
         index = None if self.top_k is None else parts["index"].long()
-        return SoftTargets(log_probs, mask, index, self.tail)
+        return SoftTargets(log_probs, mask, index, self.tail, classes=self.num_classes)

@@ -22,7 +22,7 @@ from .summary import Summary, summarize
 
 
 @dataclass
-class Task:
+class ChunkedRows:
     """What a forward is to learn from: labels `[R]`, past rows and their weight; entries to find for the history."""
 
     labels: torch.Tensor
@@ -37,7 +37,7 @@ class Task:
 
 class ChunkedHead:
     """
-    Takes the place of a model's head while a [`Task`] is set.
+    Takes the place of a model's head while [`ChunkedRows`] are set.
 
     Args:
         model (`nn.Module`): a language model whose head is an `nn.Linear`.
@@ -56,7 +56,7 @@ class ChunkedHead:
             )
         # Marian, BART and their kin add a constant of their own to what the head gives.
         self.constant: torch.Tensor | None = getattr(base, "final_logits_bias", None)
-        self.task: Task | None = None
+        self.task: ChunkedRows | None = None
         self.hidden: torch.Tensor | None = None
         self.watching = False
         self.handles = [
@@ -152,7 +152,7 @@ class _LinearRows(torch.autograd.Function):
 
 
 def _chunk_loss(
-    logits: torch.Tensor, task: Task, part: slice, summary: Summary, hard: torch.Tensor, soft: torch.Tensor
+    logits: torch.Tensor, task: ChunkedRows, part: slice, summary: Summary, hard: torch.Tensor, soft: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of the losses of a piece of the rows and its gradient for their logits; notes the parts of each row."""
     leaf, labels = logits.detach().requires_grad_(), task.labels[part]

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from ..batch import Mixing
 from ..samples import IGNORE_INDEX
 
 
@@ -38,6 +39,7 @@ class SoftTargets:
             `"renormalize"` (nowhere: the entries are scaled up to the whole mass).
         all_valid (`bool`, *optional*, defaults to `False`):
             the host knows that every row has a past and a label, which spares the masking.
+        classes (`int`, *optional*): classes of the rows, where only entries are stored.
     """
 
     log_probs: torch.Tensor
@@ -45,11 +47,17 @@ class SoftTargets:
     index: torch.Tensor | None = None
     tail: Tail = "bucket"
     all_valid: bool = False
+    classes: int | None = None
+
+    @property
+    def num_classes(self) -> int | None:
+        """`int`: classes of the rows that these are for, if known."""
+        return self.log_probs.shape[-1] if self.index is None else self.classes
 
     def select(self, order: torch.Tensor | slice) -> SoftTargets:
         """The rows in another order (`torch.LongTensor` of shape `[R]`), or some of them."""
         index = None if self.index is None else self.index[order]
-        return SoftTargets(self.log_probs[order], self.mask[order], index, self.tail, self.all_valid)
+        return SoftTargets(self.log_probs[order], self.mask[order], index, self.tail, self.all_valid, self.classes)
 
 
 @dataclass
@@ -115,3 +123,31 @@ def chunks(logits: torch.Tensor) -> Iterator[slice]:
     """Slices of rows `[R, C]` that are small enough to stay in a cache while several operations pass over them."""
     size = max(1, (2**24 if logits.is_cuda else 2**18) // logits.shape[-1])
     return (slice(start, start + size) for start in range(0, len(logits), size))
+
+
+def make_targets(
+    labels: torch.Tensor,
+    soft_targets: SoftTargets | None,
+    mixing: Mixing | None,
+    addressed: bool,
+    partner_labels: torch.Tensor | None = None,
+) -> list[Target]:
+    """
+    What the rows of a batch are to learn: their own targets and, for mixed images, those of their partners.
+
+    Args:
+        labels (`torch.LongTensor` of shape `[R]`): of the rows.
+        soft_targets ([`SoftTargets`], *optional*): of the rows.
+        mixing ([`~hf_selfkd.batch.Mixing`], *optional*): how images were mixed.
+        addressed (`bool`):
+            whether soft targets are stored rows, which belong to unmixed images; other teachers have looked at the
+            mixed images themselves.
+        partner_labels (`torch.LongTensor` of shape `[R]`, *optional*): of the partners, where rows are views.
+    """
+    if mixing is None:
+        return [Target(labels, soft_targets, None)]
+    partners = soft_targets
+    if soft_targets is not None and addressed:
+        partners = soft_targets.select(mixing.partner)
+    partner_labels = labels[mixing.partner] if partner_labels is None else partner_labels
+    return [Target(labels, soft_targets, mixing.weight), Target(partner_labels, partners, 1 - mixing.weight)]

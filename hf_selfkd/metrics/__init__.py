@@ -34,6 +34,14 @@ __all__ = [
 ]
 
 
+LOWER_IS_BETTER = ("nll", "brier", "ece", "ece_15", "aurc", "eaurc", "token_nll", "token_ece", "perplexity")
+
+
+def is_lower_better(name: str) -> bool:
+    """Whether a metric of this package is better when lower, whatever stands before its name."""
+    return any(name == own or name.endswith(f"_{own}") for own in LOWER_IS_BETTER)
+
+
 def evaluate_module_path() -> str:
     """Path for `evaluate.load(...)` of the same metrics as an `evaluate.Metric`; nothing is downloaded."""
     return str(Path(__file__).with_name("evaluate_module.py"))

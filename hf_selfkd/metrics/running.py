@@ -110,7 +110,7 @@ class RunningMeans:
         self.waiting: list[tuple] = []  # arguments of `measures`
         self.held = 0  # elements of past rows among them
 
-    def add(
+    def update(
         self, targets: list[Target], parts: list[RowLosses], alpha: float, hard: torch.Tensor | None = None
     ) -> None:
         """Add a batch; the arguments are those of [`measures`]."""

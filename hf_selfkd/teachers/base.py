@@ -1,14 +1,33 @@
-"""What every teacher answers to. Teachers know rows and epochs, never tasks."""
+"""What every teacher answers to. Teachers know batches, rows and epochs, never tasks."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from ..batch import Batch, Storage
 from ..losses.soft_targets import SoftTargets
-from ..samples import SampleIndex
 from ..tasks.rows import Rows
+
+
+State = tuple[dict[str, torch.Tensor], dict[str, str]]  # tensors and metadata of a file of a checkpoint
+
+
+@dataclass
+class Taught:
+    """
+    What a teacher has to say of a batch.
+
+    Args:
+        model ([`~hf_selfkd.losses.SoftTargets`], *optional*): for the rows of the model itself.
+        heads (`list`): for the rows of each auxiliary head that learns from the past; empty if none does.
+    """
+
+    model: SoftTargets | None = None
+    heads: list[SoftTargets | None] = field(default_factory=list)
 
 
 class Teacher:
@@ -26,25 +45,22 @@ class Teacher:
         self.epoch = -1
 
     @property
-    def top_k(self) -> int | None:
-        """`int`: entries that it stores of each row, as far as it knows; `None` if whole rows or nothing."""
+    def storage(self) -> Storage | None:
+        """[`~hf_selfkd.batch.Storage`]: what the teacher keeps of each row; `None` if nothing, or not known yet."""
         return None
 
     def begin_epoch(self, epoch: int) -> None:
         """Close the epoch before this one. Every process must call this; calling it again changes nothing."""
         self.epoch = epoch
 
-    def look_up(self, samples: SampleIndex | None) -> None:
-        """Look these samples up before the model runs; this spares time, and finds faults early."""
+    def targets(self, batch: Batch) -> Taught:
+        """Soft targets for the rows of a batch. They need nothing of the student's outputs."""
+        return Taught()
 
-    def targets(self, samples: SampleIndex | None, inputs: dict[str, Any], rows: Rows) -> SoftTargets | None:
-        """Past predictions for these rows, or `None` if there are none at all."""
-        return None
-
-    def observe(self, samples: SampleIndex | None, rows: Rows, mixed: bool = False) -> None:
+    def observe(self, batch: Batch, rows: Rows, head_rows: list[Rows]) -> None:
         """
-        Take note of the present predictions; `rows` may have a gradient, what is kept of them has none. Every process
-        must call this for every batch; nothing is kept of `mixed` images.
+        Take note of the present predictions; rows may have a gradient, what is kept of them has none. Every process
+        must call this for every batch; nothing is kept of mixed images.
         """
 
     def after_step(self) -> None:
@@ -66,15 +82,13 @@ class Teacher:
         """
         raise ValueError(f"teacher={self.kind!r} stores no rows: use teacher='history'.")
 
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """What all processes agree on: tensors and metadata."""
-        return {}, {}
+    def states(self) -> Iterator[tuple[str, State]]:
+        """The files of a checkpoint, by name, that all processes agree on."""
+        yield "teacher", ({}, {})
 
-    def process_state(self) -> dict[str, torch.Tensor]:
-        """What this process has for itself."""
-        return {}
+    def process_states(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """The files of a checkpoint, by name, that each process has for itself."""
+        return iter(())
 
-    def load(
-        self, tensors: dict[str, torch.Tensor], metadata: dict[str, str], journals: list[dict[str, torch.Tensor]]
-    ) -> None:
-        """Take over what `state` and the `process_state` of some processes gave."""
+    def load(self, name: str, state: State, journals: list[dict[str, torch.Tensor]]) -> None:
+        """Take over what `states` gave under a name, and what `process_states` of some processes gave."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..batch import Batch
 from ..losses.soft_targets import SoftTargets, log_softmax
-from ..samples import SampleIndex
-from ..tasks.rows import Rows
-from .base import Teacher
+from .base import State, Taught, Teacher
+
+
+Predict = Callable[[Callable[[dict[str, Any]], Any], Batch], list[torch.Tensor]]
 
 
 class SnapshotTeacher(Teacher):
@@ -24,16 +26,14 @@ class SnapshotTeacher(Teacher):
     Args:
         model (`nn.Module`): the model that is trained, unwrapped.
         predict (`Callable`):
-            `predict(outputs)` gives the logits `[R, C]` of the model itself, then those of its heads, if they are to
-            learn from the past.
+            `predict(run, batch)` gives the logits `[R, C]` of the model itself, then those of its heads, if they
+            are to learn from the past; `run(inputs)` gives the outputs of the teacher for inputs of the model.
         broadcast (`Callable`, *optional*):
             gives every process the tensor of the first one; `None` for one process. Processes agree on weights but not
             on batch statistics.
         warm_start (`bool`): let the initial weights teach the first epoch.
         dropout (`bool`): whether dropout stays on; statistics of batches are those of evaluation all the same.
 
-    Attributes:
-        of_heads (`list` of [`~hf_selfkd.losses.SoftTargets`]): what the heads said, as of the last call of `targets`.
     """
 
     kind = "snapshot"
@@ -41,7 +41,7 @@ class SnapshotTeacher(Teacher):
     def __init__(
         self,
         model: nn.Module,
-        predict: Callable[[Any], list[torch.Tensor]],
+        predict: Predict,
         broadcast: Callable[[torch.Tensor], torch.Tensor] | None = None,
         warm_start: bool = False,
         dropout: bool = False,
@@ -52,7 +52,6 @@ class SnapshotTeacher(Teacher):
         persistent = model.state_dict().keys()  # the others are constants such as position ids
         self.buffers = [name for name, _ in model.named_buffers() if name in persistent]
         self.weights: dict[str, torch.Tensor] = {}
-        self.of_heads: list[SoftTargets] = []
 
     def _live(self) -> dict[str, torch.Tensor]:
         live = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
@@ -74,27 +73,31 @@ class SnapshotTeacher(Teacher):
         self.epoch = epoch
 
     @torch.no_grad()
-    def targets(self, samples: SampleIndex | None, inputs: dict[str, Any], rows: Rows) -> SoftTargets | None:
-        self.of_heads = []
+    def targets(self, batch: Batch) -> Taught:
         if not self.weights:
-            return None
+            return Taught()
         modes = [(module, module.training) for module in self.model.modules()]
         for module, _ in modes:  # many a forward asks its own module, not a Dropout, whether it is training
             module.training = self.dropout and not isinstance(module, _BatchNorm)
         try:
-            outputs = torch.func.functional_call(self.model, self.weights, kwargs=inputs)
+            predictions = self.predict(self._run, batch)
         finally:
             for module, training in modes:
                 module.training = training
-        soft_targets, *self.of_heads = [_dense_targets(log_softmax(logits)) for logits in self.predict(outputs)]
-        return soft_targets
+        model, *heads = [_dense_targets(log_softmax(logits)) for logits in predictions]
+        return Taught(model, heads if self.epoch > 0 else [])  # before, even a warm start has untrained heads
 
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        return {f"weights.{name}": tensor for name, tensor in self.weights.items()}, {}
+    def _run(self, inputs: dict[str, Any]) -> Any:
+        return torch.func.functional_call(self.model, self.weights, kwargs=inputs)
 
-    def load(
-        self, tensors: dict[str, torch.Tensor], metadata: dict[str, str], journals: list[dict[str, torch.Tensor]]
-    ) -> None:
+    def states(self) -> Iterator[tuple[str, State]]:
+        yield "teacher", (self._tensors(), {})
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {f"weights.{name}": tensor for name, tensor in self.weights.items()}
+
+    def load(self, name: str, state: State, journals: list[dict[str, torch.Tensor]]) -> None:
+        tensors, _ = state
         live = self._live()
         stored = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
         if not stored:
@@ -134,7 +137,7 @@ class EMATeacher(SnapshotTeacher):
     def __init__(
         self,
         model: nn.Module,
-        predict: Callable[[Any], list[torch.Tensor]],
+        predict: Predict,
         decay: float,
         broadcast: Callable[[torch.Tensor], torch.Tensor] | None = None,
         dropout: bool = False,
@@ -158,14 +161,12 @@ class EMATeacher(SnapshotTeacher):
                 self.weights[name].copy_(live[name])
         self.updates += 1
 
-    def targets(self, samples: SampleIndex | None, inputs: dict[str, Any], rows: Rows) -> SoftTargets | None:
-        return super().targets(samples, inputs, rows) if self.epoch > 0 else None
+    def targets(self, batch: Batch) -> Taught:
+        return super().targets(batch) if self.epoch > 0 else Taught()
 
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        return super().state()[0], {"updates": str(self.updates)}
+    def states(self) -> Iterator[tuple[str, State]]:
+        yield "teacher", (self._tensors(), {"updates": str(self.updates)})
 
-    def load(
-        self, tensors: dict[str, torch.Tensor], metadata: dict[str, str], journals: list[dict[str, torch.Tensor]]
-    ) -> None:
-        super().load(tensors, metadata, journals)
-        self.updates = int(metadata["updates"])
+    def load(self, name: str, state: State, journals: list[dict[str, torch.Tensor]]) -> None:
+        super().load(name, state, journals)
+        self.updates = int(state[1]["updates"])
