@@ -120,6 +120,10 @@ class Checkpoints:
                 f"{folder.parent} was written with teacher={metadata['teacher']!r}, this run has "
                 f"teacher={teacher.kind!r}: resume with the same teacher."
             )
+        processes, now = int(metadata["processes"]), self.args.world_size
+        ranks = range(self.args.process_index, processes, now) if teacher.needs_ids and tensors else ()
+        journals = [load_tensors(folder / _journal_file(name, rank))[0] for rank in ranks]
+        teacher.load(name, (tensors, metadata), journals)
         written, content = metadata.get("content", "None"), str(self._probe.content)
         if "None" not in (written, content) and written != content:
             raise ValueError(
@@ -127,10 +131,6 @@ class Checkpoints:
                 f"was written ({written}), with the same number of samples: give the same dataset, or start a new run "
                 "from these weights with from_pretrained."
             )
-        processes, now = int(metadata["processes"]), self.args.world_size
-        ranks = range(self.args.process_index, processes, now) if teacher.needs_ids and tensors else ()
-        journals = [load_tensors(folder / _journal_file(name, rank))[0] for rank in ranks]
-        teacher.load(name, (tensors, metadata), journals)
         return metadata
 
     def _load_heads(self, path: Path) -> None:

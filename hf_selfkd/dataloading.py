@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -93,7 +94,9 @@ class DataLoading:
             )
             return
         collator = self._train_collator.collator
-        self._probe = probe_data(self._train_samples, collator, task.label_names, task.row_labels)
+        self._probe = probe_data(
+            self._train_samples, collator, task.label_names, task.row_labels, self.args.train_batch_size
+        )
         if not self._probe.labels_stay:
             facts.no_rows = (
                 "the labels of a sample change from one reading to the next, as with random masking: "
@@ -204,18 +207,19 @@ class DataLoading:
 
     def _warm_start_dataloader(self) -> DataLoader:
         """All training samples in their order, unmixed, as before the first epoch."""
-        samples, training = self._train_samples, self._train_collator
-        samples.set_epoch(-1)
-        collator = TrainingCollator(training.collator, index=training.index, label_names=training.label_names)
-        return self.accelerator.prepare(
-            DataLoader(
-                samples,
-                self.args.eval_batch_size,
-                sampler=SequentialSampler(samples),
-                collate_fn=collator,
-                num_workers=self.args.dataloader_num_workers,
-            )
+        collator = copy.copy(self._train_collator)
+        collator.mixer = None
+        self._set_epoch(-1)
+        samples = self.train_dataset if self._train_samples is None else self._train_samples
+        streams = isinstance(samples, IterableDataset)
+        dataloader = DataLoader(
+            samples,
+            self.args.eval_batch_size,
+            sampler=None if streams else SequentialSampler(samples),
+            collate_fn=collator,
+            num_workers=self.args.dataloader_num_workers,
         )
+        return self.accelerator.prepare(dataloader)
 
     # Samplers
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,6 +14,7 @@ from .heads.layered import NoHeads
 from .losses.hard import CrossEntropy
 from .losses.soft_targets import SoftTargets, labelled, make_targets
 from .metrics.running import RunningMeans
+from .samples import sample_index
 from .schedule import Progress, alpha_at
 from .tasks.base import Task
 from .tasks.rows import Rows
@@ -132,13 +134,19 @@ class SelfDistiller:
                 f"the model has {num_classes} classes, the stored predictions {soft.num_classes}: resume with the "
                 "model that made them."
             )
-        if samples is None or num_classes is None or samples.fits(num_classes):
+        if num_classes is None:
             return
-        label, sample_id = samples.misfit(num_classes)
-        raise ValueError(
-            f"label {label} of sample_id={sample_id} is not one of the {num_classes} classes of the model: set "
-            "num_labels of the model, or -100 for rows to ignore."
-        )
+        if samples is None:
+            # Without an address the labels are looked at where that costs no waiting, and once on any device.
+            if batch.labels.device.type != "cpu" and self.steps > 1:
+                return
+            samples = sample_index(np.full(len(batch.labels), -1), batch.labels.cpu())
+        if not samples.fits(num_classes):
+            label, sample_id = samples.misfit(num_classes)
+            raise ValueError(
+                f"label {label} of {'a sample' if sample_id < 0 else f'sample_id={sample_id}'} is not one of the "
+                f"{num_classes} classes of the model: set num_labels of the model, or -100 for rows to ignore."
+            )
 
     def take_metrics(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """What is logged since the last call, of all processes; this waits for the device."""

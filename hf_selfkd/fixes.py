@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -136,9 +136,15 @@ def pushed_folder(trainer: Trainer, checkpoint: str | Path, private: str) -> Ite
     yield str(copy)
     jobs = [job for job in getattr(trainer.push_in_progress, "jobs", ()) if job not in before]
     if not jobs:  # nothing was uploaded
-        shutil.rmtree(copy, ignore_errors=True)
+        _remove(copy)
     for job in jobs[-1:]:  # the folder itself, after the model
-        job.add_done_callback(lambda _: shutil.rmtree(copy, ignore_errors=True))
+        job.add_done_callback(lambda _: _remove(copy))
+
+
+def _remove(copy: Path) -> None:
+    shutil.rmtree(copy, ignore_errors=True)
+    with suppress(OSError):  # other copies are still read
+        copy.parent.rmdir()
 
 
 def _copy_without(checkpoint: str | Path, parent: Path, private: str) -> Path:

@@ -39,6 +39,7 @@ def probe_data(
     collator: Callable[[list[Any]], Any],
     label_names: tuple[str, ...],
     row_labels: Callable[[torch.Tensor], torch.Tensor],
+    batch_size: int = SAMPLES,
 ) -> DataProbe:
     """
     Read a few samples, three times, with other random numbers at the third. The generators are put back.
@@ -48,8 +49,9 @@ def probe_data(
         collator (`Callable`): of the user.
         label_names (`tuple[str]`): names under which a batch may hold the labels.
         row_labels (`Callable`): from the labels of a batch to those of its rows.
+        batch_size (`int`, *optional*): samples that the collator gets in training.
     """
-    count = min(SAMPLES, len(dataset))
+    count = min(SAMPLES, len(dataset), batch_size)
     if count == 0:
         return DataProbe()
     places = sorted({round(i * (len(dataset) - 1) / max(count - 1, 1)) for i in range(count)})

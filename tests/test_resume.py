@@ -276,6 +276,12 @@ def test_shuffled_dataset_is_refused_at_the_first_batch_that_shows_it(tmp_path):
     folder = checkpoint(tmp_path)
     samples = make_samples("vit")
     samples.items = samples.items[1:] + samples.items[:1]
+    refused_resume(folder, "holds other inputs", str(folder), "same dataset", samples=samples)
+    for item in samples.items:
+        item["pixel_values"] = torch.zeros(3, 16, 16)  # which a few samples do not tell apart
+    others = make_samples("vit")
+    others.items = [item | {"labels": 0} for item in samples.items[:4]] + samples.items[4:]
+    folder = checkpoint(tmp_path / "same", samples=others)
     refused_resume(folder, "labels of sample_id=", "shuffled", "sample_id_column", samples=samples)
 
 
@@ -413,24 +419,26 @@ class FakeHub:
     """Notes which files an upload would read, when it reads them: at the end, as uploads are asynchronous."""
 
     def __init__(self):
-        self.pending, self.uploaded = [], {}
+        self.pending, self.uploaded, self.later = [], {}, []
 
     def create_repo(self, name, **keywords):
         return SimpleNamespace(repo_id=f"me/{name}")
 
     def upload_folder(self, folder_path, path_in_repo="", ignore_patterns=None, run_as_future=False, **keywords):
         self.pending.append((folder_path, path_in_repo, ignore_patterns))
+        self.later.append(Future())
         if not run_as_future:
             self.read()
-        done = Future()
-        done.set_result(None)
-        return done
+        return self.later[-1]
 
     def read(self):
         for folder, target, ignored in self.pending:
             files = [str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()]
             self.uploaded.setdefault(target, set()).update(filter_repo_objects(files, ignore_patterns=ignored))
         self.pending = []
+        for future in self.later:
+            if not future.done():
+                future.set_result(None)
 
 
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
@@ -446,6 +454,7 @@ def test_stored_predictions_never_reach_the_hub(tmp_path, monkeypatch, strategy,
 
     monkeypatch.setattr(Trainer, "_finish_current_push", finish)
     options = saves(8) | {"push_to_hub": True, "hub_strategy": strategy, "hub_model_id": "run"}
+    options |= {"hub_always_push": True}
     trainer = train(tmp_path, "vit", make_samples("vit"), history_device=place, **options)
     trainer.push_to_hub()
     hub.read()

@@ -178,8 +178,12 @@ def test_heads_are_asked_in_the_same_pass():
 
     teacher = SnapshotTeacher(model, predict, warm_start=True)
     teacher.begin_epoch(0)
-    soft_targets = targets(teacher, data(4))
-    expected = torch.log_softmax(2 * soft_targets.log_probs, -1)
+    batch = Batch({"pixel_values": data(4)}, torch.zeros(8, dtype=torch.long))
+    assert teacher.targets(batch).heads == []  # in the first epoch, even a warm start has untrained heads
+    teacher.begin_epoch(1)
+    calls.clear()
+    taught = teacher.targets(batch)
+    expected = torch.log_softmax(2 * taught.model.log_probs, -1)
     torch.testing.assert_close(taught.heads[0].log_probs, expected)
     assert len(calls) == 1 and len(taught.heads) == 1
 
@@ -687,4 +691,4 @@ def test_shuffled_data_are_found_at_the_first_batch(tmp_path):
     teacher, _ = trained(tmp_path)
     labels = torch.tensor([1, 0])
     with pytest.raises(ValueError, match="labels of sample_id=0 are not those .*sample_id_column"):
-        teacher.targets(sample_index(torch.tensor([0, 1]), labels), {}, Rows(torch.zeros(2, CLASSES), labels))
+        asked(teacher, sample_index(torch.tensor([0, 1]), labels), Rows(torch.zeros(2, CLASSES), labels))

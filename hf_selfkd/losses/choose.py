@@ -46,6 +46,11 @@ def choose_hard_loss(
             )
         return UserLoss(task, temperature, function)
     kind = hard_loss_kind(task) if asked == "auto" else asked
+    if kind == "unshifted":
+        raise ValueError(
+            f"{type(task.model).__name__} compares each position with its own label and not with the next one, as "
+            "causal language models do: it is not supported."
+        )
     if chunked:
         if kind not in ("cross_entropy", "unchecked"):
             raise ValueError(
@@ -61,7 +66,8 @@ def choose_hard_loss(
 def hard_loss_kind(task: Task) -> str:
     """
     What the class of a model tells of its loss: `"cross_entropy"` (a class of transformers for this task),
-    `"unchecked"` (no loss of its own), `"additive"` (cross-entropy and further terms) or `"model"` (of unknown make).
+    `"unchecked"` (no loss of its own), `"additive"` (cross-entropy and further terms), `"unshifted"` (a causal model
+    that learns to copy) or `"model"` (of unknown make).
     """
     model = task.model
     if not any(takes(model, name) for name in task.label_names):
@@ -70,7 +76,15 @@ def hard_loss_kind(task: Task) -> str:
         return "model"
     if type(model).__name__.startswith(OTHER_LOSSES):
         return "model"
+    if task.shifts_labels and not _shifts(model):
+        return "unshifted"
     return "additive" if _balances_experts(model) else "cross_entropy"
+
+
+def _shifts(model: nn.Module) -> bool:
+    """Whether a causal language model of transformers compares a prediction with the next label, as most do."""
+    code = inspect.unwrap(forward_owner(model).forward).__code__
+    return "loss_function" in code.co_names or any("shift" in name for name in code.co_varnames)
 
 
 def _patched(model: nn.Module) -> bool:
