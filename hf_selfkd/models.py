@@ -70,6 +70,12 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False))
 
 
+def drops_cache(model: nn.Module) -> bool:
+    """Whether a model that is given labels keeps no cache of keys and values; without them the model would."""
+    code = inspect.unwrap(forward_owner(model).forward).__code__
+    return any(isinstance(text, str) and "use_cache" in text and "labels" in text for text in code.co_consts[1:])
+
+
 def virtual_tokens_of(model: nn.Module) -> int:
     """Positions that prompt tuning puts before those of the labels; 0 for any other model."""
     model = uncompiled(model)

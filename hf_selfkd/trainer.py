@@ -45,6 +45,7 @@ from .heads import attach_auxiliary_heads, heads_of, strip_auxiliary_heads
 from .heads.config import AuxiliaryHeadsConfig
 from .heads.layered import Layered, NoHeads
 from .losses.choose import choose_hard_loss, hard_loss_kind
+from .losses.hard import CrossEntropy
 from .models import uncompiled
 from .samples import IGNORE_INDEX, seeded
 from .schedule import Progress
@@ -198,11 +199,18 @@ class SelfKDMixin(DataLoading, Checkpoints, Evaluation):
             return
         check_compute_loss(self, SelfKDMixin)
         check_engine(self, method, method.teacher)
-        choose_hard_loss(task, method.hard_loss, method.temperature, method.chunked_logits, self._loss_function())
+        self._hard_loss(method, task)
         self._check_dataset(method)
 
-    def _loss_function(self) -> Callable[..., torch.Tensor] | None:
-        return self.label_smoother if self.compute_loss_func is None else self.compute_loss_func
+    def _hard_loss(self, method: MethodArguments, task: Task) -> CrossEntropy:
+        return choose_hard_loss(
+            task,
+            method.hard_loss,
+            method.temperature,
+            method.chunked_logits,
+            self.compute_loss_func,
+            self.label_smoother,
+        )
 
     # The run
 
@@ -229,16 +237,14 @@ class SelfKDMixin(DataLoading, Checkpoints, Evaluation):
         if not distils and not self._scales_correctly(task):
             return None
         check_even(self, self.model, self.train_dataset)
-        hard_loss = choose_hard_loss(
-            task, method.hard_loss, method.temperature, method.chunked_logits, self._loss_function()
-        )
+        hard_loss = self._hard_loss(method, task)
         heads = NoHeads(task)
         if self._heads_learn():
             heads = Layered(task, method.distils, self.args.seed, method.temperature)
-            if heads.views > 1 and not hard_loss.plain:
+            if heads.views > 1 and hard_loss.shows_labels:
                 raise ValueError(
                     f"views='rotation' with {type(task.model).__name__}, whose own loss is not plain cross-entropy "
-                    "and would count rotated images: set hard_loss='cross_entropy', or views='none'."
+                    "and would count rotated images: pass it as compute_loss_func, or set views='none'."
                 )
         teacher = self._make_teacher(method, task, heads)
         alpha = method.alpha if method.distils and teacher.kind != "none" else 0.0
@@ -250,9 +256,9 @@ class SelfKDMixin(DataLoading, Checkpoints, Evaluation):
         """Whether plain training can be scaled by its rows, which the stock class does not do for many models."""
         if task is None or sharded_by(self) or self.args.n_gpu > 1:
             return False
-        if self._loss_function() is not None:
-            return not self.compute_loss_func
-        return hard_loss_kind(task) == "cross_entropy"
+        if self.compute_loss_func is not None:
+            return False
+        return self.label_smoother is not None or hard_loss_kind(task) == "cross_entropy"
 
     def _make_teacher(self, method: MethodArguments, task: Task, heads: NoHeads) -> Teacher:
         facts = Facts(self.state.num_train_epochs, heads.uses_past)

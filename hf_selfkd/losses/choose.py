@@ -11,7 +11,7 @@ from torch import nn
 from ..models import base_model, forward_owner, is_stock, takes
 from ..tasks.base import Task
 from .chunked_cross_entropy import ChunkedCrossEntropy
-from .hard import CrossEntropy, ModelLoss, UserLoss
+from .hard import CrossEntropy, ModelLoss, SmoothedLoss, UserLoss
 
 
 # Classes of transformers whose loss is not (only) the mean cross-entropy of their rows, though their names say so.
@@ -24,6 +24,7 @@ def choose_hard_loss(
     temperature: float = 1.0,
     chunked: bool = False,
     function: Callable[..., torch.Tensor] | None = None,
+    smoother: Callable[..., torch.Tensor] | None = None,
 ) -> CrossEntropy:
     """
     Choose the hard loss of a run.
@@ -33,18 +34,19 @@ def choose_hard_loss(
         asked (`str`, *optional*): the field `hard_loss` of the arguments.
         temperature (`float`, *optional*): of the soft part.
         chunked (`bool`, *optional*): whether the logits of all tokens must not be held.
-        function (`Callable`, *optional*): `compute_loss_func` or the label smoother of the trainer.
+        function (`Callable`, *optional*): `compute_loss_func` of the trainer.
+        smoother (`Callable`, *optional*): its label smoother, which a loss of the user's own takes the place of.
 
     Raises:
         ValueError: if the choices contradict each other.
     """
-    if function is not None:
+    if function is not None or smoother is not None:
         if chunked:
             raise ValueError(
                 "chunked_logits=True needs plain cross-entropy as the hard loss, and this run has one of its own: set "
                 "it to False."
             )
-        return UserLoss(task, temperature, function)
+        return SmoothedLoss(task, temperature, smoother) if function is None else UserLoss(task, temperature, function)
     kind = hard_loss_kind(task) if asked == "auto" else asked
     if kind == "unshifted":
         raise ValueError(

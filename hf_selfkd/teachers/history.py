@@ -77,7 +77,7 @@ class HistoryStore:
     @torch.no_grad()
     def write(self, samples: SampleIndex, rows: Rows) -> None:
         """Note the present predictions of a batch."""
-        self.prepare(samples, rows)
+        self.prepare(samples, rows.logits.shape[-1])
         top_k = self.history.codec.top_k
         if top_k is None:
             self.history.write(samples, rows.log_probs, rows.labels)
@@ -87,13 +87,13 @@ class HistoryStore:
         log_probs = (summary.top - summary.log_norm.unsqueeze(-1)).clamp_min_(LOG_ZERO)
         self.history.write(samples, log_probs, rows.labels, summary.index, true)
 
-    def prepare(self, samples: SampleIndex, rows: Rows) -> None:
-        """Make the history, where that must happen though nothing is kept of a batch. Every process must call this."""
+    def prepare(self, samples: SampleIndex, num_classes: int) -> None:
+        """Make the history, also where nothing is kept of a batch. Every process must call this."""
         if self.history is None:
-            self._make_history(samples, rows)
-        elif rows.logits.shape[-1] != self.history.codec.num_classes:
+            self._make_history(samples, num_classes)
+        elif num_classes != self.history.codec.num_classes:
             raise ValueError(
-                f"the model has {rows.logits.shape[-1]} classes, the stored predictions "
+                f"the model has {num_classes} classes, the stored predictions "
                 f"{self.history.codec.num_classes}: resume with the model that made them."
             )
 
@@ -103,11 +103,10 @@ class HistoryStore:
             raise ValueError("no predictions are stored yet: train first.")
         return self.history.probabilities(np.asarray(torch.as_tensor(sample_ids).cpu()))
 
-    def _make_history(self, samples: SampleIndex, rows: Rows) -> None:
+    def _make_history(self, samples: SampleIndex, num_classes: int) -> None:
         ragged = samples.rows is not None
-        plan = plan_history(
-            self.config, self._num_rows(samples, ragged), rows.logits.shape[-1], self.device, self.folder
-        )
+        num_rows = self._num_rows(samples, ragged)
+        plan = plan_history(self.config, num_rows, num_classes, self.device, self.folder)
         self.history = self._new_history(plan, ragged)
         logger.info(
             f"Prediction history: about {plan.num_bytes} bytes on {plan.place!r} for {self.size} samples, "
@@ -231,6 +230,9 @@ class HistoryTeacher(Teacher):
                 store.end_epoch(self.epoch)
         self.epoch = epoch
 
+    def prepare(self, batch: Batch, num_classes: int) -> None:
+        self.store.prepare(batch.samples, num_classes)
+
     def targets(self, batch: Batch) -> Taught:
         labels = batch.labels
         taught = Taught(self.store.read(batch.samples, labels.numel(), labels.device))
@@ -248,7 +250,7 @@ class HistoryTeacher(Teacher):
 
     @staticmethod
     def _observe(store: HistoryStore, samples: SampleIndex, rows: Rows, mixed: bool) -> None:
-        store.prepare(samples, rows) if mixed else store.write(samples, rows)
+        store.prepare(samples, rows.logits.shape[-1]) if mixed else store.write(samples, rows)
 
     def stored(self, sample_ids: Any) -> torch.Tensor:
         return self.store.stored(sample_ids)
