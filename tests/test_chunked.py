@@ -173,4 +173,3 @@ def test_a_loss_of_ones_own(tmp_path):
         )
 
     refused(make, "chunked_logits=True", "plain cross-entropy")
-    assert trainer.state.global_step == 0
