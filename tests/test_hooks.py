@@ -168,7 +168,7 @@ def test_upstream_gives_a_hook_the_parameters_of_the_table(stock, name):
 
 @pytest.mark.parametrize("stock, ours", FAMILIES)
 def test_our_hooks_take_all_that_upstream_may_pass(stock, ours):
-    for name in overridden(stock, ours):
+    for name in overridden(stock, ours) & hooks_of(stock).keys():
         signature = inspect.signature(getattr(ours, name))
         names = [part.rstrip("=") for part in hooks_of(stock)[name].split()]
         plain = [part for part in names if not part.startswith("*")]
