@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo_digits.py
 
 demo-translation: $(VENV)/.translation
-	$(BIN)/python examples/translation.py
+	$(BIN)/hf-selfkd train translation
 
 # One thread a process: two processes of two threads each would fight for two cores.
 test: $(VENV)/.dev

@@ -10,8 +10,8 @@ from typing import Any
 
 from .files import load_tensors, save_tensors
 from .fixes import hub_copy, load_renamed_weights
-from .heads import head_names, heads_of
-from .teachers import Teacher
+from .heads.auxiliary import head_names, heads_of
+from .teachers.base import Teacher
 
 
 logger = logging.getLogger(__name__)

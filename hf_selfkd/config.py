@@ -9,14 +9,14 @@ from typing import Literal, get_args
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from .heads_config import AuxiliaryHeadsConfig
+from .heads.config import AuxiliaryHeadsConfig
 
 
 AlphaSchedule = Literal["linear", "constant", "cosine", "linear_step"]
 Teacher = Literal["auto", "history", "snapshot", "ema", "none"]
 HistoryDtype = Literal["auto", "float32", "float16", "bfloat16"]
-HistoryRemainder = Literal["bucket", "label", "uniform", "renormalize"]
-HistoryDevice = Literal["auto", "model", "cpu", "disk"]
+HistoryTail = Literal["bucket", "label", "uniform", "renormalize"]
+HistoryDevice = Literal["auto", "accelerator", "cpu", "disk"]
 
 
 @dataclass
@@ -42,7 +42,7 @@ class SelfKDConfig(TrainingArguments):
             past predictions, whose history would be many times larger.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of both sides of the soft term, which is multiplied by its square.
-        warm_start_history (`bool`, *optional*, defaults to `False`):
+        warm_start_teacher (`bool`, *optional*, defaults to `False`):
             Give epoch 1 a past: one pass over the training set fills the history before training (`"snapshot"`: the
             initial weights are the first teacher). For pretrained models and short fine-tunes.
         seed_transforms (`bool`, *optional*, defaults to `False`):
@@ -54,7 +54,7 @@ class SelfKDConfig(TrainingArguments):
         history_top_k (`int`, *optional*):
             Entries kept per stored row; the rest of the mass is one bucket. `None` keeps whole rows while the history
             is small (256 MiB in all) or has at most 64 classes, and 32 entries otherwise.
-        history_remainder (`str`, *optional*, defaults to `"bucket"`):
+        history_tail (`str`, *optional*, defaults to `"bucket"`):
             Where the mass goes that the stored entries lack: `"bucket"` (to the other classes together: only their
             total mass is compared), `"label"` (to the label), `"uniform"` (evenly to the other classes) or
             `"renormalize"` (nowhere: the entries are scaled up).
@@ -62,7 +62,7 @@ class SelfKDConfig(TrainingArguments):
             Type of the stored log-probabilities: `"float32"`, `"float16"`, `"bfloat16"` or `"auto"` (`float32` while
             the history is small, `float16` otherwise).
         history_device (`str`, *optional*, defaults to `"auto"`):
-            Where the history lives: `"model"` (beside the model), `"cpu"`, `"disk"` (memory-mapped, one copy per node)
+            Where the history lives: `"accelerator"` (beside the model), `"cpu"`, `"disk"` (memory-mapped)
             or `"auto"` (beside the model while small, on disk otherwise).
         history_max_bytes (`int`, *optional*):
             Refuse a history that needs more bytes than this. `None` takes half of what is free where it lives.
@@ -101,7 +101,7 @@ class SelfKDConfig(TrainingArguments):
         default="auto", metadata={"help": "Where the past prediction comes from: history, snapshot, ema or none."}
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of both sides of the soft term."})
-    warm_start_history: bool = field(
+    warm_start_teacher: bool = field(
         default=False, metadata={"help": "Give epoch 1 a past, with one pass over the data before training."}
     )
     seed_transforms: bool = field(
@@ -113,7 +113,7 @@ class SelfKDConfig(TrainingArguments):
     history_top_k: int | None = field(
         default=None, metadata={"help": "Entries kept per stored row; whole rows while the history is small."}
     )
-    history_remainder: HistoryRemainder = field(
+    history_tail: HistoryTail = field(
         default="bucket",
         metadata={"help": "Where the mass goes that is not stored: bucket, label, uniform or renormalize."},
     )
@@ -121,7 +121,7 @@ class SelfKDConfig(TrainingArguments):
         default="auto", metadata={"help": "Type of stored rows: auto, float32, float16 or bfloat16."}
     )
     history_device: HistoryDevice = field(
-        default="auto", metadata={"help": "Where the history lives: auto, model, cpu or disk."}
+        default="auto", metadata={"help": "Where the history lives: auto, accelerator, cpu or disk."}
     )
     history_max_bytes: int | None = field(
         default=None, metadata={"help": "Refuse a history that needs more bytes than this."}
@@ -195,7 +195,7 @@ class SelfKDConfig(TrainingArguments):
         for name, allowed in (
             ("alpha_schedule", get_args(AlphaSchedule)),
             ("teacher", get_args(Teacher)),
-            ("history_remainder", get_args(HistoryRemainder)),
+            ("history_tail", get_args(HistoryTail)),
             ("history_dtype", get_args(HistoryDtype)),
             ("history_device", get_args(HistoryDevice)),
         ):
@@ -225,7 +225,7 @@ class SelfKDConfig(TrainingArguments):
             )
         for name, kinds in (
             ("history_trace", ("history",)),
-            ("warm_start_history", ("history", "snapshot")),
+            ("warm_start_teacher", ("history", "snapshot")),
             ("teacher_dropout", ("snapshot", "ema")),
         ):
             if getattr(self, name) and self.teacher_kind not in kinds:

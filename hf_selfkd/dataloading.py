@@ -10,8 +10,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers.trainer_utils import has_length
 
 from .fixes import EpochLengthGroupedSampler
-from .heads import heads_of
-from .rows import causal_rows
+from .heads.auxiliary import heads_of
 from .samples import (
     SAMPLE_ID,
     BatchIdDataset,
@@ -21,6 +20,7 @@ from .samples import (
     is_hf_dataset,
     with_sample_ids,
 )
+from .tasks.rows import causal_rows
 
 
 class DataLoading:

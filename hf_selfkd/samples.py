@@ -16,14 +16,14 @@ from torch.utils.data import Dataset, IterableDataset
 
 
 SAMPLE_ID = "sample_id"
-SAMPLE_KEYS = "sample_keys"
+SAMPLE_INDEX = "sample_index"
 MIX_PARTNER = "mix_partner"
 MIX_LAMBDA = "mix_lambda"
 IGNORE_INDEX = -100
 
 
 @dataclass
-class SampleKeys:
+class SampleIndex:
     """
     What the host knows about the rows of a batch, so that a history on the CPU or on disk needs no device sync.
 
@@ -45,7 +45,7 @@ class SampleKeys:
     rows: np.ndarray | None = None
 
 
-def sample_keys(ids: torch.Tensor | np.ndarray, labels: torch.Tensor, shifted: bool = False) -> SampleKeys:
+def sample_index(ids: torch.Tensor | np.ndarray, labels: torch.Tensor, shifted: bool = False) -> SampleIndex:
     """
     Make the host-side keys of a batch.
 
@@ -55,7 +55,7 @@ def sample_keys(ids: torch.Tensor | np.ndarray, labels: torch.Tensor, shifted: b
         shifted (`bool`, *optional*, defaults to `False`): whether position `i` predicts label `i + 1`.
 
     Returns:
-        [`SampleKeys`]: the hash of a sample does not depend on where its padding stands.
+        [`SampleIndex`]: the hash of a sample does not depend on where its padding stands.
 
     Raises:
         ValueError: if the samples were merged into rows of another number (packing).
@@ -73,7 +73,7 @@ def sample_keys(ids: torch.Tensor | np.ndarray, labels: torch.Tensor, shifted: b
         labels = np.concatenate((labels[:, 1:], np.full((len(ids), 1), IGNORE_INDEX, labels.dtype)), axis=1)
     if labels.ndim < 2:  # and not by the size: a batch of sequences may have length 1
         labels = labels.astype(np.int64).reshape(len(ids))
-        return SampleKeys(ids, labels, len(ids) - labels.tolist().count(IGNORE_INDEX))
+        return SampleIndex(ids, labels, len(ids) - labels.tolist().count(IGNORE_INDEX))
     labels = labels.reshape(len(ids), -1).astype(np.int64)
     valid = labels != IGNORE_INDEX
     # The sum of splitmix64 of (label, position among the labels), modulo 2**64.
@@ -84,7 +84,7 @@ def sample_keys(ids: torch.Tensor | np.ndarray, labels: torch.Tensor, shifted: b
     mixed ^= mixed >> np.uint64(31)
     hashes = np.where(valid, mixed, np.uint64(0)).sum(axis=1).view(np.int64)
     rows = np.flatnonzero(valid)
-    return SampleKeys(ids, hashes, len(rows), valid.sum(axis=1), rows)
+    return SampleIndex(ids, hashes, len(rows), valid.sum(axis=1), rows)
 
 
 @contextmanager
@@ -337,7 +337,7 @@ class SelfKDDataCollator:
             batch[SAMPLE_ID] = torch.from_numpy(ids)
             labels = batch.get("labels")
             if self.host_keys and isinstance(labels, torch.Tensor) and (labels.dim() < 2 or len(labels) == len(ids)):
-                batch[SAMPLE_KEYS] = sample_keys(ids, labels, self.shifts_labels)
+                batch[SAMPLE_INDEX] = sample_index(ids, labels, self.shifts_labels)
         if self.mixes:
             self._mix(batch)
         return batch

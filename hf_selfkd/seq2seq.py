@@ -11,8 +11,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from .config import Seq2SeqSelfKDConfig
 from .fixes import generation_gather
-from .measures import TokenFigures
-from .rows import logits_of
+from .metrics.tokens import TokenMetrics
+from .models import logits_of
 from .trainer import SelfKDMixin
 
 
@@ -47,7 +47,7 @@ class Seq2SeqSelfKDTrainer(SelfKDMixin, Seq2SeqTrainer):
         """
         if not self._several_sequences():
             self.gather_function = generation_gather(self.accelerator)
-        self._token_figures = TokenFigures(self.accelerator.gather_for_metrics)
+        self._token_figures = TokenMetrics(self.accelerator.gather_for_metrics)
         self._eval_labels: torch.Tensor | None = None
         handle = self.model.register_forward_hook(self._see_outputs, with_kwargs=True)
         try:
@@ -68,7 +68,7 @@ class Seq2SeqSelfKDTrainer(SelfKDMixin, Seq2SeqTrainer):
     def _see_outputs(self, model: torch.nn.Module, arguments: tuple, keywords: dict[str, Any], outputs: Any) -> None:
         labels = keywords.get("labels", self._eval_labels)
         if labels is not None:  # and not one of the steps of generation
-            self._token_figures.see(logits_of(outputs, has_loss="labels" in keywords), labels)
+            self._token_figures.update(logits_of(outputs, has_loss="labels" in keywords), labels)
 
     def prediction_step(self, model, inputs, *arguments: Any, **keywords: Any):
         """As in [`~transformers.Seq2SeqTrainer`]; the figures of the target tokens are noted."""

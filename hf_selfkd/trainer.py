@@ -20,50 +20,37 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from .checkpoints import STATE_FOLDER, Checkpoints
-from .chunked import ChunkedHead, Task
 from .config import SelfKDConfig, alpha_at
 from .dataloading import DataLoading
 from .fixes import EpochLengthGroupedSampler, stream_position
-from .heads import HeadResults, attach_auxiliary_heads, heads_of, split_auxiliary
-from .heads_config import ROTATIONS, AuxiliaryHeadsConfig
-from .layered import HeadFigures, Layered, choose_turns
-from .losses import (
-    Past,
-    RowLosses,
-    Side,
-    cross_entropy_sum,
-    labelled,
-    only,
-    progressive_cross_entropy,
-    soft_cross_entropy,
-    weighted,
-)
-from .measures import RunningMeans
-from .rows import (
-    Rows,
-    adapter_for,
-    causal_rows,
-    check_labels,
-    is_encoder_decoder,
-    logits_of,
-    next_tokens,
-    num_classes_of,
-    token_rows,
-    without_labels,
-)
+from .heads.attach import attach_auxiliary_heads
+from .heads.auxiliary import HeadResults, heads_of, split_auxiliary
+from .heads.config import ROTATIONS, AuxiliaryHeadsConfig
+from .heads.layered import HeadMetrics, Layered
+from .heads.rotation import choose_rotations
+from .losses.chunked import ChunkedHead, Task
+from .losses.cross_entropy import cross_entropy_sum
+from .losses.progressive import progressive_cross_entropy
+from .losses.soft import soft_cross_entropy
+from .losses.soft_targets import RowLosses, SoftTargets, Target, labelled, weighted, where_mask
+from .metrics.running import RunningMeans
+from .models import is_encoder_decoder, logits_of, num_classes_of, without_labels
 from .samples import (
     IGNORE_INDEX,
     MIX_LAMBDA,
     MIX_PARTNER,
     SAMPLE_ID,
-    SAMPLE_KEYS,
+    SAMPLE_INDEX,
     SampleIdDataset,
-    SampleKeys,
+    SampleIndex,
     SelfKDDataCollator,
-    sample_keys,
+    sample_index,
     seeded,
 )
-from .teachers import EMATeacher, HistoryTeacher, SnapshotTeacher, Teacher
+from .tasks.rows import Rows, adapter_for, causal_rows, check_labels, next_tokens, token_rows
+from .teachers.base import Teacher
+from .teachers.history import HistoryTeacher
+from .teachers.weights import EMATeacher, SnapshotTeacher
 
 
 logger = logging.getLogger(__name__)
@@ -83,9 +70,9 @@ class Batch:
 
     inputs: dict[str, Any]
     labels: torch.Tensor
-    keys: SampleKeys | None
+    samples: SampleIndex | None
     mix: Mix | None
-    turns: np.ndarray | None = None  # the views of each sample, `[B, V]`, if there are several
+    rotations: np.ndarray | None = None  # the views of each sample, `[B, V]`, if there are several
 
 
 def _is_mean(loss: torch.Tensor, rows: Rows, labels: torch.Tensor) -> bool:
@@ -113,7 +100,7 @@ class _Epochs(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer._release_head()
-        if args.distils and self.trainer.teacher.epoch < 1 and not args.warm_start_history:
+        if args.distils and self.trainer.teacher.epoch < 1 and not args.warm_start_teacher:
             logger.warning(
                 f"teacher={args.teacher_kind!r} never taught: training ended in its first pass over the data, so this "
                 "was plain training. Let the dataset end several times before max_steps."
@@ -165,7 +152,7 @@ class SelfKDMixin(DataLoading, Checkpoints):
         self.teacher: Teacher = Teacher()
         self.head_teachers: list[HistoryTeacher] = []
         self._layered: Layered | None = None  # in training, if there are heads that learn
-        self._head_figures: HeadFigures | None = None  # in evaluation, if heads are asked for
+        self._head_figures: HeadMetrics | None = None  # in evaluation, if heads are asked for
         self._means = RunningMeans()
         self._passes, self._resumed = -1, False
         self._train_samples: SampleIdDataset | None = None  # what the training dataloader reads
@@ -264,7 +251,7 @@ class SelfKDMixin(DataLoading, Checkpoints):
             self._make_teachers()
             self._passes = -1
             self._resumed = False
-            if self.args.warm_start_history and self.args.distils and self.args.teacher_kind == "history":
+            if self.args.warm_start_teacher and self.args.distils and self.args.teacher_kind == "history":
                 self._warm_start()
         self._means = RunningMeans()
         averaged = self.args.average_tokens_across_devices
@@ -302,10 +289,10 @@ class SelfKDMixin(DataLoading, Checkpoints):
         args.validate()  # again: hyperparameter search sets fields
         self._check_dataset()
         has_epochs = has_length(self.train_dataset)
-        if args.distils and has_epochs and self.state.num_train_epochs < 2 and not args.warm_start_history:
+        if args.distils and has_epochs and self.state.num_train_epochs < 2 and not args.warm_start_teacher:
             raise ValueError(
                 f"{self.state.num_train_epochs} epoch with teacher={args.teacher_kind!r}: there is no earlier epoch "
-                "to learn from. Train at least 2 epochs, set warm_start_history=True (history, snapshot) or alpha=0."
+                "to learn from. Train at least 2 epochs, set warm_start_teacher=True (history, snapshot) or alpha=0."
             )
         if args.teacher_kind == "none" or not (args.distils or args.history_trace):
             return Teacher()
@@ -314,7 +301,7 @@ class SelfKDMixin(DataLoading, Checkpoints):
             return self._make_history(args)
         share = broadcast if several else None
         if args.teacher_kind == "snapshot":
-            return SnapshotTeacher(self.model, self._predict, share, args.warm_start_history, args.teacher_dropout)
+            return SnapshotTeacher(self.model, self._predict, share, args.warm_start_teacher, args.teacher_dropout)
         return EMATeacher(self.model, self._predict, args.ema_decay, share, args.teacher_dropout)
 
     def _make_history(self, args: SelfKDConfig, name: str = "", views_of: Layered | None = None) -> HistoryTeacher:
@@ -384,7 +371,7 @@ class SelfKDMixin(DataLoading, Checkpoints):
                 batch = self._take(self._prepare_inputs(inputs))
                 with self.compute_loss_context_manager():
                     outputs = self.model(**self._unlabelled(batch))
-                self.teacher.observe(batch.keys, self._rows(logits_of(outputs, has_loss=False), batch.labels))
+                self.teacher.observe(batch.samples, self._rows(logits_of(outputs, has_loss=False), batch.labels))
             self.model.train()
         self._train_samples = samples
         self.teacher.begin_epoch(0)
@@ -392,9 +379,9 @@ class SelfKDMixin(DataLoading, Checkpoints):
     # The loss
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
-        keys = [batch.get(SAMPLE_KEYS) for batch in batch_samples]
-        if keys and None not in keys and self._world == 1:
-            count = max(sum(part.total for part in keys), 1)
+        samples = [batch.get(SAMPLE_INDEX) for batch in batch_samples]
+        if samples and None not in samples and self._world == 1:
+            count = max(sum(part.total for part in samples), 1)
             if self._ours and device.type == "cpu":
                 return count  # only our loss sees it; an accelerator gets a tensor, as its division rounds otherwise
             return torch.tensor(count).to(device, non_blocking=True)
@@ -415,7 +402,7 @@ class SelfKDMixin(DataLoading, Checkpoints):
     def _take(self, inputs: dict[str, Any]) -> Batch:
         """Split a batch into what the model sees and what is ours."""
         inputs = dict(inputs)
-        ids, keys = inputs.pop(SAMPLE_ID, None), inputs.pop(SAMPLE_KEYS, None)
+        ids, samples = inputs.pop(SAMPLE_ID, None), inputs.pop(SAMPLE_INDEX, None)
         partner, weight = inputs.pop(MIX_PARTNER, None), inputs.pop(MIX_LAMBDA, None)
         if "labels" not in inputs:
             raise ValueError(
@@ -423,22 +410,22 @@ class SelfKDMixin(DataLoading, Checkpoints):
                 "let the data collator do so."
             )
         labels = inputs.pop("labels")
-        if keys is None and ids is not None and self.teacher.needs_ids:
-            keys = sample_keys(ids.cpu(), labels.cpu(), self._rows is causal_rows)
-        if keys is None and self.teacher.needs_ids:
+        if samples is None and ids is not None and self.teacher.needs_ids:
+            samples = sample_index(ids.cpu(), labels.cpu(), self._rows is causal_rows)
+        if samples is None and self.teacher.needs_ids:
             raise ValueError(
                 "the batch has no sample_id for teacher='history': let the trainer build the dataloader, or carry "
                 f"{self.args.sample_id_column or SAMPLE_ID!r} through your own."
             )
         mix = None if partner is None else Mix(partner, weight[0])
         if self._layered is None or not self._layered.rotates:
-            return Batch(inputs, labels, keys, mix)
-        if keys is not None or ids is not None:
-            ids = keys.ids if keys is not None else ids.cpu().numpy()
+            return Batch(inputs, labels, samples, mix)
+        if samples is not None or ids is not None:
+            ids = samples.ids if samples is not None else ids.cpu().numpy()
         else:  # a stream without ids: its samples are told apart by their place
             ids = len(labels) * self.state.global_step + np.arange(len(labels))
-        turns = choose_turns(ids, self._layered.config.views_per_step, self._passes, self.args.seed)
-        return Batch(self._layered.expand(inputs, turns), labels, keys, mix, turns)
+        rotations = choose_rotations(ids, self._layered.config.views_per_step, self._passes, self.args.seed)
+        return Batch(self._layered.expand(inputs, rotations), labels, samples, mix, rotations)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """
@@ -458,9 +445,9 @@ class SelfKDMixin(DataLoading, Checkpoints):
         if self._ours is None:  # before the model sees them: its own loss may not say what is wrong
             check_labels(batch.labels, num_classes_of(self.model))
             self._unlabelled(batch)
-        self.teacher.expect(batch.keys)
+        self.teacher.look_up(batch.samples)
         if self._asks_model:
-            shown = batch.labels if batch.turns is None else self._layered.upright_labels(batch.labels)
+            shown = batch.labels if batch.rotations is None else self._layered.upright_labels(batch.labels)
             outputs = model(**batch.inputs, labels=shown)
         else:
             outputs = model(**self._unlabelled(batch))
@@ -472,10 +459,10 @@ class SelfKDMixin(DataLoading, Checkpoints):
         if self._ours is None:
             self._inspect(outputs, rows, batch.labels)
         alpha = self._alpha()
-        past = self._past(batch, rows) if alpha > 0 else None
-        sides = self._sides(rows.labels, past, batch.mix)
-        loss = self._scaled_loss(outputs, rows, sides, alpha, num_items_in_batch, batch.labels)
-        self.teacher.observe(batch.keys, rows, mixed=batch.mix is not None)
+        soft_targets = self._past(batch, rows) if alpha > 0 else None
+        targets = self._sides(rows.labels, soft_targets, batch.mix)
+        loss = self._scaled_loss(outputs, rows, targets, alpha, num_items_in_batch, batch.labels)
+        self.teacher.observe(batch.samples, rows, mixed=batch.mix is not None)
         if self._layered is not None and results is not None:
             heads = self._heads_loss(batch, results, rows, alpha)
             loss = loss + heads / num_items_in_batch * self._loss_world
@@ -496,23 +483,24 @@ class SelfKDMixin(DataLoading, Checkpoints):
     def _heads_loss(self, batch: Batch, results: HeadResults, rows: Rows, alpha: float) -> torch.Tensor:
         """The sum of the heads' losses over the rows of a batch; what they say is noted."""
         layered, pasts = self._layered, [None] * len(results.logits)
-        head_rows = layered.rows(results, batch.labels, batch.turns)
+        head_rows = layered.rows(results, batch.labels, batch.rotations)
         if self._heads_learn_from_past and self.teacher.needs_ids:
-            keys = layered.keys(batch.keys, batch.turns)
+            samples = layered.samples(batch.samples, batch.rotations)
             if alpha > 0:
-                pasts = [t.targets(keys, {}, part) for t, part in zip(self.head_teachers, head_rows, strict=True)]
+                pasts = [t.targets(samples, {}, part) for t, part in zip(self.head_teachers, head_rows, strict=True)]
             for teacher, part in zip(self.head_teachers, head_rows, strict=True):
                 part.top_k = teacher.top_k
-                teacher.observe(keys, part, mixed=batch.mix is not None)
+                teacher.observe(samples, part, mixed=batch.mix is not None)
         elif self._heads_learn_from_past and self.teacher.epoch > 0:  # before, even a warm start has untrained heads
             pasts = self.teacher.of_heads or pasts
         partner = None
-        if batch.mix is not None and batch.turns is not None:
-            partner = layered.joint_labels(batch.labels[batch.mix.partner], batch.turns)
-        sides = [
-            self._sides(part.labels, past, batch.mix, partner) for part, past in zip(head_rows, pasts, strict=True)
+        if batch.mix is not None and batch.rotations is not None:
+            partner = layered.joint_labels(batch.labels[batch.mix.partner], batch.rotations)
+        targets = [
+            self._sides(part.labels, soft_targets, batch.mix, partner)
+            for part, soft_targets in zip(head_rows, pasts, strict=True)
         ]
-        return layered.loss(results, head_rows, sides, rows.logits, alpha, self._row_losses)
+        return layered.loss(results, head_rows, targets, rows.logits, alpha, self._row_losses)
 
     @torch.no_grad()
     def _probe(self, batch: Batch) -> None:
@@ -546,33 +534,33 @@ class SelfKDMixin(DataLoading, Checkpoints):
         vocabulary = self._chunked.head.weight.shape[0]
         rows = Rows(self._chunked.head.weight.new_empty(0, vocabulary), labels.reshape(-1))
         alpha = self._alpha()
-        past = self.teacher.targets(batch.keys, {}, rows) if alpha > 0 else None
+        soft_targets = self.teacher.targets(batch.samples, {}, rows) if alpha > 0 else None
         rows.top_k = self.teacher.top_k
         if self.teacher.needs_ids and rows.top_k is None:
             raise ValueError(
                 "chunked_logits=True cannot go on with the checkpoint's history of whole rows: set it to False."
             )
-        task = self._chunked.task = Task(rows.labels, past, alpha, self.args.temperature, rows.top_k)
+        task = self._chunked.task = Task(rows.labels, soft_targets, alpha, self.args.temperature, rows.top_k)
         try:
             outputs = model(**self._unlabelled(batch))
         finally:
             self._chunked.task = None
         rows.summary, rows.label_log_probs = task.summary, -task.losses.hard  # instead of made from the logits
-        self.teacher.observe(batch.keys, rows)
-        sides = [Side(rows.labels, past, None)]
-        if past is None:
-            self._means.add(sides, [], alpha, task.total.detach())
+        self.teacher.observe(batch.samples, rows)
+        targets = [Target(rows.labels, soft_targets, None)]
+        if soft_targets is None:
+            self._means.add(targets, [], alpha, task.total.detach())
         else:
-            self._means.add(sides, [task.losses], alpha)
+            self._means.add(targets, [task.losses], alpha)
         loss = task.total / num_items * self._loss_world
         return (loss, outputs) if return_outputs else loss
 
-    def _past(self, batch: Batch, rows: Rows) -> Past | None:
+    def _past(self, batch: Batch, rows: Rows) -> SoftTargets | None:
         if self.teacher.needs_ids:
-            return self.teacher.targets(batch.keys, batch.inputs, rows)
+            return self.teacher.targets(batch.samples, batch.inputs, rows)
         heads = heads_of(self.model)
         with nullcontext() if heads is None else heads.watched(self._heads_learn_from_past):
-            return self.teacher.targets(batch.keys, self._unlabelled(batch), rows)  # which runs the model itself
+            return self.teacher.targets(batch.samples, self._unlabelled(batch), rows)  # which runs the model itself
 
     def _unlabelled(self, batch: Batch) -> dict[str, Any]:
         if self._rows not in (causal_rows, token_rows):
@@ -582,10 +570,10 @@ class SelfKDMixin(DataLoading, Checkpoints):
 
     def prediction_step(self, model, inputs, *arguments: Any, **keywords: Any):
         """As in [`~transformers.Trainer`]; ids that a dataset carries never reach the model."""
-        inputs = {key: value for key, value in inputs.items() if key not in (SAMPLE_ID, SAMPLE_KEYS)}
+        inputs = {key: value for key, value in inputs.items() if key not in (SAMPLE_ID, SAMPLE_INDEX)}
         result = super().prediction_step(model, inputs, *arguments, **keywords)
         if self._head_figures is not None:
-            self._head_figures.see(self._prepare_inputs(inputs).get("labels"))
+            self._head_figures.update(self._prepare_inputs(inputs).get("labels"))
         return result
 
     def evaluation_loop(
@@ -601,7 +589,7 @@ class SelfKDMixin(DataLoading, Checkpoints):
         if not self.args.evaluate_heads:
             return super().evaluation_loop(*arguments)
         heads = heads_of(self.model)
-        self._head_figures = HeadFigures(heads, self._rows, self.accelerator.gather_for_metrics)
+        self._head_figures = HeadMetrics(heads, self._rows, self.accelerator.gather_for_metrics)
         try:
             with heads.watched():
                 output = super().evaluation_loop(*arguments)
@@ -660,61 +648,75 @@ class SelfKDMixin(DataLoading, Checkpoints):
         )
 
     def _sides(
-        self, labels: torch.Tensor, past: Past | None, mix: Mix | None, partner: torch.Tensor | None = None
-    ) -> list[Side]:
+        self,
+        labels: torch.Tensor,
+        soft_targets: SoftTargets | None,
+        mix: Mix | None,
+        partner: torch.Tensor | None = None,
+    ) -> list[Target]:
         """
         The labels and past rows to learn from: the sample's own and, for mixed images, those of its partner, whose
         labels are given where rows are views.
         """
         if mix is None:
-            return [Side(labels, past, None)]
+            return [Target(labels, soft_targets, None)]
         # A stored row belongs to an unmixed image; other teachers have looked at the mixed image itself.
-        partners = past.select(mix.partner) if past is not None and self.teacher.needs_ids else past
+        partners = (
+            soft_targets.select(mix.partner) if soft_targets is not None and self.teacher.needs_ids else soft_targets
+        )
         partner = labels[mix.partner] if partner is None else partner
-        return [Side(labels, past, mix.weight), Side(partner, partners, 1 - mix.weight)]
+        return [Target(labels, soft_targets, mix.weight), Target(partner, partners, 1 - mix.weight)]
 
     def _scaled_loss(
         self,
         outputs: Any,
         rows: Rows,
-        sides: list[Side],
+        targets: list[Target],
         alpha: float,
         num_items: torch.Tensor,
         labels: torch.Tensor,
     ) -> torch.Tensor:
         """The loss, divided by the rows of the whole step; what the batch adds to the log is noted."""
         world = self._loss_world
-        parts = [self._row_losses(rows, side, alpha) for side in sides if side.past is not None]
+        parts = [self._row_losses(rows, target, alpha) for target in targets if target.soft_targets is not None]
         if self._ours:
             if parts:
-                total = weighted([part.total.sum() for part in parts], sides)
+                total = weighted([part.total.sum() for part in parts], targets)
             else:
-                total = weighted([cross_entropy_sum(rows.logits, side.labels) for side in sides], sides)
-            self._means.add(sides, parts, alpha, None if parts else total.detach())
+                total = weighted([cross_entropy_sum(rows.logits, target.labels) for target in targets], targets)
+            self._means.add(targets, parts, alpha, None if parts else total.detach())
             loss = total / num_items
             return loss * world if world > 1 else loss
-        hard = weighted([self._hard_loss(outputs, rows, side.labels, num_items, labels) for side in sides], sides)
+        hard = weighted(
+            [self._hard_loss(outputs, rows, target.labels, num_items, labels) for target in targets], targets
+        )
         hard = hard * world if world > 1 else hard
-        self._means.add(sides, parts, alpha, hard.detach() * num_items / world)
+        self._means.add(targets, parts, alpha, hard.detach() * num_items / world)
         if not parts:
             return hard
         # One number for all rows cannot be weighted row by row: it gives way by the share of rows with a past.
-        masks = [labelled(side.labels) for side in sides]
-        learners = [mask if part.learners is None else part.learners for mask, part in zip(masks, parts, strict=True)]
-        share = weighted([mask.sum() for mask in learners], sides) / masks[0].sum().clamp_min(1)
-        soft = weighted([self._soft_sum(rows, side, mask) for side, mask in zip(sides, learners, strict=True)], sides)
+        masks = [labelled(target.labels) for target in targets]
+        distilled = [
+            mask if part.distilled is None else part.distilled for mask, part in zip(masks, parts, strict=True)
+        ]
+        share = weighted([mask.sum() for mask in distilled], targets) / masks[0].sum().clamp_min(1)
+        soft = weighted(
+            [self._soft_sum(rows, target, mask) for target, mask in zip(targets, distilled, strict=True)], targets
+        )
         return (1 - alpha * share) * hard + (alpha * world / num_items) * soft
 
-    def _row_losses(self, rows: Rows, side: Side, alpha: float) -> RowLosses:
-        if side.past.index is not None:
+    def _row_losses(self, rows: Rows, target: Target, alpha: float) -> RowLosses:
+        if target.soft_targets.index is not None:
             normalized = rows.summary.log_norm
         else:  # a history stores the log-probabilities, others need not make them
             normalized = rows.log_probs if self.teacher.needs_ids else None
-        return progressive_cross_entropy(rows.logits, side.labels, side.past, alpha, self.args.temperature, normalized)
+        return progressive_cross_entropy(
+            rows.logits, target.labels, target.soft_targets, alpha, self.args.temperature, normalized
+        )
 
-    def _soft_sum(self, rows: Rows, side: Side, learners: torch.Tensor) -> torch.Tensor:
-        soft = soft_cross_entropy(rows.logits, side.past, self.args.temperature, side.labels)
-        return only(soft, learners).sum()
+    def _soft_sum(self, rows: Rows, target: Target, distilled: torch.Tensor) -> torch.Tensor:
+        soft = soft_cross_entropy(rows.logits, target.soft_targets, self.args.temperature, target.labels)
+        return where_mask(soft, distilled).sum()
 
     def _hard_loss(
         self, outputs: Any, rows: Rows, labels: torch.Tensor, num_items: torch.Tensor, given: torch.Tensor
@@ -740,7 +742,7 @@ class SelfKDMixin(DataLoading, Checkpoints):
             reduce = (lambda sums: self.accelerator.reduce(sums, "sum")) if several else (lambda sums: sums)
             logs |= self._means.take(reduce, self.args.distils)
             if self._layered is not None:
-                logs |= self._layered.take_figures(reduce)
+                logs |= self._layered.take_metrics(reduce)
         super().log(logs, start_time)
 
 

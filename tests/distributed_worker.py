@@ -178,7 +178,7 @@ SCENARIOS = {
     ),
     "tokens": lambda out, world: equal(out, world, "plain_bert_tokens", 24),
     "disk": lambda out, world: equal(out, world, history_device="disk"),
-    "warm_start": lambda out, world: equal(out, world, warm_start_history=True),
+    "warm_start": lambda out, world: equal(out, world, warm_start_teacher=True),
     "ragged": lambda out, world: ragged(out, world, history_trace=True),
     "ragged_disk": lambda out, world: ragged(out, world, history_device="disk", history_top_k=CLASSES),
     "resume_history": lambda out, world: resumed(out, world, "vit"),

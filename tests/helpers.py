@@ -2,11 +2,8 @@
 
 import atexit
 import gc
-import importlib.util
 import json
 import random
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -384,15 +381,6 @@ def train(output_dir, model, dataset, resume=None, **options):
         resume = f"{output_dir}/checkpoint-{resume}"
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer
-
-
-def load_example(name):
-    """A script of `examples/` as a module."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their annotations up there, and one script imports the other
-    spec.loader.exec_module(module)
-    return module
 
 
 def results(out, split="eval"):

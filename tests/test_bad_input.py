@@ -66,14 +66,14 @@ def changed(samples, **values):
         ({"alpha_schedule": "sigmoid"}, ["alpha_schedule='sigmoid'", "cosine"]),
         ({"teacher": "big"}, ["teacher='big'", "history, snapshot, ema, none"]),
         ({"history_dtype": "int8"}, ["history_dtype='int8'", "auto, float32, float16, bfloat16"]),
-        ({"history_remainder": "nowhere"}, ["history_remainder='nowhere'", "bucket, label, uniform, renormalize"]),
-        ({"history_device": "cuda"}, ["history_device='cuda'", "auto, model, cpu, disk"]),
+        ({"history_tail": "nowhere"}, ["history_tail='nowhere'", "bucket, label, uniform, renormalize"]),
+        ({"history_device": "cuda"}, ["history_device='cuda'", "auto, accelerator, cpu, disk"]),
         ({"temperature": 0.0}, ["temperature=0.0", "positive"]),
         ({"temperature": float("inf")}, ["temperature=inf", "finite"]),
         ({"ema_decay": 1.0}, ["ema_decay=1.0", "[0, 1)"]),
         ({"history_top_k": 0}, ["history_top_k=0", "at least 1"]),
         ({"label_smoothing_factor": 0.1}, ["label_smoothing_factor=0.1", "alpha=0.8", "Set label_smoothing_factor=0"]),
-        ({"teacher": "ema", "warm_start_history": True}, ["warm_start_history=True", "teacher='ema'", "'snapshot'"]),
+        ({"teacher": "ema", "warm_start_teacher": True}, ["warm_start_teacher=True", "teacher='ema'", "'snapshot'"]),
         ({"teacher": "snapshot", "history_trace": True}, ["history_trace=True", "'history'"]),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
@@ -92,7 +92,7 @@ def test_label_smoothing_in_plain_arguments(tmp_path):
 @pytest.mark.parametrize("options", [{"num_train_epochs": 1}, {"num_train_epochs": 0.5}, {"max_steps": 3}], ids=str)
 def test_run_too_short_for_the_teacher(tmp_path, teacher, options):
     refused_at_training(
-        tmp_path, "1 epoch", f"teacher={teacher!r}", "warm_start_history=True", teacher=teacher, **options
+        tmp_path, "1 epoch", f"teacher={teacher!r}", "warm_start_teacher=True", teacher=teacher, **options
     )
 
 

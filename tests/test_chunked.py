@@ -8,7 +8,7 @@ from test_resume import assert_same, everything
 from torch import nn
 
 from hf_selfkd import SelfKDTrainer
-from hf_selfkd.chunked import ChunkedHead
+from hf_selfkd.losses.chunked import ChunkedHead
 
 
 MODELS = "marian t5 bart mbart m2m100 llama qwen2 gpt2 bert_mlm".split()
@@ -44,11 +44,11 @@ def test_chunked_is_whole_to_rounding(tmp_path, name):
 @pytest.mark.parametrize(
     "options",
     [
-        {"history_remainder": "bucket"},
-        {"history_remainder": "uniform"},
+        {"history_tail": "bucket"},
+        {"history_tail": "uniform"},
         {"temperature": 2.0},
         {"gradient_accumulation_steps": 2},
-        {"warm_start_history": True},
+        {"warm_start_teacher": True},
     ],
     ids=str,
 )
@@ -69,7 +69,7 @@ def test_trace(tmp_path):
 def test_many_pieces(tmp_path, monkeypatch):
     """Pieces of a few rows only, the last of them ragged."""
     whole = run(tmp_path, "plain_gpt2", history_top_k=5)
-    monkeypatch.setattr("hf_selfkd.chunked.rows_of_a_piece", lambda weight: 7)
+    monkeypatch.setattr("hf_selfkd.losses.chunked.rows_per_chunk", lambda weight: 7)
     assert difference(whole, run(tmp_path, "plain_gpt2", history_top_k=5, chunked_logits=True)) < 1e-6
 
 

@@ -144,19 +144,19 @@ def tokens(kind, model, ids, samples):
             if label != -100 and (kind != "words" or position > 0):
                 source = position - 1 if kind == "words" else position
                 rows.append((logits[n, source], label, (ids[n], position)))
-    logits, labels, keys = zip(*rows, strict=True)
-    return torch.stack(logits), list(labels), list(keys)
+    logits, labels, samples = zip(*rows, strict=True)
+    return torch.stack(logits), list(labels), list(samples)
 
 
-def soft_loss(now, past, label, rule, top_k):
+def soft_loss(now, soft_targets, label, rule, top_k):
     """Cross-entropy of log-probabilities `[V]` under past probabilities of which only the top are known."""
     if top_k is None:
-        return -(past * now).sum()
-    kept = past.topk(top_k).indices
-    known = torch.zeros_like(past).scatter(0, kept, past[kept])
-    rest, others = 1 - known.sum(), torch.ones_like(past).scatter(0, kept, 0.0).bool()
+        return -(soft_targets * now).sum()
+    kept = soft_targets.topk(top_k).indices
+    known = torch.zeros_like(soft_targets).scatter(0, kept, soft_targets[kept])
+    rest, others = 1 - known.sum(), torch.ones_like(soft_targets).scatter(0, kept, 0.0).bool()
     if rule == "bucket":  # two distributions over k + 1 classes
-        return -(past[kept] * now[kept]).sum() - rest * now[others].exp().sum().log()
+        return -(soft_targets[kept] * now[kept]).sum() - rest * now[others].exp().sum().log()
     if rule == "label":
         known[label] += rest
     elif rule == "uniform":
@@ -180,18 +180,18 @@ def naive(name, samples, visits, epochs=3, alpha=0.8, teacher="history", rule=No
         loss, count = 0.0, 0
         for _, inputs in group:
             ids = inputs["sample_id"].tolist()
-            logits, labels, keys = tokens(kind, model.train(), ids, samples)
-            past = {key: table.get(key) for key in keys}
+            logits, labels, samples = tokens(kind, model.train(), ids, samples)
+            soft_targets = {key: table.get(key) for key in samples}
             if other is not None:
                 with torch.no_grad():
                     theirs, _, same = tokens(kind, other, ids, samples)
-                past = dict(zip(same, theirs.softmax(-1), strict=True))
-            for now, label, key in zip(logits.log_softmax(-1), labels, keys, strict=True):
+                soft_targets = dict(zip(same, theirs.softmax(-1), strict=True))
+            for now, label, key in zip(logits.log_softmax(-1), labels, samples, strict=True):
                 hard = -now[label]
-                soft = hard if past[key] is None else soft_loss(now, past[key], label, rule, top_k)
+                soft = hard if soft_targets[key] is None else soft_loss(now, soft_targets[key], label, rule, top_k)
                 loss = loss + (1 - weight) * hard + weight * soft
                 fresh[key] = now.detach().exp()
-            count += len(keys)
+            count += len(samples)
         (loss / count).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -225,9 +225,7 @@ def test_history_with_accumulation_equals_naive_loop(tmp_path, name):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", PLAIN)
 def test_top_k_history_equals_naive_loop(tmp_path, name, rule):
-    trainer = check_against_naive(
-        tmp_path, name, None, {"rule": rule, "top_k": 4}, history_top_k=4, history_remainder=rule
-    )
+    trainer = check_against_naive(tmp_path, name, None, {"rule": rule, "top_k": 4}, history_top_k=4, history_tail=rule)
     other = naive(name, make_samples(name), trainer.visits, rule=RULES[RULES.index(rule) - 1], top_k=4)
     assert difference(other, trainer) > 1e-5  # the comparison tells the rules apart
 
@@ -328,7 +326,7 @@ def test_one_class_left_over_is_the_whole_row(tmp_path, name):
     samples = make_samples(name)
     dense = train(tmp_path, name, samples, **SGD)
     for rule in ("bucket", "uniform"):
-        options = SGD | {"history_remainder": rule}
+        options = SGD | {"history_tail": rule}
         all_but_one = train(tmp_path, name, samples, history_top_k=VOCABULARY - 1, **options)
         assert difference(dense, all_but_one) < 2e-6
         assert difference(dense, train(tmp_path, name, samples, history_top_k=5, **options)) > 1e-5

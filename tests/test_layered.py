@@ -34,10 +34,10 @@ from hf_selfkd import (
     attach_auxiliary_heads,
     strip_auxiliary_heads,
 )
-from hf_selfkd.heads import heads_of
-from hf_selfkd.heads_config import PRESETS
-from hf_selfkd.layered import choose_turns, rotate
-from hf_selfkd.losses import divergence
+from hf_selfkd.heads.auxiliary import heads_of
+from hf_selfkd.heads.config import PRESETS
+from hf_selfkd.heads.rotation import choose_rotations, rotate
+from hf_selfkd.losses.soft import divergence
 
 
 MODELS = "resnet vit convnext swin mobilenet timm bert bert_tokens wav2vec2 marian gpt2".split()
@@ -83,31 +83,31 @@ def test_images_that_are_not_square_are_refused_before_the_first_step(tmp_path):
 
 @pytest.mark.parametrize("views", [0, 1, 2, 3])
 def test_turns_are_upright_first_and_differ(views):
-    turns = choose_turns(np.arange(1000), views, epoch=4, seed=1)
-    assert turns.shape == (1000, 1 + views) and (turns[:, 0] == 0).all()
-    assert all(len(set(row)) == 1 + views and set(row) <= {0, 1, 2, 3} for row in turns.tolist())
-    assert np.array_equal(turns[7:9], choose_turns(np.arange(7, 9), views, epoch=4, seed=1))
+    rotations = choose_rotations(np.arange(1000), views, epoch=4, seed=1)
+    assert rotations.shape == (1000, 1 + views) and (rotations[:, 0] == 0).all()
+    assert all(len(set(row)) == 1 + views and set(row) <= {0, 1, 2, 3} for row in rotations.tolist())
+    assert np.array_equal(rotations[7:9], choose_rotations(np.arange(7, 9), views, epoch=4, seed=1))
     if views in (1, 2):
-        counts = np.bincount(turns[:, 1:].ravel(), minlength=4)[1:]
+        counts = np.bincount(rotations[:, 1:].ravel(), minlength=4)[1:]
         assert (abs(counts - 1000 * views / 3) < 80).all()
 
 
 def test_every_rotation_comes_within_three_epochs():
-    epochs = [choose_turns(np.arange(50), 1, epoch, seed=0)[:, 1] for epoch in range(6)]
+    epochs = [choose_rotations(np.arange(50), 1, epoch, seed=0)[:, 1] for epoch in range(6)]
     assert np.array_equal(np.sort(np.stack(epochs[:3]), axis=0), np.tile([[1], [2], [3]], 50))
     assert np.array_equal(epochs[0], epochs[3]) and not np.array_equal(epochs[0], epochs[1])
-    assert not np.array_equal(epochs[0], choose_turns(np.arange(50), 1, 0, seed=1)[:, 1])
+    assert not np.array_equal(epochs[0], choose_rotations(np.arange(50), 1, 0, seed=1)[:, 1])
 
 
 def test_joint_labels():
     """Invariant 27: labels [3, 7] are 12 to 15 and 28 to 31."""
     model = attach_auxiliary_heads(make_model("resnet"), "joint")
-    from hf_selfkd.layered import Layered
-    from hf_selfkd.rows import sample_rows
+    from hf_selfkd.heads.layered import Layered
+    from hf_selfkd.tasks.rows import sample_rows
 
     layered = Layered(heads_of(model), sample_rows)
-    turns = np.tile(np.arange(4), (3, 1))
-    labels = layered.joint_labels(torch.tensor([3, 7, -100]), turns)
+    rotations = np.tile(np.arange(4), (3, 1))
+    labels = layered.joint_labels(torch.tensor([3, 7, -100]), rotations)
     assert labels.tolist() == [12, 13, 14, 15, 28, 29, 30, 31, -100, -100, -100, -100]
     assert (labels[:8] // 4).tolist() == [3] * 4 + [7] * 4 and (labels[:8] % 4).tolist() == [0, 1, 2, 3] * 2
     assert layered.upright_labels(torch.tensor([3, 7])).tolist() == [3, -100, -100, -100, 7, -100, -100, -100]
@@ -176,35 +176,35 @@ def naive(model, samples, visits, epochs, per_epoch, config, alpha, teacher, see
         labels = batch.pop("labels")
         keys = [(n, 0) for n in ids]
         if rotated:
-            turns = [t for row in choose_turns(np.array(ids), config.views_per_step, epoch, seed) for t in row]
-            images = [np.rot90(batch["pixel_values"][i // count].numpy(), t, (1, 2)) for i, t in enumerate(turns)]
+            rotations = [t for row in choose_rotations(np.array(ids), config.views_per_step, epoch, seed) for t in row]
+            images = [np.rot90(batch["pixel_values"][i // count].numpy(), t, (1, 2)) for i, t in enumerate(rotations)]
             batch = {"pixel_values": torch.from_numpy(np.stack(images))}
-            keys = [(ids[i // count], t) for i, t in enumerate(turns)]
-            targets = torch.tensor([4 * int(labels[i // count]) + t for i, t in enumerate(turns)])
+            keys = [(ids[i // count], t) for i, t in enumerate(rotations)]
+            targets = torch.tensor([4 * int(labels[i // count]) + t for i, t in enumerate(rotations)])
         else:
             targets, count = labels, 1
         model.train()
         outputs = model(**batch)
         parts, logits = outputs["auxiliary"], outputs.logits[::count]
-        past, pasts = [None] * len(ids), [[None] * len(keys)] * len(heads.heads)
+        soft_targets, pasts = [None] * len(ids), [[None] * len(keys)] * len(heads.heads)
         if other is not None:
             heads_of(other).watching = True
             with torch.no_grad():
-                past = list(other(**batch).logits.softmax(-1)[::count])
+                soft_targets = list(other(**batch).logits.softmax(-1)[::count])
                 pasts = [list(part.softmax(-1)) for part in heads_of(other).results.logits]
         elif teacher == "history":
-            past = [table.get((n, -1)) for n in ids]
+            soft_targets = [table.get((n, -1)) for n in ids]
             pasts = [[table.get((key, h)) for key in keys] for h in range(len(heads.heads))]
 
-        def cross_entropy(scores, labels, past, a):
+        def cross_entropy(scores, labels, soft_targets, a):
             total = 0.0
-            for row, label, before in zip(scores, labels, past, strict=True):
+            for row, label, before in zip(scores, labels, soft_targets, strict=True):
                 target = F.one_hot(label, scores.shape[-1]).float()
                 target = target if before is None else (1 - a) * target + a * before
                 total = total - (target * row.log_softmax(-1)).sum()
             return total
 
-        loss = cross_entropy(logits, labels, past, a)
+        loss = cross_entropy(logits, labels, soft_targets, a)
         deepest = parts[len(heads.heads) - 1] if rotated else outputs.logits
         for h in range(len(heads.heads)):
             own = config.hard_weight * cross_entropy(parts[h], targets, pasts[h], config.past_weight * a)
@@ -405,10 +405,10 @@ def test_history_is_kept_by_head_and_view(tmp_path):
 
             def watched(*args):
                 results = run(*args)
-                turns = choose_turns(np.array(ids), 1, int(self.state.epoch or 0), self.args.seed)
+                rotations = choose_rotations(np.array(ids), 1, int(self.state.epoch or 0), self.args.seed)
                 for head, logits in enumerate(results.logits):
                     for row, (b, v) in enumerate((b, v) for b in range(len(ids)) for v in range(2)):
-                        key = (head, ids[b], int(turns[b, v]))
+                        key = (head, ids[b], int(rotations[b, v]))
                         seen.setdefault(int(self.state.epoch or 0), {})[key] = logits[row].detach().softmax(-1)
                 return results
 

@@ -26,7 +26,8 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import Trainer, TrainerCallback, set_seed
 
 from hf_selfkd import SelfKDDataCollator
-from hf_selfkd.teachers import EMATeacher, HistoryTeacher, SnapshotTeacher
+from hf_selfkd.teachers.history import HistoryTeacher
+from hf_selfkd.teachers.weights import EMATeacher, SnapshotTeacher
 
 
 TEACHERS = {"history": HistoryTeacher, "snapshot": SnapshotTeacher, "ema": EMATeacher}
@@ -105,8 +106,8 @@ def test_resume_depends_on_the_state_of_the_teacher(tmp_path, teacher, monkeypat
 @pytest.mark.parametrize(
     "name, options",
     [
-        ("vit", {"warm_start_history": True}),
-        ("vit", {"warm_start_history": True, "teacher": "snapshot"}),
+        ("vit", {"warm_start_teacher": True}),
+        ("vit", {"warm_start_teacher": True, "teacher": "snapshot"}),
         ("vit", {"history_device": "disk"}),
         ("bert_tokens", {"history_device": "disk"}),
         ("vit", {"history_device": "cpu"}),
@@ -132,9 +133,9 @@ def test_resume_with_option_is_exact(tmp_path, name, options):
     check_resume(tmp_path, name, make_samples(name), [options["save_steps"], 2 * options["save_steps"]], **options)
 
 
-@pytest.mark.parametrize("place", ["model", "cpu", "disk"])
+@pytest.mark.parametrize("place", ["accelerator", "cpu", "disk"])
 def test_resume_with_history_in_another_place_is_exact(tmp_path, place):
-    options = saves(4) | {"history_device": "disk" if place != "disk" else "model"}
+    options = saves(4) | {"history_device": "disk" if place != "disk" else "accelerator"}
     check_resume(tmp_path, "vit", make_samples("vit"), [4, 8], {"history_device": place}, **options)
 
 
@@ -433,7 +434,7 @@ class FakeHub:
 
 
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
-@pytest.mark.parametrize("place", ["model", "disk"])
+@pytest.mark.parametrize("place", ["accelerator", "disk"])
 def test_stored_predictions_never_reach_the_hub(tmp_path, monkeypatch, strategy, place):
     hub = FakeHub()
     monkeypatch.setattr("transformers.trainer.hf_api", lambda *arguments, **keywords: hub)

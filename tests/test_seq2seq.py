@@ -55,9 +55,9 @@ def figures_one_by_one(model, samples):
         inside = (probs.max(-1) > lower / 10) & (probs.max(-1) <= (lower + 1) / 10)
         gap += abs((probs.max(-1)[inside] - (rows.argmax(-1) == labels)[inside]).sum())
     ours = calibration_metrics(rows, labels)
-    figures = {"nll": likelihood, "accuracy": accuracy, "ece": 100 * gap / len(labels)}
-    assert figures == pytest.approx({name: ours[name] for name in figures})
-    return figures
+    metrics = {"nll": likelihood, "accuracy": accuracy, "ece": 100 * gap / len(labels)}
+    assert metrics == pytest.approx({name: ours[name] for name in metrics})
+    return metrics
 
 
 def own_loss(outputs, labels, num_items_in_batch):
@@ -182,7 +182,7 @@ EVALUATES = {
         ("marian", EVALUATES | {"history_device": "disk", "history_top_k": 4, "history_dtype": "float16"}),
         ("marian", EVALUATES | {"teacher": "snapshot"}),
         ("gpt2", {}),
-        ("gpt2", {"history_device": "disk", "history_top_k": 4, "history_remainder": "bucket"}),
+        ("gpt2", {"history_device": "disk", "history_top_k": 4, "history_tail": "bucket"}),
         ("gpt2", {"teacher": "snapshot"}),
         ("bert_mlm", {"history_device": "disk"}),
     ],

@@ -9,10 +9,12 @@ from test_history import Processes
 from torch import nn
 
 from hf_selfkd import SelfKDConfig, teachers
-from hf_selfkd.history import NEVER, WARM_START
-from hf_selfkd.rows import Rows
-from hf_selfkd.samples import sample_keys
-from hf_selfkd.teachers import EMATeacher, HistoryTeacher, SnapshotTeacher, Teacher
+from hf_selfkd.history.table import NEVER, WARM_START
+from hf_selfkd.samples import sample_index
+from hf_selfkd.tasks.rows import Rows
+from hf_selfkd.teachers.base import Teacher
+from hf_selfkd.teachers.history import HistoryTeacher
+from hf_selfkd.teachers.weights import EMATeacher, SnapshotTeacher
 
 
 CPU = torch.device("cpu")
@@ -114,11 +116,17 @@ def test_snapshot_equals_a_copy_of_the_model():
         teacher.begin_epoch(epoch)
         for step in range(2):
             train_step(model, 10 * epoch + step)
-            past = targets(teacher, data(100 + step))
-            assert torch.equal(past.log_probs, log_probs(frozen, data(100 + step))) and past.mask.all()
-            assert past.log_probs.dtype == torch.float32 and past.index is None and not past.log_probs.requires_grad
-        assert not torch.allclose(past.log_probs, log_probs(copy.deepcopy(model).eval(), data(101)), atol=1e-2)
-        assert not torch.allclose(past.log_probs, log_probs(copy.deepcopy(frozen).train(), data(101)), atol=1e-2)
+            soft_targets = targets(teacher, data(100 + step))
+            assert torch.equal(soft_targets.log_probs, log_probs(frozen, data(100 + step))) and soft_targets.mask.all()
+            assert (
+                soft_targets.log_probs.dtype == torch.float32
+                and soft_targets.index is None
+                and not soft_targets.log_probs.requires_grad
+            )
+        assert not torch.allclose(soft_targets.log_probs, log_probs(copy.deepcopy(model).eval(), data(101)), atol=1e-2)
+        assert not torch.allclose(
+            soft_targets.log_probs, log_probs(copy.deepcopy(frozen).train(), data(101)), atol=1e-2
+        )
 
 
 @pytest.mark.parametrize("kind", ["snapshot", "ema"])
@@ -140,9 +148,9 @@ def test_dropout_of_a_teacher_leaves_statistics_alone(kind):
     expected = log_probs(frozen, data(3))
     before = {name: tensor.clone() for name, tensor in model.named_buffers()}
     torch.manual_seed(5)
-    past = targets(teacher, data(3))
-    assert torch.equal(past.log_probs, expected)
-    assert not torch.allclose(past.log_probs, log_probs(copy.deepcopy(model).eval(), data(3)), atol=1e-3)
+    soft_targets = targets(teacher, data(3))
+    assert torch.equal(soft_targets.log_probs, expected)
+    assert not torch.allclose(soft_targets.log_probs, log_probs(copy.deepcopy(model).eval(), data(3)), atol=1e-3)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_buffers())
     assert all(module.training for module in model.modules())
 
@@ -157,8 +165,8 @@ def test_heads_are_asked_in_the_same_pass():
 
     teacher = SnapshotTeacher(model, predict, warm_start=True)
     teacher.begin_epoch(0)
-    past = targets(teacher, data(4))
-    expected = torch.log_softmax(2 * past.log_probs, -1)
+    soft_targets = targets(teacher, data(4))
+    expected = torch.log_softmax(2 * soft_targets.log_probs, -1)
     torch.testing.assert_close(teacher.of_heads[0].log_probs, expected)
     assert len(calls) == 1 and len(teacher.of_heads) == 1
 
@@ -255,19 +263,21 @@ def test_rows_that_are_not_finite_teach_nothing():
     teacher.begin_epoch(0)
     x = data(5)
     x[2] = float("nan")
-    past = targets(teacher, x)
-    assert past.mask.tolist() == [True, True, False] + [True] * 5 and torch.isfinite(past.log_probs).all()
+    soft_targets = targets(teacher, x)
+    assert (
+        soft_targets.mask.tolist() == [True, True, False] + [True] * 5 and torch.isfinite(soft_targets.log_probs).all()
+    )
 
 
 def test_half_precision_models_teach_in_float32():
     model = net().bfloat16().eval()
     teacher = SnapshotTeacher(model, logits_of, warm_start=True)
     teacher.begin_epoch(0)
-    past = targets(teacher, data(5).bfloat16())
-    assert past.log_probs.dtype == torch.float32
-    assert (past.log_probs.exp().sum(-1) - 1).abs().max() < 1e-5
+    soft_targets = targets(teacher, data(5).bfloat16())
+    assert soft_targets.log_probs.dtype == torch.float32
+    assert (soft_targets.log_probs.exp().sum(-1) - 1).abs().max() < 1e-5
     with torch.no_grad():
-        assert torch.equal(past.log_probs, model(data(5).bfloat16())["logits"].float().log_softmax(-1))
+        assert torch.equal(soft_targets.log_probs, model(data(5).bfloat16())["logits"].float().log_softmax(-1))
 
 
 def test_processes_share_the_statistics_of_the_first():
@@ -394,43 +404,43 @@ def batch(ids, seed, classes=CLASSES):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.tensor([i % classes for i in ids])
     rows = Rows(torch.randn(len(ids), classes, generator=generator).requires_grad_(), labels)
-    return sample_keys(torch.tensor(ids), labels), rows
+    return sample_index(torch.tensor(ids), labels), rows
 
 
 def visit(teacher, ids, seed, mixed=False):
     """What a step does; the past it learns from."""
-    keys, rows = batch(ids, seed)
-    past = teacher.targets(keys, {}, rows)
-    teacher.observe(keys, rows, mixed)
-    return past, rows.logits.detach().log_softmax(-1)
+    samples, rows = batch(ids, seed)
+    soft_targets = teacher.targets(samples, {}, rows)
+    teacher.observe(samples, rows, mixed)
+    return soft_targets, rows.logits.detach().log_softmax(-1)
 
 
 def test_history_teacher_reads_what_it_observed_an_epoch_ago(tmp_path):
     """In any order; nothing in the first epoch, and no gradient."""
     teacher = history_teacher(tmp_path)
     teacher.begin_epoch(0)
-    past, first = visit(teacher, [0, 1, 2, 3], 1)
-    assert past is None
+    soft_targets, first = visit(teacher, [0, 1, 2, 3], 1)
+    assert soft_targets is None
     teacher.begin_epoch(0)  # again: changes nothing
     assert visit(teacher, [4, 0], 2)[0] is None
     teacher.begin_epoch(1)
-    past, second = visit(teacher, [3, 5, 1], 3)
-    assert past.mask.tolist() == [True, False, True] and not past.log_probs.requires_grad
-    assert torch.equal(past.log_probs[past.mask], first[[3, 1]])
+    soft_targets, second = visit(teacher, [3, 5, 1], 3)
+    assert soft_targets.mask.tolist() == [True, False, True] and not soft_targets.log_probs.requires_grad
+    assert torch.equal(soft_targets.log_probs[soft_targets.mask], first[[3, 1]])
     teacher.begin_epoch(2)
-    past, _ = visit(teacher, [0, 1, 5], 4)
-    assert torch.equal(past.log_probs, torch.stack((first[0], second[2], second[1])))
+    soft_targets, _ = visit(teacher, [0, 1, 5], 4)
+    assert torch.equal(soft_targets.log_probs, torch.stack((first[0], second[2], second[1])))
     assert teacher.history.stamps.tolist() == [0, 1, 0, 1, 0, 1]
 
 
 def test_half_precision_rows_are_stored_in_float32(tmp_path):
     teacher = history_teacher(tmp_path)
-    keys, rows = batch([0, 1], 1)
+    samples, rows = batch([0, 1], 1)
     rows.logits = rows.logits.detach().bfloat16()
     teacher.begin_epoch(0)
-    teacher.observe(keys, rows)
+    teacher.observe(samples, rows)
     teacher.begin_epoch(1)
-    assert torch.equal(teacher.targets(keys, {}, rows).log_probs, rows.logits.float().log_softmax(-1))
+    assert torch.equal(teacher.targets(samples, {}, rows).log_probs, rows.logits.float().log_softmax(-1))
 
 
 def test_rows_of_mixed_images_are_not_stored(tmp_path):
@@ -440,8 +450,8 @@ def test_rows_of_mixed_images_are_not_stored(tmp_path):
     visit(teacher, [0, 1], 1, mixed=True)
     _, first = visit(teacher, [1, 2], 2)
     teacher.begin_epoch(1)
-    past, _ = visit(teacher, [0, 1, 2], 3, mixed=True)
-    assert past.mask.tolist() == [False, True, True] and torch.equal(past.log_probs[1:], first)
+    soft_targets, _ = visit(teacher, [0, 1, 2], 3, mixed=True)
+    assert soft_targets.mask.tolist() == [False, True, True] and torch.equal(soft_targets.log_probs[1:], first)
     teacher.begin_epoch(2)
     assert torch.equal(visit(teacher, [1, 2], 4)[0].log_probs, first)
 
@@ -449,8 +459,8 @@ def test_rows_of_mixed_images_are_not_stored(tmp_path):
 def test_observations_before_training(tmp_path):
     """A warm start is the past of the first epoch, and has a stamp of its own."""
     teacher = history_teacher(tmp_path)
-    keys, rows = batch([0, 1], 1)
-    teacher.observe(keys, rows)
+    samples, rows = batch([0, 1], 1)
+    teacher.observe(samples, rows)
     teacher.begin_epoch(0)
     assert torch.equal(visit(teacher, [1, 0], 2)[0].log_probs, rows.logits.log_softmax(-1)[[1, 0]])
     assert teacher.history.stamps.tolist() == [WARM_START] * 2 + [NEVER] * 4
@@ -461,8 +471,8 @@ def test_stored(tmp_path):
     teacher = history_teacher(tmp_path, size=3, ids=np.array([90, 7, 30]))
     with pytest.raises(ValueError, match="no predictions are stored yet"):
         teacher.stored([7])
-    keys, rows = batch([30, 90], 1)
-    teacher.observe(keys, rows)
+    samples, rows = batch([30, 90], 1)
+    teacher.observe(samples, rows)
     teacher.begin_epoch(0)
     probabilities = rows.logits.detach().softmax(-1)
     for ids in ([90, 7, 30], np.array([90, 7, 30]), torch.tensor([90, 7, 30])):
@@ -496,9 +506,9 @@ def test_another_number_of_classes(tmp_path, first):
     teacher = history_teacher(tmp_path)
     visit(teacher, [0, 1], 1)
     teacher.begin_epoch(0)
-    keys, rows = batch([0, 1], 2, classes=7)
+    samples, rows = batch([0, 1], 2, classes=7)
     with pytest.raises(ValueError, match="the model has 7 classes, the stored predictions 4: resume with the model"):
-        teacher.targets(keys, {}, rows) if first == "targets" else teacher.observe(keys, rows)
+        teacher.targets(samples, {}, rows) if first == "targets" else teacher.observe(samples, rows)
 
 
 def tokens(ids, seed, length=5):
@@ -507,14 +517,14 @@ def tokens(ids, seed, length=5):
     rows = Rows(
         torch.randn(labels.numel(), CLASSES, generator=torch.Generator().manual_seed(seed)), labels.reshape(-1)
     )
-    return sample_keys(torch.tensor(ids), labels), rows
+    return sample_index(torch.tensor(ids), labels), rows
 
 
 def test_size_of_a_history_of_tokens_is_estimated_from_the_first_batch(tmp_path, monkeypatch):
     """Labelled rows per sample, times the samples, rounded up; that of all processes together."""
-    asked, plan_history = [], teachers.plan_history
+    asked, plan_history = [], teachers.history.plan_history
     monkeypatch.setattr(
-        teachers, "plan_history", lambda c, rows, *rest: asked.append(rows) or plan_history(c, rows, *rest)
+        teachers.history, "plan_history", lambda c, rows, *rest: asked.append(rows) or plan_history(c, rows, *rest)
     )
     teacher = history_teacher(tmp_path, size=10)
     teacher.observe(*tokens([1, 3, 3], 1))  # 7 rows of 3 samples
@@ -568,7 +578,7 @@ def trained(tmp_path, **arguments):
     return teacher, ids
 
 
-@pytest.mark.parametrize("place", ["model", "disk"])
+@pytest.mark.parametrize("place", ["accelerator", "disk"])
 @pytest.mark.parametrize("top_k", [None, 2, CLASSES])
 @pytest.mark.parametrize("ids", [None, np.array([50, 3, 20, 9, 44, 1])])
 def test_a_loaded_history_goes_on_as_the_old_one(tmp_path, place, top_k, ids):
@@ -654,4 +664,4 @@ def test_shuffled_data_are_found_at_the_first_batch(tmp_path):
     teacher, _ = trained(tmp_path)
     labels = torch.tensor([1, 0])
     with pytest.raises(ValueError, match="labels of sample_id=0 are not those .*sample_id_column"):
-        teacher.targets(sample_keys(torch.tensor([0, 1]), labels), {}, Rows(torch.zeros(2, CLASSES), labels))
+        teacher.targets(sample_index(torch.tensor([0, 1]), labels), {}, Rows(torch.zeros(2, CLASSES), labels))

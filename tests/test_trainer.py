@@ -27,8 +27,9 @@ from safetensors.torch import load_file
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_selfkd import SelfKDConfig, SelfKDDataCollator, SelfKDMixin, SelfKDTrainer, measures, with_sample_ids
-from hf_selfkd.measures import RunningMeans
+from hf_selfkd import SelfKDConfig, SelfKDDataCollator, SelfKDMixin, SelfKDTrainer, with_sample_ids
+from hf_selfkd.metrics import running as measures
+from hf_selfkd.metrics.running import RunningMeans
 
 
 def hf_dataset(samples, **more):
@@ -76,12 +77,12 @@ def recompute(visits, steps_per_epoch, epochs, window):
                 sums["rows"] += 1
                 sums["hard"] -= log_probs[label].item()
                 if key in table:
-                    past = table[key]
-                    target = alpha * past + (1 - alpha) * F.one_hot(torch.tensor(label), CLASSES)
+                    soft_targets = table[key]
+                    target = alpha * soft_targets + (1 - alpha) * F.one_hot(torch.tensor(label), CLASSES)
                     sums["known"] += 1
-                    sums["soft"] -= (past * log_probs).sum().item()
+                    sums["soft"] -= (soft_targets * log_probs).sum().item()
                     sums["entropy"] -= (target * target.log()).sum().item()
-                    sums["agree"] += past.argmax().item() == label
+                    sums["agree"] += soft_targets.argmax().item() == label
                 fresh[epoch][key] = log_probs.exp()
         log = {
             "alpha": sums["alpha"] / sums["batches"],
@@ -90,8 +91,8 @@ def recompute(visits, steps_per_epoch, epochs, window):
             "target_entropy": sums["entropy"] / sums["rows"],
         }
         if sums["known"]:
-            past = {"soft_loss": sums["soft"] / sums["known"], "past_agreement": sums["agree"] / sums["known"]}
-        logs.append(log | (past if sums["known"] else {}))
+            soft_targets = {"soft_loss": sums["soft"] / sums["known"], "past_agreement": sums["agree"] / sums["known"]}
+        logs.append(log | (soft_targets if sums["known"] else {}))
     return logs
 
 
@@ -113,12 +114,12 @@ def test_logged_values_are_those_of_the_rows(tmp_path, name, options):
 
 @pytest.mark.parametrize("held", [0, 10])
 def test_how_many_batches_wait_for_the_log_changes_no_figure(tmp_path, monkeypatch, held):
-    figures = ("loss", "hard_loss", "soft_loss", "past_agreement", "target_entropy", "rows_with_history")
+    metrics = ("loss", "hard_loss", "soft_loss", "past_agreement", "target_entropy", "rows_with_history")
     logs, most, waited = [], [], []
     add = RunningMeans.add
 
-    def watched(self, sides, parts, *arguments):
-        add(self, sides, parts, *arguments)
+    def watched(self, targets, parts, *arguments):
+        add(self, targets, parts, *arguments)
         most.append(len(self.waiting))
         assert not any(part.total.requires_grad for _, waiting, *_ in self.waiting for part in waiting)
 
@@ -127,7 +128,7 @@ def test_how_many_batches_wait_for_the_log_changes_no_figure(tmp_path, monkeypat
         monkeypatch.setattr(measures, "MAX_HELD", limit)
         trainer = train(tmp_path, "vit", make_samples("vit"), logging_steps=6)
         entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-        logs.append([{name: entry[name] for name in figures if name in entry} for entry in entries])
+        logs.append([{name: entry[name] for name in metrics if name in entry} for entry in entries])
         waited.append(max(most))
         most.clear()
     # Not to the bit: batches that wait are measured as one, which adds up the rows in another order.
@@ -325,7 +326,7 @@ def test_iterable_dataset_equals_the_same_samples_in_order(tmp_path, teacher):
 def test_iterable_dataset_with_ids_and_length_has_a_history(tmp_path, warm):
     samples = make_samples("vit")
     identified = SizedStream(Samples([item | {"uid": n} for n, item in enumerate(samples.items)]))
-    options = {"warm_start_history": warm, "train_sampling_strategy": "sequential"}
+    options = {"warm_start_teacher": warm, "train_sampling_strategy": "sequential"}
     expected = train(tmp_path, "vit", samples, **options)
     trainer = train(tmp_path, "vit", identified, sample_id_column="uid", **options)
     assert difference(expected, trainer) == 0

@@ -78,7 +78,7 @@ def pool(features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tens
 # Bodies: what stands between the features of a layer and the pooling
 
 
-class Same(nn.Module):
+class NoBody(nn.Module):
     """Nothing."""
 
     def forward(self, features: torch.Tensor, context: Context) -> torch.Tensor:

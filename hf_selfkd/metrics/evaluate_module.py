@@ -9,12 +9,17 @@ from itertools import chain
 from typing import Any
 
 import datasets
-import evaluate
 
 from hf_selfkd.metrics import calibration_metrics
 
 
-_FIGURES = ("accuracy", "top5_accuracy", "nll", "brier", "ece", "ece_15", "aurc", "eaurc")
+try:
+    import evaluate
+except ImportError as error:
+    raise ImportError('CalibrationMetric needs the package evaluate: pip install "hf_selfkd[evaluate]".') from error
+
+
+_METRICS = ("accuracy", "top5_accuracy", "nll", "brier", "ece", "ece_15", "aurc", "eaurc")
 _DESCRIPTION = """
 Calibration and ranking of a classifier: expected calibration error, negative log-likelihood, Brier score, area under
 the risk-coverage curve, accuracy. Definitions as published with PS-KD (https://arxiv.org/abs/2006.12000).
@@ -49,9 +54,9 @@ class CalibrationMetric(evaluate.Metric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        if self.config_name not in ("default", *_FIGURES):
+        if self.config_name not in ("default", *_METRICS):
             raise ValueError(
-                f"config_name: {self.config_name!r} is no figure; use one of {', '.join(_FIGURES)}, or none for all."
+                f"config_name: {self.config_name!r} is no figure; use one of {', '.join(_METRICS)}, or none for all."
             )
         row, label = datasets.Sequence(datasets.Value("float64")), datasets.Value("int64")
         return evaluate.MetricInfo(
@@ -68,5 +73,5 @@ class CalibrationMetric(evaluate.Metric):
     def _compute(self, *, predictions: Any, references: Any, from_logits: bool = True) -> dict[str, float]:
         if references and isinstance(references[0], list):  # sequences, perhaps of different lengths
             predictions, references = list(chain(*predictions)), list(chain(*references))
-        figures = calibration_metrics(predictions, references, from_logits=from_logits)
-        return figures if self.config_name == "default" else {self.config_name: figures[self.config_name]}
+        metrics = calibration_metrics(predictions, references, from_logits=from_logits)
+        return metrics if self.config_name == "default" else {self.config_name: metrics[self.config_name]}

@@ -10,150 +10,20 @@ replayed to fill a batch changes nothing, and a sample that was not visited keep
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 
-from .config import SelfKDConfig
-from .losses import MAX_HELD, Past, Remainder, of_label
-from .samples import SampleKeys
+from ..losses.soft_targets import MAX_HELD, SoftTargets, label_entries
+from ..samples import SampleIndex
+from .codec import Codec
 
 
 NEVER, WARM_START = -2, -1  # epoch stamps of samples without a prediction, and of those made before training
-SMALL = 256 * 2**20  # bytes up to which a history is kept whole, in float32, beside the model
+
 EXCHANGE_ROWS = 65536  # rows sent at a time between processes
-
-
-@dataclass
-class Codec:
-    """
-    How a row of log-probabilities is stored.
-
-    Args:
-        num_classes (`int`): C.
-        dtype (`torch.dtype`): of the stored log-probabilities.
-        top_k (`int`, *optional*): entries kept; `None` keeps all.
-        remainder (`str`, *optional*): where the mass goes that they lack; see [`~hf_selfkd.losses.Past`].
-    """
-
-    num_classes: int
-    dtype: torch.dtype
-    top_k: int | None = None
-    remainder: Remainder = "bucket"
-
-    @property
-    def index_dtype(self) -> torch.dtype:
-        """`torch.dtype`: the smallest that holds a class."""
-        return torch.int16 if self.num_classes <= 2**15 else torch.int32
-
-    @property
-    def widths(self) -> dict[str, tuple[int, torch.dtype]]:
-        """`dict`: columns and type of each stored part."""
-        if self.top_k is None:
-            return {"log_probs": (self.num_classes, self.dtype)}
-        return {"log_probs": (self.top_k, self.dtype), "index": (self.top_k, self.index_dtype)}
-
-    @property
-    def row_bytes(self) -> int:
-        """`int`: bytes of a stored row."""
-        return sum(width * dtype.itemsize for width, dtype in self.widths.values())
-
-    def encode(self, log_probs: torch.Tensor, index: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Log-probabilities, `[R, C]` or those of the top entries `[R, k]` with `index`, as stored; NaN stays NaN."""
-        if self.top_k is None:
-            return {"log_probs": log_probs.to(self.dtype)}
-        if index is None:
-            log_probs, index = log_probs.topk(self.top_k, dim=-1)
-        return {"log_probs": log_probs.to(self.dtype), "index": index.to(self.index_dtype)}
-
-    def decode(self, parts: dict[str, torch.Tensor], mask: torch.Tensor) -> Past:
-        """Stored parts as [`~hf_selfkd.losses.Past`]; rounding never leaves more than the whole mass."""
-        log_probs = parts["log_probs"]
-        if self.dtype != torch.float32:
-            log_probs = log_probs.float()
-            total = torch.logsumexp(log_probs, dim=-1, keepdim=True)
-            log_probs = log_probs - (total if self.top_k is None else total.clamp_min(0))
-        index = None if self.top_k is None else parts["index"].long()
-        return Past(log_probs, mask, index, self.remainder)
-
-
-@dataclass
-class Plan:
-    """Codec, place and rows of a history; see [`plan_history`]."""
-
-    codec: Codec
-    place: str
-    num_bytes: int
-    num_rows: int
-
-
-def plan_history(
-    config: SelfKDConfig, num_rows: int, num_classes: int, device: torch.device, folder: str | Path
-) -> Plan:
-    """
-    Choose how and where to keep a history, or refuse it.
-
-    Args:
-        config ([`SelfKDConfig`]): its `history_*` fields.
-        num_rows (`int`): rows of all samples together.
-        num_classes (`int`): classes of a row.
-        device (`torch.device`): where the model is.
-        folder (`str` or `Path`): where `history_device="disk"` keeps its files.
-
-    Returns:
-        [`Plan`]: with `num_bytes` for both the table and the journals of one epoch.
-
-    Raises:
-        ValueError: if `history_top_k` exceeds the classes, or more bytes are needed than allowed.
-    """
-    if config.history_top_k is not None and config.history_top_k > num_classes:
-        raise ValueError(
-            f"history_top_k={config.history_top_k} exceeds the {num_classes} classes of the model: set at most "
-            f"{num_classes}, or leave it out."
-        )
-    generations = 2  # the table and the journals
-    small = generations * num_rows * num_classes * 4 <= SMALL
-    top_k = config.history_top_k
-    if top_k is None and (config.chunked_logits or (num_classes > 64 and not small)):
-        top_k = min(32, num_classes)
-    whole = top_k == num_classes and not config.chunked_logits  # whole rows are made from whole logits
-    dtype = config.history_dtype
-    if dtype == "auto":
-        dtype = "float32" if small else "float16"
-    codec = Codec(num_classes, getattr(torch, dtype), None if whole else top_k, config.history_remainder)
-    num_bytes = generations * num_rows * codec.row_bytes
-    place = config.history_device
-    if place == "auto":
-        place = "model" if num_bytes <= SMALL else "disk"
-    limit = (
-        config.history_max_bytes if config.history_max_bytes is not None else _free_bytes(place, device, folder) // 2
-    )
-    if num_bytes > limit:
-        fitting = limit // (generations * num_rows * (2 + codec.index_dtype.itemsize))
-        remedy = (
-            f"set history_top_k={min(fitting, num_classes)} with history_dtype='float16'"
-            if fitting >= 1
-            else "use teacher='snapshot', which stores no rows"
-        )
-        raise ValueError(
-            f"the history of {num_rows} rows x {num_classes} classes needs {num_bytes} bytes on {place!r} and may "
-            f"take {limit} (history_max_bytes): {remedy}, or raise history_max_bytes."
-        )
-    return Plan(codec, place, num_bytes, num_rows)
-
-
-def _free_bytes(place: str, device: torch.device, folder: str | Path) -> int:
-    if place == "disk":
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        return shutil.disk_usage(folder).free
-    if place == "model" and device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -179,7 +49,7 @@ class PredictionHistory:
     Args:
         size (`int`): number of samples.
         ids (`np.ndarray` of `int64`, *optional*): their ids, sorted; `0..size - 1` by default.
-        place (`str`): `"model"`, `"cpu"` or `"disk"`.
+        place (`str`): `"accelerator"`, `"cpu"` or `"disk"`.
         device (`torch.device`): where the model is.
         folder (`str` or `Path`): for `"disk"`.
         codec ([`Codec`]): how rows are stored.
@@ -206,7 +76,7 @@ class PredictionHistory:
         self.expected_rows = expected_rows
         self.size, self.ids, self.codec, self.ragged = size, ids, codec, ragged
         self.place, self.folder, self.writes = place, Path(folder), writes
-        self.device = torch.device(device) if place == "model" else torch.device("cpu")
+        self.device = torch.device(device) if place == "accelerator" else torch.device("cpu")
         self.stamps = np.full(size, NEVER, dtype=np.int32)
         self._complete = False  # whether every sample has a prediction
         self.hashes = np.zeros(size, dtype=np.int64)
@@ -224,7 +94,7 @@ class PredictionHistory:
         self.waiting: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]] = []
         self.held = 0
         # What `look_up` said of the last batch, and a mask that is true everywhere, of the length of the last one.
-        self._last: tuple[SampleKeys, np.ndarray, np.ndarray | None] | None = None
+        self._last: tuple[SampleIndex, np.ndarray, np.ndarray | None] | None = None
         self._every: torch.Tensor | None = None
         self.visits = 0  # micro-batches of this epoch so far, the order in which predictions were made
 
@@ -252,28 +122,28 @@ class PredictionHistory:
             )
         return slots
 
-    def read(self, keys: SampleKeys, num_rows: int, device: torch.device) -> Past | None:
+    def read(self, samples: SampleIndex, num_rows: int, device: torch.device) -> SoftTargets | None:
         """
         The most recent predictions of earlier epochs.
 
         Args:
-            keys ([`~hf_selfkd.samples.SampleKeys`]): of the batch.
+            samples ([`~hf_selfkd.samples.SampleIndex`]): of the batch.
             num_rows (`int`): rows of the batch, padding included.
             device (`torch.device`): where to put them.
 
         Returns:
-            [`~hf_selfkd.losses.Past`]: or `None` if no sample of the batch has one.
+            [`~hf_selfkd.losses.SoftTargets`]: or `None` if no sample of the batch has one.
 
         Raises:
             ValueError: if an id is unknown, or a sample's labels are not those of the stored prediction.
         """
-        slots, known = self.look_up(keys)
-        if known is None and keys.total == num_rows and not self.ragged:
+        slots, known = self.look_up(samples)
+        if known is None and samples.total == num_rows and not self.ragged:
             if self._every is None or len(self._every) != num_rows or self._every.device != device:
                 self._every = torch.ones(num_rows, dtype=torch.bool, device=device)
-            past = self._past(slots, self._every, device)
-            past.whole = True
-            return past
+            soft_targets = self._past(slots, self._every, device)
+            soft_targets.all_valid = True
+            return soft_targets
         known = np.ones(len(slots), dtype=bool) if known is None else known
         if not known.any():
             return None
@@ -281,47 +151,50 @@ class PredictionHistory:
         if self.ragged:
             source = _ranges(self.starts[source], self.counts[source])
             mask = np.zeros(num_rows, dtype=bool)
-            mask[keys.rows[np.repeat(known, keys.counts)]] = True
-        past = self._past(source, _to(torch.from_numpy(mask), device), device)
+            mask[samples.rows[np.repeat(known, samples.counts)]] = True
+        soft_targets = self._past(source, _to(torch.from_numpy(mask), device), device)
         if len(source) == num_rows:
-            past.whole = keys.total == num_rows
-            return past
+            soft_targets.all_valid = samples.total == num_rows
+            return soft_targets
         target = _to(torch.from_numpy(np.flatnonzero(mask)), device)
-        past.log_probs = past.log_probs.new_zeros(num_rows, past.log_probs.shape[1]).index_copy_(
-            0, target, past.log_probs
-        )
-        if past.index is not None:
-            past.index = past.index.new_zeros(num_rows, past.index.shape[1]).index_copy_(0, target, past.index)
-        return past
+        soft_targets.log_probs = soft_targets.log_probs.new_zeros(
+            num_rows, soft_targets.log_probs.shape[1]
+        ).index_copy_(0, target, soft_targets.log_probs)
+        if soft_targets.index is not None:
+            soft_targets.index = soft_targets.index.new_zeros(num_rows, soft_targets.index.shape[1]).index_copy_(
+                0, target, soft_targets.index
+            )
+        return soft_targets
 
-    def _past(self, source: np.ndarray, mask: torch.Tensor, device: torch.device) -> Past:
+    def _past(self, source: np.ndarray, mask: torch.Tensor, device: torch.device) -> SoftTargets:
         """These rows of the table."""
         index = _to(torch.from_numpy(source), self.device)
         parts = {name: _to(part.index_select(0, index), device) for name, part in self.table.items()}
         return self.codec.decode(parts, mask)
 
-    def look_up(self, keys: SampleKeys) -> tuple[np.ndarray, np.ndarray | None]:
+    def look_up(self, samples: SampleIndex) -> tuple[np.ndarray, np.ndarray | None]:
         """
         Where these samples are kept and which have a prediction (`None` for all).
 
         Raises:
             ValueError: if an id is unknown, or a prediction was made for other labels than the sample has now.
         """
-        if self._last is not None and self._last[0] is keys:
+        if self._last is not None and self._last[0] is samples:
             return self._last[1:]  # of the same batch, read before it is written
-        slots, known = self.slots(keys.ids), None
+        slots, known = self.slots(samples.ids), None
         hashes = self.hashes.take(slots)
         if not self._complete:
             known = self.stamps[slots] != NEVER
-            hashes = np.where(known, hashes, keys.label_hash)
-        if hashes.tobytes() != keys.label_hash.tobytes():  # faster than by elements
-            where = np.flatnonzero(hashes != keys.label_hash)[0]
+            hashes = np.where(known, hashes, samples.label_hash)
+        if hashes.tobytes() != samples.label_hash.tobytes():  # faster than by elements
+            where = np.flatnonzero(hashes != samples.label_hash)[0]
             raise ValueError(
-                f"the labels of sample_id={keys.ids[where]} are not those its stored prediction was made for (hash "
-                f"{keys.label_hash[where]} now, {self.hashes[slots[where]]} stored): the training set was shuffled, "
-                "filtered or relabelled since. Give the same dataset, or name a stable id in sample_id_column."
+                f"the labels of sample_id={samples.ids[where]} are not those its stored prediction was made for "
+                f"(hash {samples.label_hash[where]} now, {self.hashes[slots[where]]} stored): the training set was "
+                "shuffled, filtered or relabelled since. Give the same dataset, or name a stable id in "
+                "sample_id_column."
             )
-        self._last = (keys, slots, known)
+        self._last = (samples, slots, known)
         return slots, known
 
     def probabilities(self, ids: np.ndarray) -> torch.Tensor:
@@ -347,12 +220,12 @@ class PredictionHistory:
         if known.any():
             index = torch.from_numpy(source[known]).to(self.device)
             parts = {name: part.index_select(0, index).cpu() for name, part in self.table.items()}
-            past = self.codec.decode(parts, torch.ones(len(index), dtype=torch.bool))
-            probs = past.log_probs.exp()
-            if past.index is not None:
+            soft_targets = self.codec.decode(parts, torch.ones(len(index), dtype=torch.bool))
+            probs = soft_targets.log_probs.exp()
+            if soft_targets.index is not None:
                 rest = (1 - probs.sum(-1, keepdim=True)).clamp_min(0)
                 even = rest / max(self.codec.num_classes - self.codec.top_k, 1)
-                probs = even.expand(-1, self.codec.num_classes).scatter(-1, past.index, probs)
+                probs = even.expand(-1, self.codec.num_classes).scatter(-1, soft_targets.index, probs)
             result[torch.from_numpy(known)] = probs
         return result
 
@@ -360,7 +233,7 @@ class PredictionHistory:
 
     def write(
         self,
-        keys: SampleKeys,
+        samples: SampleIndex,
         log_probs: torch.Tensor,
         labels: torch.Tensor,
         index: torch.Tensor | None = None,
@@ -370,7 +243,7 @@ class PredictionHistory:
         Note the predictions of a batch, to be read from the next epoch on.
 
         Args:
-            keys ([`~hf_selfkd.samples.SampleKeys`]): of the batch.
+            samples ([`~hf_selfkd.samples.SampleIndex`]): of the batch.
             log_probs (`torch.FloatTensor` of shape `[R, C]`, or `[R, k]` with `index`):
                 float32, detached; it may be read later, so it must not be changed.
             labels (`torch.LongTensor` of shape `[R]`): for the trace.
@@ -380,16 +253,16 @@ class PredictionHistory:
         Raises:
             ValueError: as [`~PredictionHistory.read`] does, which is not called at alpha 0.
         """
-        slots, _ = self.look_up(keys)
+        slots, _ = self.look_up(samples)
         true = None
         if self.trace is not None:
-            true = of_label(log_probs, labels) if true_log_probs is None else true_log_probs
+            true = label_entries(log_probs, labels) if true_log_probs is None else true_log_probs
             true = true.exp().masked_fill_(labels < 0, math.nan)
         rows = (log_probs, index, true)
         if self.ragged:
-            places = _to(torch.from_numpy(keys.rows), log_probs.device)
+            places = _to(torch.from_numpy(samples.rows), log_probs.device)
             rows = tuple(None if part is None else part.index_select(0, places) for part in rows)
-        self.samples.append((slots, self.visits, keys.label_hash, keys.counts if self.ragged else 1))
+        self.samples.append((slots, self.visits, samples.label_hash, samples.counts if self.ragged else 1))
         self.waiting.append(rows)
         self.held += rows[0].numel()
         self.visits += 1

@@ -13,7 +13,7 @@ Validation and test combine the words of train, some numbers aside, in ways that
 no sentence in either language, not even one with its words in another order.
 
     pip install "hf_selfkd[translation]"
-    python examples/cldr_corpus.py corpus --seed 0    # corpus/train.jsonl, corpus/validation.jsonl, corpus/test.jsonl
+    python -m hf_selfkd.scripts.cldr_corpus corpus --seed 0    # corpus/train.jsonl, validation.jsonl and test.jsonl
 """
 
 from __future__ import annotations
@@ -219,10 +219,10 @@ class Distinct:
 
     def add(self, pair: Pair) -> bool:
         """Remember the pair, unless one of its sentences is known."""
-        keys = [tuple(sorted(text.replace(",", " ").split())) for text in pair]
-        if any(key in seen for key, seen in zip(keys, self.seen, strict=True)):
+        samples = [tuple(sorted(text.replace(",", " ").split())) for text in pair]
+        if any(key in seen for key, seen in zip(samples, self.seen, strict=True)):
             return False
-        for key, seen in zip(keys, self.seen, strict=True):
+        for key, seen in zip(samples, self.seen, strict=True):
             seen.add(key)
         return True
 

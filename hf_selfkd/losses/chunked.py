@@ -1,5 +1,5 @@
 """
-The loss of a language model without its logits: hidden states go through the head and the loss piece by piece.
+The loss of a language model without its logits: hidden states go through the head and the loss chunk by chunk.
 
 The logits `[tokens, vocabulary]` are the largest tensor of a training step. Here the loss is computed where the head
 stands, inside the model's own forward, from what goes into the head; the model gets logits of one position only.
@@ -14,17 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .losses import (
-    Past,
-    RowLosses,
-    Summary,
-    cross_entropy_sum,
-    learners_of,
-    of_label,
-    progressive_cross_entropy,
-    summarize,
-)
-from .rows import base_model
+from ..models import base_model
+from .cross_entropy import cross_entropy_sum
+from .progressive import progressive_cross_entropy
+from .soft_targets import RowLosses, SoftTargets, distilled_rows, label_entries
+from .summary import Summary, summarize
 
 
 @dataclass
@@ -32,7 +26,7 @@ class Task:
     """What a forward is to learn from: labels `[R]`, past rows and their weight; entries to find for the history."""
 
     labels: torch.Tensor
-    past: Past | None
+    soft_targets: SoftTargets | None
     alpha: float
     temperature: float
     top_k: int | None
@@ -108,7 +102,7 @@ class ChunkedHead:
             )
 
 
-def rows_of_a_piece(weight: torch.Tensor) -> int:
+def rows_per_chunk(weight: torch.Tensor) -> int:
     """How many rows go through a head `[V, d]` at a time: enough for an efficient product, few enough to be small."""
     return max(1, (2**26 if weight.is_cuda else 2**23) // len(weight))
 
@@ -119,7 +113,7 @@ class _LinearRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, constant, task):
         rows, device = len(hidden), hidden.device
-        size = rows_of_a_piece(weight)
+        size = rows_per_chunk(weight)
         hard, soft, log_norm = (torch.zeros(rows, device=device) for _ in range(3))
         top = index = None
         if task.top_k is not None:
@@ -136,7 +130,7 @@ class _LinearRows(torch.autograd.Function):
             log_norm[part] = summary.log_norm
             if top is not None:
                 top[part], index[part] = summary.top, summary.index
-            loss, gradient = _piece(logits, task, part, summary, hard, soft)
+            loss, gradient = _chunk_loss(logits, task, part, summary, hard, soft)
             total += loss
             of_hidden[part] = gradient @ weight.to(gradient.dtype)
             if of_weight.dtype == gradient.dtype == hidden.dtype:
@@ -145,8 +139,8 @@ class _LinearRows(torch.autograd.Function):
                 of_weight += gradient.T @ hidden[part].to(gradient.dtype)
             if of_bias is not None:
                 of_bias += gradient.sum(0)
-        learners = None if task.past is None else learners_of(task.past, task.labels)
-        task.losses, task.summary = RowLosses(hard, hard, soft, learners), Summary(log_norm, top, index)
+        distilled = None if task.soft_targets is None else distilled_rows(task.soft_targets, task.labels)
+        task.losses, task.summary = RowLosses(hard, hard, soft, distilled), Summary(log_norm, top, index)
         ctx.save_for_backward(of_hidden, of_weight.to(weight.dtype), None if bias is None else of_bias.to(bias.dtype))
         return total
 
@@ -157,19 +151,19 @@ class _LinearRows(torch.autograd.Function):
         return of_hidden * grad, of_weight * grad, None if of_bias is None else of_bias * grad, None, None
 
 
-def _piece(
+def _chunk_loss(
     logits: torch.Tensor, task: Task, part: slice, summary: Summary, hard: torch.Tensor, soft: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of the losses of a piece of the rows and its gradient for their logits; notes the parts of each row."""
     leaf, labels = logits.detach().requires_grad_(), task.labels[part]
     with torch.enable_grad():
-        if task.past is None:
+        if task.soft_targets is None:
             loss = cross_entropy_sum(leaf, labels)
-            hard[part] = summary.log_norm - of_label(logits, labels).float()
+            hard[part] = summary.log_norm - label_entries(logits, labels).float()
         else:
-            past = task.past.select(part)
-            known = None if past.index is None else summary.log_norm
-            losses = progressive_cross_entropy(leaf, labels, past, task.alpha, task.temperature, known)
+            soft_targets = task.soft_targets.select(part)
+            known = None if soft_targets.index is None else summary.log_norm
+            losses = progressive_cross_entropy(leaf, labels, soft_targets, task.alpha, task.temperature, known)
             hard[part], soft[part] = losses.hard, losses.soft
             loss = losses.total.sum()
         (gradient,) = torch.autograd.grad(loss, leaf)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ._version import __version__
+from .._version import __version__
 
 
 logger = logging.getLogger(__name__)

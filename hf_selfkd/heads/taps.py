@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from .rows import base_model, is_encoder_decoder, logits_of
+from ..models import base_model, is_encoder_decoder, logits_of
 
 
 _NUMBERED = re.compile(r"(layer|stage|block|level)s?_?\d+")  # layer1, layer2, ... of torchvision and timm
@@ -379,8 +379,8 @@ def _stage_ends(names: list[str], shapes: list[tuple[int, ...]]) -> list[str] | 
         return None
     if len(names) <= MANY:
         return names
-    sides = [shape[2:] if len(shape) == 4 else shape[1:-1] for shape in shapes]
-    return [name for i, name in enumerate(names) if i + 1 == len(names) or sides[i] != sides[i + 1]]
+    targets = [shape[2:] if len(shape) == 4 else shape[1:-1] for shape in shapes]
+    return [name for i, name in enumerate(names) if i + 1 == len(names) or targets[i] != targets[i + 1]]
 
 
 def named(layer: int | str, names: list[str], model: nn.Module) -> str:

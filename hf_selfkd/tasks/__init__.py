@@ -1,0 +1,1 @@
+"""Tasks: how a batch and a model's outputs become rows."""
