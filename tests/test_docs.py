@@ -41,7 +41,7 @@ def make_tokenizer():
     )
 
 
-def setup(kind):
+def names_of(kind):
     """The names that the snippets of a section find: a small random model, and data that it can learn."""
     if kind == "images":
         return {"model": make_model("resnet"), "train": make_samples("images"), "test": make_samples("images", seed=1)}
@@ -59,7 +59,7 @@ def run(page, title, folder, monkeypatch):
     """Run a section in an empty folder; gives the names that it leaves."""
     monkeypatch.chdir(folder)
     kind, blocks = next((kind, blocks) for name, kind, blocks in sections(page) if name == title)
-    names = setup(kind)
+    names = names_of(kind)
     initial = copy.deepcopy(names["model"])
     for number, block in enumerate(blocks):
         exec(compile(block, f"{page}, {title!r}, block {number}", "exec"), names)
@@ -95,13 +95,13 @@ def test_the_loss_by_hand_gives_the_same_weights(tmp_path, monkeypatch):
     title = "From a distillation loss of your own"
     kind, blocks = next((kind, blocks) for name, kind, blocks in sections("docs/migration.md") if name == title)
     monkeypatch.chdir(tmp_path)
-    names = setup(kind)
+    names = names_of(kind)
     initial = copy.deepcopy(names["model"])
     for block in blocks[:3]:  # without the loss of one's own that follows
         exec(block, names)
     assert difference(names["by_hand"], names["trainer"]) < 1e-6
     assert difference(names["by_hand"], initial) > 1e-4
-    plain = setup(kind)
+    plain = names_of(kind)
     for block in blocks[:3]:
         exec(block.replace("alpha=0.7", "alpha=0.0"), plain)
     assert difference(plain["by_hand"], plain["trainer"]) > 1e-5
