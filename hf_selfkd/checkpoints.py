@@ -76,11 +76,16 @@ class Checkpoints:
 
     # Loading
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **named: Any):
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ):
         """As in [`~transformers.Trainer`]; `True` resumes from the newest checkpoint that was written to its end."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir) or True
-        return super().train(resume_from_checkpoint, **named)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

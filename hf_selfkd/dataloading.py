@@ -43,7 +43,8 @@ class DataLoading:
                 raise ValueError(facts.no_ids or facts.no_rows)
         if not isinstance(dataset, IterableDataset):
             return
-        if method.distils and not has_length(dataset) and method.alpha_schedule in ("linear", "cosine"):
+        by_epoch = ("cosine",) if method.teacher == "auto" else ("linear", "cosine")
+        if method.distils and not has_length(dataset) and method.alpha_schedule in by_epoch:
             raise ValueError(
                 f"alpha_schedule={method.alpha_schedule!r} needs a known number of epochs, which "
                 f"{type(dataset).__name__} without __len__ does not have: use 'linear_step' or 'constant'."

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,15 @@ from .schedule import Progress, alpha_at
 from .tasks.base import Task
 from .tasks.rows import Rows
 from .teachers.base import State, Taught, Teacher
+
+
+logger = logging.getLogger(__name__)
+
+
+@lru_cache
+def warn_once(logger: logging.Logger, text: str) -> None:
+    """Warn, the first time."""
+    logger.warning(text)
 
 
 class SelfDistiller:
@@ -56,6 +67,7 @@ class SelfDistiller:
         self.metrics = RunningMeans()
         self.epoch, self.next_epoch, self.alpha_reached = -1, 0, 0.0
         self.steps = 0  # calls of `step`
+        self.strict = True  # whether a batch that no history can address is an error
 
     @property
     def teaches(self) -> bool:
@@ -126,11 +138,14 @@ class SelfDistiller:
         """Labels that are no classes of the model, before they reach a device; samples that nobody can address."""
         samples = batch.samples
         if samples is None and self.teacher.needs_ids:
-            raise ValueError(
+            told = (
                 f"the batch tells no sample ids for teacher='history' ({len(batch.labels)} rows of labels): a "
                 "collator that drops, repeats or packs samples leaves no place to address their predictions, and a "
                 "dataloader of your own must come from SelfKDTrainer. Use teacher='snapshot'."
             )
+            if self.strict:
+                raise ValueError(told)
+            warn_once(logger, f"Such batches learn from their labels only: {told}")
         if soft is not None and soft.num_classes not in (None, num_classes):
             raise ValueError(
                 f"the model has {num_classes} classes, the stored predictions {soft.num_classes}: resume with the "

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast
+from torch.utils.data import IterableDataset
 from transformers import (
     BaseImageProcessor,
     DataCollator,
@@ -203,9 +204,12 @@ class SelfKDMixin(DataLoading, Checkpoints, Evaluation):
         self._check_dataset(method)
 
     def _hard_loss(self, method: MethodArguments, task: Task) -> CrossEntropy:
+        asked, weights = method.hard_loss, self.model.parameters()
+        if not self._distils(method) and any(p.is_floating_point() and p.dtype != torch.float32 for p in weights):
+            asked = "model"  # some models compute their loss in half precision, and plain training is to be theirs
         return choose_hard_loss(
             task,
-            method.hard_loss,
+            asked,
             method.temperature,
             method.chunked_logits,
             self.compute_loss_func,
@@ -246,11 +250,13 @@ class SelfKDMixin(DataLoading, Checkpoints, Evaluation):
                     f"views='rotation' with {type(task.model).__name__}, whose own loss is not plain cross-entropy "
                     "and would count rotated images: pass it as compute_loss_func, or set views='none'."
                 )
-        teacher = self._make_teacher(method, task, heads)
+        teacher, schedule = self._make_teacher(method, task, heads), method.alpha_schedule
+        if schedule == "linear" and isinstance(self.train_dataset, IterableDataset):
+            schedule = "linear" if has_length(self.train_dataset) else "linear_step"  # a stream has no epochs to count
         alpha = method.alpha if method.distils and teacher.kind != "none" else 0.0
-        return SelfDistiller(
-            task, hard_loss, teacher, heads, alpha, method.alpha_schedule, self.state.num_train_epochs
-        )
+        distiller = SelfDistiller(task, hard_loss, teacher, heads, alpha, schedule, self.state.num_train_epochs)
+        distiller.strict = method.teacher != "auto" or self.args.world_size > 1
+        return distiller
 
     def _scales_correctly(self, task: Task | None) -> bool:
         """Whether plain training can be scaled by its rows, which the stock class does not do for many models."""

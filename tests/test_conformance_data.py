@@ -257,7 +257,7 @@ class TakesAnything(Linear):
 
 
 COLLATORS = {
-    "drops_a_sample": ("snapshot", lambda: drops_a_sample),
+    "drops_a_sample": ("history", lambda: drops_a_sample),
     "two_views": ("snapshot", lambda: two_views),
     "halves": ("snapshot", lambda: halves),
     "adds_a_tensor": ("history", lambda: adds_a_tensor),

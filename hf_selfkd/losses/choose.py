@@ -78,7 +78,7 @@ def hard_loss_kind(task: Task) -> str:
         return "model"
     if type(model).__name__.startswith(OTHER_LOSSES):
         return "model"
-    if task.shifts_labels and not _shifts(model):
+    if type(task).shifts_labels and not _shifts(model):
         return "unshifted"
     return "additive" if _balances_experts(model) else "cross_entropy"
 

@@ -231,10 +231,13 @@ class HistoryTeacher(Teacher):
         self.epoch = epoch
 
     def prepare(self, batch: Batch, num_classes: int) -> None:
-        self.store.prepare(batch.samples, num_classes)
+        if batch.samples is not None:
+            self.store.prepare(batch.samples, num_classes)
 
     def targets(self, batch: Batch) -> Taught:
         labels = batch.labels
+        if batch.samples is None:
+            return Taught()
         taught = Taught(self.store.read(batch.samples, labels.numel(), labels.device))
         if self.head_stores:
             samples = self.head_samples(batch)
@@ -243,6 +246,8 @@ class HistoryTeacher(Teacher):
         return taught
 
     def observe(self, batch: Batch, rows: Rows, head_rows: list[Rows]) -> None:
+        if batch.samples is None:
+            return
         samples = self.head_samples(batch) if self.head_stores and head_rows else None
         for store, part in zip(self.head_stores, head_rows, strict=False):
             self._observe(store, samples, part, batch.mixing is not None)
