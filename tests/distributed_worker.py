@@ -66,7 +66,7 @@ def equal(out, world, model="plain_vit", size=32, **more):
     trainer = make_trainer(out, model, samples, **options(world, **more))
     trainer.train()
     result = {"weights": state_of(trainer)}
-    if trainer.teacher.head_stores:
+    if getattr(trainer.teacher, "head_stores", []):
         result["heads"] = [teacher.stored(torch.arange(4 * size)) for teacher in trainer.teacher.head_stores]
     if trainer.teacher.kind == "history":
         result["stored"] = trainer.teacher.stored(torch.arange(size))
