@@ -39,7 +39,7 @@ class FirstPredictions(SelfKDTrainer):
     """Notes every prediction in the order (epoch, step, process), independently of the history."""
 
     def compute_loss(self, model, inputs, *arguments, **keywords):
-        ids = inputs["sample_id"]
+        ids = None if self.sample_ids is None else torch.from_numpy(self.sample_ids)
         loss, outputs = super().compute_loss(model, inputs, True, **keywords)
         if model.training:
             probs = outputs["logits"].detach().softmax(-1)
