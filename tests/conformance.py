@@ -7,8 +7,10 @@ A test gives a `script(case, folder)` that does what a user would do, with `case
 
 import inspect
 import logging
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +39,7 @@ SHORT_RUN = {
     "use_cpu": True,
 }
 OF_THE_TRAINER = set(inspect.signature(Trainer.__init__).parameters) - {"self", "model", "args"}
+STOCK_OUTCOMES = {}  # by the name of the test
 CLOCKS = ("runtime", "per_second", "preparation_time")
 
 
@@ -48,8 +51,9 @@ class Case:
     Args:
         name (`str`): `"stock"`, `"alpha_0"` or `"defaults"`.
         expected (`str` or `tuple`):
-            What ours does as it comes: the teacher that `teacher="auto"` finds (`"history"`, `"snapshot"`, `"none"`),
-            `"plain"` where nothing is trained by the loop, or the parts of the sentence with which ours refuses.
+            What ours does as it comes: the teacher that `teacher="auto"` finds (`"history"`, `"snapshot"`, `"none"`, or
+            several joined by `" or "`), `"plain"` where nothing is trained by the loop, or the parts of the sentence
+            with which ours refuses.
     """
 
     name: str
@@ -102,14 +106,14 @@ class Case:
             folder (`Path`): for the runs.
             close (`float`, *optional*): how far weights may be from those of the stock class; equal by default.
         """
-        if self.name == "stock":
-            script(self, folder / "stock")
-            return
         self.made.clear()
+        if self.name == "stock":
+            self._stock_outcome(script, folder)
+            return
         if self.name == "defaults" and isinstance(self.expected, tuple):
             self._check_refusal(script, folder)
             return
-        stock, facts = split(script(Case("stock"), folder / "stock"))
+        stock, facts = self._stock_outcome(script, folder)
         with lines_of("hf_selfkd") as lines:
             ours, ours_facts = split(script(self, folder / "ours"))
         assert ours_facts == facts
@@ -120,6 +124,14 @@ class Case:
             assert all(bool(value.isfinite().all()) for value in ours.model.state_dict().values())
             assert not same_weights(stock.model, ours.model)
         self._check_teacher(ours, [line for line in lines if "teacher='auto'" in line])
+
+    def _stock_outcome(self, script, folder):
+        """What the stock class makes of the script; one run serves the three cases of a test."""
+        key = os.environ["PYTEST_CURRENT_TEST"].replace(self.name, "stock")
+        if key not in STOCK_OUTCOMES:
+            trainer, facts = split(script(Case("stock"), folder / "stock"))
+            STOCK_OUTCOMES[key] = SimpleNamespace(model=trainer.model, state=trainer.state), facts
+        return STOCK_OUTCOMES[key]
 
     def _check_refusal(self, script, folder):
         with pytest.raises(ValueError) as caught:
@@ -135,7 +147,7 @@ class Case:
             assert lines == []
             return
         kind = type(trainer.teacher).__name__.removesuffix("Teacher").lower() or "none"
-        assert kind == self.expected
+        assert kind in self.expected.split(" or ")
         if kind != "history":
             assert len(lines) == 1 and repr(kind) in lines[0]
 

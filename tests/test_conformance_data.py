@@ -222,8 +222,11 @@ def test_items_with_a_collator(case, make, collator, tmp_path):
 
 
 def drops_a_sample(items):
-    items = [item for item in items if item["x"][0] > -0.5]
-    return default_data_collator(items)
+    return default_data_collator(items[:-1])
+
+
+def drops_a_rare_sample(items):
+    return default_data_collator([item for item in items if item["x"][0] > -0.5])
 
 
 def two_views(items):
@@ -258,6 +261,7 @@ class TakesAnything(Linear):
 
 COLLATORS = {
     "drops_a_sample": ("snapshot", lambda: drops_a_sample),
+    "drops_a_rare_sample": ("history or snapshot", lambda: drops_a_rare_sample),  # nobody can know beforehand
     "two_views": ("snapshot", lambda: two_views),
     "halves": ("snapshot", lambda: halves),
     "adds_a_tensor": ("history", lambda: adds_a_tensor),
