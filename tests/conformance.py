@@ -51,9 +51,9 @@ class Case:
     Args:
         name (`str`): `"stock"`, `"alpha_0"` or `"defaults"`.
         expected (`str` or `tuple`):
-            What ours does as it comes: the teacher that `teacher="auto"` finds (`"history"`, `"snapshot"`, `"none"`, or
-            several joined by `" or "`), `"plain"` where nothing is trained by the loop, or the parts of the sentence
-            with which ours refuses.
+            What ours does as it comes: the teacher that `teacher="auto"` finds (`"history"`, `"snapshot"`, `"none"`,
+            or several joined by `" or "`), `"plain"` where nothing is trained by the loop, or the parts of the
+            sentence with which ours refuses.
     """
 
     name: str

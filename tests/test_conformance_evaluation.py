@@ -250,7 +250,7 @@ def test_early_stopping(case, tmp_path):
 @with_each_class("plain")
 def test_generation(case, tmp_path):
     def script(case, folder):
-        samples = make_samples("plain_marian", 6)
+        samples = make_samples("plain_marian", 8)
         options = {"config": case.seq2seq_config, "predict_with_generate": True, "generation_num_beams": 2}
         trainer = case.make(
             folder,
