@@ -201,19 +201,19 @@ def without_clocks(metrics):
 
 
 @contextmanager
-def lines_of(name):
+def lines_of(name, level="INFO"):
     """What a logger and those below say meanwhile."""
     lines, logger = [], logging.getLogger(name)
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
-    level = logger.level
+    before = logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
     try:
         yield lines
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(level)
+        logger.setLevel(before)
 
 
 # Data and models of a user's own
@@ -233,6 +233,17 @@ class Points(Dataset):
 
     def __getitem__(self, index):
         return self.make(self.x[index], int(self.y[index]), index)
+
+
+def columns(points):
+    """The same points as columns."""
+    return {"x": [points[n]["x"].tolist() for n in range(len(points))], "labels": points.y.tolist()}
+
+
+def stack(pairs):
+    """A batch of pairs `(x, label)`."""
+    pairs = list(pairs)
+    return {"x": torch.stack([x for x, _ in pairs]), "labels": torch.tensor([y for _, y in pairs])}
 
 
 class Linear(nn.Module):
