@@ -260,14 +260,14 @@ def run(task: dict, method: str, seed: int) -> dict:
         trainer.train()
         seconds, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
         metrics = trainer.evaluate()
-    figures = {key.removeprefix("eval_"): value for key, value in metrics.items()}
+    metrics = {key.removeprefix("eval_"): value for key, value in metrics.items()}
     return {
         "method": method,
         "seed": seed,
         "epochs": arguments["num_train_epochs"],
         "train_samples": len(task["train_dataset"]),
-        "error": 100 * (1 - figures["accuracy"]),
-        **{key: figures[key] for key in REPORTED},
+        "error": 100 * (1 - metrics["accuracy"]),
+        **{key: metrics[key] for key in REPORTED},
         "train_seconds": seconds,
         "cpu_ms_per_image": 1000 * cpu / len(task["train_dataset"]) / arguments["num_train_epochs"],
         "train_loss_by_epoch": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],

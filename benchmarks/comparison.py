@@ -53,7 +53,7 @@ def run_missing(
             print({key: result[key] for key in ("method", "seed", *shown)}, flush=True)
 
 
-def table(results: list[dict], methods: list[str], figures: dict[str, tuple[str, int]]) -> str:
+def table(results: list[dict], methods: list[str], metrics: dict[str, tuple[str, int]]) -> str:
     """
     The Markdown table: mean and standard deviation over seeds of every figure.
 
@@ -63,15 +63,15 @@ def table(results: list[dict], methods: list[str], figures: dict[str, tuple[str,
         figures (`dict`): `name: (title, digits)` of the columns.
     """
     lines = [
-        "| method | seeds | " + " | ".join(title for title, _ in figures.values()) + " |",
-        "|---|---|" + "---|" * len(figures),
+        "| method | seeds | " + " | ".join(title for title, _ in metrics.values()) + " |",
+        "|---|---|" + "---|" * len(metrics),
     ]
     for method in methods:
         rows = [row for row in results if row["method"] == method]
         if not rows:
             continue
         cells = []
-        for name, (_, digits) in figures.items():
+        for name, (_, digits) in metrics.items():
             values = [row[name] for row in rows]
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.{digits}f}{spread}")

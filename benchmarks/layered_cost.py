@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import MobileNetV2Config, MobileNetV2ForImageClassification, PrinterCallback, TrainerCallback
 
 from hf_selfkd import SelfKDConfig, SelfKDTrainer, attach_auxiliary_heads, strip_auxiliary_heads
-from hf_selfkd.heads_config import PRESETS
+from hf_selfkd.heads.config import PRESETS
 
 
 CASES = [(name, alpha) for name in PRESETS for alpha in (0.0, 0.8)]

@@ -28,7 +28,10 @@ import torch
 import torch.nn.functional as F
 from transformers.trainer_pt_utils import LabelSmoother
 
-from hf_selfkd.losses import Past, cross_entropy_sum, progressive_cross_entropy, summarize
+from hf_selfkd.losses.cross_entropy import cross_entropy_sum
+from hf_selfkd.losses.progressive import progressive_cross_entropy
+from hf_selfkd.losses.soft_targets import SoftTargets
+from hf_selfkd.losses.summary import summarize
 
 
 def keep_freed_memory(keep: bool) -> None:
@@ -52,9 +55,9 @@ def make_losses(
     index = torch.stack([torch.randperm(vocabulary, device=device)[:top_k] for _ in range(rows)])
     smoother = LabelSmoother(0.1)
 
-    def stored(remainder: str) -> Callable:
-        past = Past(probs.log(), mask, index, remainder)
-        return lambda logits: progressive_cross_entropy(logits, labels, past, 0.5).total.sum() / rows
+    def stored(tail: str) -> Callable:
+        soft_targets = SoftTargets(probs.log(), mask, index, tail)
+        return lambda logits: progressive_cross_entropy(logits, labels, soft_targets, 0.5).total.sum() / rows
 
     return {
         "F.cross_entropy": lambda logits: F.cross_entropy(logits.float(), labels),
@@ -66,10 +69,10 @@ def make_losses(
 
 def whole_rows(rows: int, vocabulary: int, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
     labels = torch.randint(vocabulary, (rows,), device=device)
-    past = Past(
+    soft_targets = SoftTargets(
         torch.randn(rows, vocabulary, device=device).log_softmax(-1), torch.ones(rows, dtype=torch.bool, device=device)
     )
-    return lambda logits: progressive_cross_entropy(logits, labels, past, 0.5).total.sum() / rows
+    return lambda logits: progressive_cross_entropy(logits, labels, soft_targets, 0.5).total.sum() / rows
 
 
 class PeakMemory:

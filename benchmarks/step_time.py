@@ -54,7 +54,7 @@ from transformers import (
 )
 
 from hf_selfkd import SelfKDConfig, SelfKDTrainer, Seq2SeqSelfKDConfig, Seq2SeqSelfKDTrainer
-from hf_selfkd.teachers import Teacher
+from hf_selfkd.teachers.base import Teacher
 
 
 MODELS = {
@@ -172,21 +172,21 @@ class Turns(TrainerCallback):
 
 def train_in_turns(trainers: list[Trainer], clock: Callable[[], float]) -> list[list[float]]:
     """Train, the first trainer beginning; seconds of the steps of each, without the last step."""
-    turns = [Turns(clock) for _ in trainers]
-    for mine, other, trainer in zip(turns, turns[::-1], trainers, strict=True):
+    rotations = [Turns(clock) for _ in trainers]
+    for mine, other, trainer in zip(rotations, rotations[::-1], trainers, strict=True):
         mine.other = other
         trainer.add_callback(mine)
     threads = [
-        threading.Thread(target=mine.play, args=(trainer,)) for mine, trainer in zip(turns, trainers, strict=True)
+        threading.Thread(target=mine.play, args=(trainer,)) for mine, trainer in zip(rotations, trainers, strict=True)
     ]
     gc.collect()
     gc.freeze()  # what was there before costs neither of them anything
     for thread in threads:
         thread.start()
-    turns[0].my_turn.release()
+    rotations[0].my_turn.release()
     for thread in threads:
         thread.join()
-    return [mine.seconds[1:] for mine in turns]
+    return [mine.seconds[1:] for mine in rotations]
 
 
 def interval(values: list[float], draws: int = 2000) -> list[float]:
@@ -265,20 +265,20 @@ def main() -> None:
     size = args.batch_size * steps
     data = Sentences(size, args.classes, args.length) if args.model == "marian" else InMemory(size, args.classes)
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
-    sides = (False, args.teacher != "control")
+    targets = (False, args.teacher != "control")
     epochs: list[list[list[float]]] = []  # of each order: seconds of the epochs of either side
     with tempfile.TemporaryDirectory() as folder:
         # Of a short step, fetching memory again is a part that depends on what the step before left, on both sides.
         keep_freed_memory(args.keep_freed_memory or args.model != "marian")
         for order in (1, -1):
-            trainers = [make_trainer(side, args, args.rounds + 2, data, folder) for side in sides[::order]]
+            trainers = [make_trainer(target, args, args.rounds + 2, data, folder) for target in targets[::order]]
             seconds = train_in_turns(trainers, clock)[::order]
             # The first epoch has no history, the last one no end.
             starts = range(steps, steps * (args.rounds + 1), steps)
-            epochs.append([[sum(side[start : start + steps]) for start in starts] for side in seconds])
-        share = history_share(make_trainer(True, args, 6, data, folder), clock) if sides[1] else 0.0
+            epochs.append([[sum(target[start : start + steps]) for start in starts] for target in seconds])
+        share = history_share(make_trainer(True, args, 6, data, folder), clock) if targets[1] else 0.0
         keep_freed_memory(False)
-        peaks = [peak_of_steps(make_trainer(side, args, 2, data, folder)) for side in sides]
+        peaks = [peak_of_steps(make_trainer(target, args, 2, data, folder)) for target in targets]
     ratios = [math.sqrt(b / a * d / c) for a, b, c, d in zip(*epochs[0], *epochs[1], strict=True)]
     plain, ours = (1000 / steps * statistics.median(one + other) for one, other in zip(*epochs, strict=True))
     print(

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from hf_selfkd import Seq2SeqSelfKDConfig, Seq2SeqSelfKDTrainer
-from hf_selfkd.losses import Past
+from hf_selfkd.losses.soft_targets import SoftTargets
 from hf_selfkd.metrics import compute_translation_metrics
 
 
@@ -37,13 +37,13 @@ HUB_NAME = "bentrevett/multi30k"
 METHODS = {
     "plain": {"alpha": 0.0},
     "label smoothing 0.1": {"alpha": 0.0, "label_smoothing_factor": 0.1},
-    "PS-KD history, top 16, bucket": {"history_top_k": 16, "history_remainder": "bucket"},
-    "PS-KD history, top 16, bucket, alpha 0.4": {"history_top_k": 16, "history_remainder": "bucket", "alpha": 0.4},
-    "PS-KD history, top 16, label": {"history_top_k": 16, "history_remainder": "label"},
-    "PS-KD history, top 16, renormalize": {"history_top_k": 16, "history_remainder": "renormalize"},
-    "PS-KD history, top 16, uniform": {"history_top_k": 16, "history_remainder": "uniform"},
-    "PS-KD history, top 4, bucket": {"history_top_k": 4, "history_remainder": "bucket"},
-    "PS-KD history, top 64, bucket": {"history_top_k": 64, "history_remainder": "bucket"},
+    "PS-KD history, top 16, bucket": {"history_top_k": 16, "history_tail": "bucket"},
+    "PS-KD history, top 16, bucket, alpha 0.4": {"history_top_k": 16, "history_tail": "bucket", "alpha": 0.4},
+    "PS-KD history, top 16, label": {"history_top_k": 16, "history_tail": "label"},
+    "PS-KD history, top 16, renormalize": {"history_top_k": 16, "history_tail": "renormalize"},
+    "PS-KD history, top 16, uniform": {"history_top_k": 16, "history_tail": "uniform"},
+    "PS-KD history, top 4, bucket": {"history_top_k": 4, "history_tail": "bucket"},
+    "PS-KD history, top 64, bucket": {"history_top_k": 64, "history_tail": "bucket"},
     "PS-KD snapshot": {"teacher": "snapshot"},
     # What tells history and snapshot apart: dropout, the mass that is not stored, and the age of the predictions.
     "PS-KD snapshot with dropout": {"teacher": "snapshot", "teacher_dropout": True},
@@ -65,11 +65,11 @@ class Variants(Seq2SeqSelfKDTrainer):
     top_k: int | None = None
 
     def _past(self, batch, rows):
-        past = super()._past(batch, rows)
-        if past is None or self.top_k is None:
-            return past
-        log_probs, index = past.log_probs.topk(self.top_k, dim=-1)
-        return Past(log_probs, past.mask, index, "label")
+        soft_targets = super()._past(batch, rows)
+        if soft_targets is None or self.top_k is None:
+            return soft_targets
+        log_probs, index = soft_targets.log_probs.topk(self.top_k, dim=-1)
+        return SoftTargets(log_probs, soft_targets.mask, index, "label")
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -163,13 +163,13 @@ def run(task: dict, method: str, seed: int, args: argparse.Namespace) -> dict:
         trainer.train()
         minutes = (time.process_time() - start) / 60
         metrics = trainer.evaluate()
-    figures = {key.removeprefix("eval_"): value for key, value in metrics.items()}
+    metrics = {key.removeprefix("eval_"): value for key, value in metrics.items()}
     return {
         "method": method,
         "seed": seed,
         "epochs": args.epochs,
         "train_samples": len(task["train"]),
-        **{key: figures[key] for key in ("bleu", "chrf", "token_nll", "token_ece", "token_accuracy", "gen_len")},
+        **{key: metrics[key] for key in ("bleu", "chrf", "token_nll", "token_ece", "token_accuracy", "gen_len")},
         "signatures": compute_metrics.signatures,
         "train_cpu_minutes": minutes,
         "hard_loss_by_epoch": [entry["hard_loss"] for entry in trainer.state.log_history if "hard_loss" in entry],

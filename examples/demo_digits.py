@@ -117,8 +117,8 @@ def run(setting: Setting, method: str, seed: int, output_dir: Path) -> tuple[dic
     trainer.train()
     seconds = time.perf_counter() - start
     prediction = trainer.predict(test)
-    figures = calibration_metrics(prediction.predictions, prediction.label_ids)
-    result = {"setting": setting.name, "method": method, "seed": seed, "seconds": seconds, **figures}
+    metrics = calibration_metrics(prediction.predictions, prediction.label_ids)
+    result = {"setting": setting.name, "method": method, "seed": seed, "seconds": seconds, **metrics}
     result["accuracy"] *= 100
     return result, prediction.predictions, prediction.label_ids
 
@@ -153,7 +153,7 @@ def verdict(results: list[dict], setting: Setting) -> str:
         gain = statistics.mean(gains)
         if abs(gain) > 2 * statistics.stdev(gains) / len(gains) ** 0.5:
             (better if sign * gain > 0 else worse).append(f"{FIGURES[figure]} ({gain:+.{DIGITS[figure]}f})")
-    parts = [f"{word} in {', '.join(figures)}" for word, figures in (("better", better), ("worse", worse)) if figures]
+    parts = [f"{word} in {', '.join(metrics)}" for word, metrics in (("better", better), ("worse", worse)) if metrics]
     said = " and ".join(parts) if parts else "not clearly different in any figure"
     return f"{setting.name}: against the better of plain training and label smoothing, PS-KD is {said}."
 

@@ -1,13 +1,35 @@
 """Self-distillation for the Hugging Face stack."""
 
-from ._version import __version__
-from .config import SelfKDConfig, Seq2SeqSelfKDConfig
-from .heads import attach_auxiliary_heads, strip_auxiliary_heads
-from .heads_config import AuxiliaryHeadsConfig
-from .samples import SelfKDDataCollator, with_sample_ids
-from .seq2seq import Seq2SeqSelfKDTrainer
-from .trainer import SelfKDMixin, SelfKDTrainer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+from ._version import __version__
+
+
+if TYPE_CHECKING:
+    from .collator import SelfKDDataCollator
+    from .config import SelfKDConfig, Seq2SeqSelfKDConfig
+    from .heads import attach_auxiliary_heads, strip_auxiliary_heads
+    from .heads.config import AuxiliaryHeadsConfig
+    from .samples import with_sample_ids
+    from .seq2seq import Seq2SeqSelfKDTrainer
+    from .trainer import SelfKDMixin, SelfKDTrainer
+
+
+# The module of each name. It is imported when the name is first used: torch and transformers take seconds, which the
+# help of the command line must not cost.
+_MODULES = {
+    "AuxiliaryHeadsConfig": "heads.config",
+    "SelfKDConfig": "config",
+    "SelfKDDataCollator": "collator",
+    "SelfKDMixin": "trainer",
+    "SelfKDTrainer": "trainer",
+    "Seq2SeqSelfKDConfig": "config",
+    "Seq2SeqSelfKDTrainer": "seq2seq",
+    "attach_auxiliary_heads": "heads",
+    "strip_auxiliary_heads": "heads",
+    "with_sample_ids": "samples",
+}
 
 __all__ = [
     "AuxiliaryHeadsConfig",
@@ -22,3 +44,15 @@ __all__ = [
     "strip_auxiliary_heads",
     "with_sample_ids",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
-import shutil
+import os
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers.trainer import TRAINING_ARGS_NAME
+
 from .files import load_tensors, save_tensors
-from .fixes import hub_copy, load_renamed_weights
+from .fixes import last_whole_checkpoint, load_renamed_weights, pushed_folder
 from .heads import head_names, heads_of
-from .teachers import Teacher
 
 
 logger = logging.getLogger(__name__)
@@ -23,78 +26,116 @@ HEADS_FILE = "auxiliary_heads.safetensors"  # in that folder of a checkpoint
 class Checkpoints:
     """Part of [`~hf_selfkd.SelfKDMixin`]: teachers and heads in checkpoints, bare models everywhere else."""
 
+    # Saving
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not hasattr(self.model, "save_pretrained"):  # which leaves the heads out by itself
             state_dict = self.model.state_dict() if state_dict is None else state_dict
             heads = head_names(self.model)
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in heads}
         super()._save(output_dir, state_dict)
+        self._save_readable_args(self.args.output_dir if output_dir is None else output_dir)
+
+    def _save_readable_args(self, folder: str) -> None:
+        """Write the arguments as an object that can be read where this package is not installed; no field is lost."""
+        kind = next(cls for cls in type(self.args).__mro__ if not cls.__module__.startswith(__package__))
+        if kind is not type(self.args):
+            plain = copy.copy(self.args)
+            plain.__class__ = kind
+            torch.save(plain, os.path.join(folder, TRAINING_ARGS_NAME))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        folder = Path(output_dir) / STATE_FOLDER
+        folder, distiller, heads = Path(output_dir) / STATE_FOLDER, self.distiller, heads_of(self.model)
+        if self.args.should_save and heads is not None:
+            save_tensors(folder / HEADS_FILE, heads.state_dict(), {"config": json.dumps(heads.config.to_dict())})
+        if distiller is None:
+            return
         if self.args.should_save:
-            own = {
-                "version": "1",
-                "passes": str(self._passes),
-                "cross_entropy": json.dumps(self._ours),
-                "drops_cache": json.dumps(self._drops_cache),
-                "processes": str(self.args.world_size),
-                "schedule": self._schedule(),
-            }
-            heads = heads_of(self.model)
-            if heads is not None:
-                save_tensors(folder / HEADS_FILE, heads.state_dict(), {"config": json.dumps(heads.config.to_dict())})
-        for name, teacher in self._teachers.items():
-            if self.args.should_save:
-                tensors, metadata = teacher.state()
-                metadata = metadata | own | {"teacher": teacher.kind, "epoch": str(teacher.epoch)}
-                save_tensors(folder / f"{name}.safetensors", tensors, metadata)
-            journal = teacher.process_state()
-            if journal:
-                save_tensors(folder / self._journal_file(name, self.args.process_index), journal, {})
+            for name, (tensors, metadata) in distiller.states():
+                save_tensors(folder / f"{name}.safetensors", tensors, metadata | self._metadata())
+        for name, journal in distiller.process_states():
+            save_tensors(folder / _journal_file(name, self.args.process_index), journal, {})
 
-    @staticmethod
-    def _journal_file(name: str, rank: int) -> str:
-        return f"journal_{rank}.safetensors" if name == "teacher" else f"{name}_journal_{rank}.safetensors"
+    def _metadata(self) -> dict[str, str]:
+        distiller = self.distiller
+        return {
+            "version": "2",
+            "teacher": distiller.teacher.kind,
+            "epoch": str(distiller.epoch),
+            "processes": str(self.args.world_size),
+            "schedule": self._schedule(),
+            "content": str(self._probe.content),
+        }
+
+    def _schedule(self) -> str:
+        method, state = self.method, self.state
+        return (
+            f"{method.alpha_schedule} to {method.alpha} in {state.num_train_epochs} epochs ({state.max_steps} steps)"
+        )
+
+    # Loading
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ):
+        """As in [`~transformers.Trainer`]; `True` resumes from the newest checkpoint that was written to its end."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir) or True
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self._load_heads(Path(checkpoint) / STATE_FOLDER / HEADS_FILE)
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        self._make_teachers()
-        self._passes, self._resumed = -1, True
-        folder = Path(checkpoint) / STATE_FOLDER
+        if checkpoint is not None and self.distiller is not None:
+            self._load_distiller(Path(checkpoint) / STATE_FOLDER)
+
+    def _load_distiller(self, folder: Path) -> None:
+        distiller, (epochs_over, half) = self.distiller, self._resumed
+        teacher = distiller.teacher
         if not (folder / "teacher.safetensors").is_file():
-            if self.teacher.kind == "none":
-                return
-            raise ValueError(
-                f"{checkpoint} has no self-distillation state for teacher={self.teacher.kind!r} (plain Trainer, "
-                "save_only_model or a download from the Hub): resume a run of SelfKDTrainer, or start a new run from "
-                "these weights with from_pretrained."
-            )
-        for name, teacher in self._teachers.items():
-            metadata = self._load_teacher(folder, name, teacher)
-        self._passes = int(metadata["passes"])
-        self._ours = json.loads(metadata["cross_entropy"])
-        self._drops_cache = json.loads(metadata["drops_cache"])
+            if teacher.kind != "none":
+                raise ValueError(
+                    f"{folder.parent} has no self-distillation state for teacher={teacher.kind!r} (plain Trainer, "
+                    "save_only_model or a download from the Hub): resume a run of SelfKDTrainer, or start a new run "
+                    "from these weights with from_pretrained."
+                )
+            distiller.next_epoch = epochs_over
+            return
+        for name, _ in list(teacher.states()):
+            metadata = self._load_teacher(folder, name)
+        epoch = int(metadata["epoch"])
+        teacher.epoch = distiller.epoch = epoch
+        # The method counts its epochs itself: with another batch size the Trainer's are of another length.
+        distiller.next_epoch = epoch if half and epoch >= 0 else epoch + 1
+        if self.state.num_train_epochs < 2**31:
+            distiller.num_epochs = distiller.next_epoch + max(self.state.num_train_epochs - epochs_over, 1)
         if metadata["schedule"] != self._schedule():
             logger.warning(f"The schedule of alpha was {metadata['schedule']} and is now {self._schedule()}.")
 
-    def _load_teacher(self, folder: Path, name: str, teacher: Teacher) -> dict[str, str]:
+    def _load_teacher(self, folder: Path, name: str) -> dict[str, str]:
+        teacher = self.distiller.teacher
         tensors, metadata = load_tensors(folder / f"{name}.safetensors")
         if metadata["teacher"] != teacher.kind:
             raise ValueError(
                 f"{folder.parent} was written with teacher={metadata['teacher']!r}, this run has "
                 f"teacher={teacher.kind!r}: resume with the same teacher."
             )
-        written, now = int(metadata["processes"]), self.args.world_size
-        ranks = range(self.args.process_index, written, now) if teacher.needs_ids and tensors else ()
-        journals = [load_tensors(folder / self._journal_file(name, rank))[0] for rank in ranks]
-        teacher.load(tensors, metadata, journals)
-        teacher.epoch = int(metadata["epoch"])
+        processes, now = int(metadata["processes"]), self.args.world_size
+        ranks = range(self.args.process_index, processes, now) if teacher.needs_ids and tensors else ()
+        journals = [load_tensors(folder / _journal_file(name, rank))[0] for rank in ranks]
+        teacher.load(name, (tensors, metadata), journals)
+        written, content = metadata.get("content", "None"), str(self._probe.content)
+        if "None" not in (written, content) and written != content:
+            raise ValueError(
+                f"the training set holds other inputs (checksum {content} of a few samples) than when {folder.parent} "
+                f"was written ({written}), with the same number of samples: give the same dataset, or start a new run "
+                "from these weights with from_pretrained."
+            )
         return metadata
 
     def _load_heads(self, path: Path) -> None:
@@ -117,10 +158,6 @@ class Checkpoints:
             )
         heads.load_state_dict(tensors)
 
-    def _schedule(self) -> str:
-        args, state = self.args, self.state
-        return f"{args.alpha_schedule} to {args.alpha} in {state.num_train_epochs} epochs ({state.max_steps} steps)"
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
@@ -140,13 +177,15 @@ class Checkpoints:
         if heads.is_file() and heads_of(self.model) is not None:
             self._load_heads(heads)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Stored predictions never reach the Hub; with hub_strategy="checkpoint" the whole folder would.
-        if (Path(checkpoint_folder) / STATE_FOLDER).is_dir() and self.is_world_process_zero():
-            checkpoint_folder = str(hub_copy(checkpoint_folder, self.args.output_dir, STATE_FOLDER))
-        super()._push_from_checkpoint(checkpoint_folder)
+    # The Hub
 
-    def _finish_current_push(self) -> None:
-        super()._finish_current_push()
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Stored predictions never reach the Hub; some strategies would upload the checkpoint as it is.
+        with pushed_folder(self, checkpoint_folder, STATE_FOLDER) as folder:
+            super()._push_from_checkpoint(folder)
         if self.is_world_process_zero():
-            shutil.rmtree(Path(self.args.output_dir) / "_hub", ignore_errors=True)
+            self._save_readable_args(self.args.output_dir)
+
+
+def _journal_file(name: str, rank: int) -> str:
+    return f"journal_{rank}.safetensors" if name == "teacher" else f"{name}_journal_{rank}.safetensors"

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from .heads_config import AuxiliaryHeadsConfig
+from .heads.config import AuxiliaryHeadsConfig
+from .metrics import is_lower_better
 
 
 AlphaSchedule = Literal["linear", "constant", "cosine", "linear_step"]
 Teacher = Literal["auto", "history", "snapshot", "ema", "none"]
 HistoryDtype = Literal["auto", "float32", "float16", "bfloat16"]
-HistoryRemainder = Literal["bucket", "label", "uniform", "renormalize"]
-HistoryDevice = Literal["auto", "model", "cpu", "disk"]
+HistoryTail = Literal["bucket", "label", "uniform", "renormalize"]
+HardLossKind = Literal["auto", "cross_entropy", "additive", "model"]
+HistoryDevice = Literal["auto", "accelerator", "cpu", "disk"]
 
 
 @dataclass
-class SelfKDConfig(TrainingArguments):
+class MethodArguments:
     r"""
-    Arguments of [`SelfKDTrainer`]: all of [`~transformers.TrainingArguments`], with the same meaning and defaults,
-    plus the fields below. They are flat, so that `HfArgumentParser`, YAML and `hyperparameter_search` reach them.
+    The fields of self-distillation. They are flat, so that `HfArgumentParser`, YAML and `hyperparameter_search` reach
+    them.
 
     The target of a row at epoch `t = 1..T` is `(1 - a_t) * onehot + a_t * past`, with `past` the model's own earlier
     prediction (PS-KD, Kim et al., ICCV 2021). A row without a past prediction is trained with its hard label.
@@ -40,9 +41,15 @@ class SelfKDConfig(TrainingArguments):
             the same view), `"ema"` (a moving average of the weights, from epoch 2) or `"none"` (plain training with
             the loss scaled correctly). `"auto"` is `"history"`, and `"snapshot"` with auxiliary heads that learn from
             past predictions, whose history would be many times larger.
+        hard_loss (`str`, *optional*, defaults to `"auto"`):
+            What the model's own loss is, where no `compute_loss_func` is given: `"cross_entropy"` (of its rows; hard
+            and soft part are computed in one pass), `"additive"` (cross-entropy and further terms, which keep their
+            weight: `loss + alpha * (soft - hard)`), `"model"` (of any make; the loss gives way as a whole,
+            `(1 - alpha) * loss + alpha * soft`) or `"auto"`: what the class of the model tells, `"model"` for a class
+            of your own.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of both sides of the soft term, which is multiplied by its square.
-        warm_start_history (`bool`, *optional*, defaults to `False`):
+        warm_start_teacher (`bool`, *optional*, defaults to `False`):
             Give epoch 1 a past: one pass over the training set fills the history before training (`"snapshot"`: the
             initial weights are the first teacher). For pretrained models and short fine-tunes.
         seed_transforms (`bool`, *optional*, defaults to `False`):
@@ -54,7 +61,7 @@ class SelfKDConfig(TrainingArguments):
         history_top_k (`int`, *optional*):
             Entries kept per stored row; the rest of the mass is one bucket. `None` keeps whole rows while the history
             is small (256 MiB in all) or has at most 64 classes, and 32 entries otherwise.
-        history_remainder (`str`, *optional*, defaults to `"bucket"`):
+        history_tail (`str`, *optional*, defaults to `"bucket"`):
             Where the mass goes that the stored entries lack: `"bucket"` (to the other classes together: only their
             total mass is compared), `"label"` (to the label), `"uniform"` (evenly to the other classes) or
             `"renormalize"` (nowhere: the entries are scaled up).
@@ -62,7 +69,7 @@ class SelfKDConfig(TrainingArguments):
             Type of the stored log-probabilities: `"float32"`, `"float16"`, `"bfloat16"` or `"auto"` (`float32` while
             the history is small, `float16` otherwise).
         history_device (`str`, *optional*, defaults to `"auto"`):
-            Where the history lives: `"model"` (beside the model), `"cpu"`, `"disk"` (memory-mapped, one copy per node)
+            Where the history lives: `"accelerator"` (beside the model), `"cpu"`, `"disk"` (memory-mapped)
             or `"auto"` (beside the model while small, on disk otherwise).
         history_max_bytes (`int`, *optional*):
             Refuse a history that needs more bytes than this. `None` takes half of what is free where it lives.
@@ -100,8 +107,12 @@ class SelfKDConfig(TrainingArguments):
     teacher: Teacher = field(
         default="auto", metadata={"help": "Where the past prediction comes from: history, snapshot, ema or none."}
     )
+    hard_loss: HardLossKind = field(
+        default="auto",
+        metadata={"help": "What the model's own loss is: auto (its class tells), cross_entropy, additive or model."},
+    )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of both sides of the soft term."})
-    warm_start_history: bool = field(
+    warm_start_teacher: bool = field(
         default=False, metadata={"help": "Give epoch 1 a past, with one pass over the data before training."}
     )
     seed_transforms: bool = field(
@@ -113,7 +124,7 @@ class SelfKDConfig(TrainingArguments):
     history_top_k: int | None = field(
         default=None, metadata={"help": "Entries kept per stored row; whole rows while the history is small."}
     )
-    history_remainder: HistoryRemainder = field(
+    history_tail: HistoryTail = field(
         default="bucket",
         metadata={"help": "Where the mass goes that is not stored: bucket, label, uniform or renormalize."},
     )
@@ -121,7 +132,7 @@ class SelfKDConfig(TrainingArguments):
         default="auto", metadata={"help": "Type of stored rows: auto, float32, float16 or bfloat16."}
     )
     history_device: HistoryDevice = field(
-        default="auto", metadata={"help": "Where the history lives: auto, model, cpu or disk."}
+        default="auto", metadata={"help": "Where the history lives: auto, accelerator, cpu or disk."}
     )
     history_max_bytes: int | None = field(
         default=None, metadata={"help": "Refuse a history that needs more bytes than this."}
@@ -144,50 +155,38 @@ class SelfKDConfig(TrainingArguments):
         default=False, metadata={"help": "Report every auxiliary head as a classifier of its own in evaluation."}
     )
 
-    _heads = (None, None)  # what `auxiliary_heads` was when it was last looked up, and what it stands for
-
     def __post_init__(self):
-        super().__post_init__()
-        self.validate()
+        inherited = getattr(super(), "__post_init__", None)
+        if inherited is not None:
+            inherited()
+        self.check()
 
-    @property
-    def teacher_kind(self) -> str:
-        """`str`: the teacher that `teacher` stands for."""
-        if self.teacher != "auto":
-            return self.teacher
-        return "snapshot" if self.heads is not None and self.heads.uses_past else "history"
+    @classmethod
+    def read(cls, args: TrainingArguments) -> MethodArguments:
+        """
+        The fields as they stand in training arguments now; plain [`~transformers.TrainingArguments`] have defaults.
 
-    @property
-    def heads(self) -> AuxiliaryHeadsConfig | None:
-        """[`AuxiliaryHeadsConfig`]: what `auxiliary_heads` stands for, or what the trainer was given."""
-        if self._heads[0] != self.auxiliary_heads:
-            self._heads = (self.auxiliary_heads, AuxiliaryHeadsConfig.resolve(self.auxiliary_heads))
-        return self._heads[1]
-
-    def take_heads(self, heads: AuxiliaryHeadsConfig | str | None) -> None:
-        """Use these heads, which may be `None`, besides what `auxiliary_heads` says.
+        Args:
+            args ([`~transformers.TrainingArguments`]): left as they are.
 
         Raises:
-            ValueError: if both name heads, and not the same ones.
+            ValueError: if they contradict each other, or other fields of the arguments.
         """
-        heads = AuxiliaryHeadsConfig.resolve(heads)
-        if heads is None:
-            return
-        if self.auxiliary_heads is not None and self.heads not in (None, heads):
-            raise ValueError(
-                f"auxiliary_heads={self.auxiliary_heads!r} in the arguments and another one given to the trainer: "
-                "leave out one of them."
-            )
-        self._heads = (self.auxiliary_heads, heads)
-        self.validate()
+        method = MethodArguments(**{spec.name: getattr(args, spec.name, spec.default) for spec in fields(cls)})
+        method.check_with(args)
+        return method
 
     @property
     def distils(self) -> bool:
         """`bool`: whether past predictions can enter the loss at all."""
-        return self.alpha > 0 and self.teacher_kind != "none"
+        return self.alpha > 0 and self.teacher != "none"
 
-    def validate(self) -> None:
-        """Check the fields of self-distillation (again, after `hyperparameter_search` has set some of them).
+    def without_trace(self) -> MethodArguments:
+        """The same without `history_trace`, which is of the model's own predictions."""
+        return replace(self, history_trace=False)
+
+    def check(self) -> None:
+        """Check the fields by themselves.
 
         Raises:
             ValueError: naming the field, its value and what to do.
@@ -195,7 +194,8 @@ class SelfKDConfig(TrainingArguments):
         for name, allowed in (
             ("alpha_schedule", get_args(AlphaSchedule)),
             ("teacher", get_args(Teacher)),
-            ("history_remainder", get_args(HistoryRemainder)),
+            ("hard_loss", get_args(HardLossKind)),
+            ("history_tail", get_args(HistoryTail)),
             ("history_dtype", get_args(HistoryDtype)),
             ("history_device", get_args(HistoryDevice)),
         ):
@@ -212,54 +212,76 @@ class SelfKDConfig(TrainingArguments):
         for name in ("history_top_k", "history_max_bytes"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1: leave it out for the default.")
+        self._check_teacher()
+
+    def _check_teacher(self) -> None:
         if not isinstance(self.auxiliary_heads, (str, type(None))):
             raise ValueError(
                 f"auxiliary_heads={self.auxiliary_heads!r} in the arguments must be the name of a preset or a path: "
                 "give the configuration itself to the trainer, SelfKDTrainer(..., auxiliary_heads=config)."
             )
-        _ = self.heads  # an error, if `auxiliary_heads` stands for nothing
-        if self.label_smoothing_factor != 0 and self.distils:
-            raise ValueError(
-                f"label_smoothing_factor={self.label_smoothing_factor} with alpha={self.alpha}: both soften the "
-                "targets. Set label_smoothing_factor=0, or alpha=0 for a label smoothing baseline."
-            )
+        AuxiliaryHeadsConfig.resolve(self.auxiliary_heads)  # an error, if it stands for nothing
         for name, kinds in (
             ("history_trace", ("history",)),
-            ("warm_start_history", ("history", "snapshot")),
+            ("warm_start_teacher", ("history", "snapshot")),
             ("teacher_dropout", ("snapshot", "ema")),
         ):
-            if getattr(self, name) and self.teacher_kind not in kinds:
+            if getattr(self, name) and self.teacher not in (*kinds, "auto"):
                 raise ValueError(
                     f"{name}=True does nothing with teacher={self.teacher!r}: use {' or '.join(map(repr, kinds))}."
                 )
-
-        if self.chunked_logits and ((self.distils and self.teacher_kind != "history") or self.label_smoothing_factor):
+        if self.chunked_logits and self.distils and self.teacher not in ("history", "auto"):
             raise ValueError(
-                f"chunked_logits=True with teacher={self.teacher!r}, label_smoothing_factor="
-                f"{self.label_smoothing_factor}: it works with teacher='history' or alpha=0, without smoothing."
+                f"chunked_logits=True with teacher={self.teacher!r}: it works with teacher='history' or alpha=0."
             )
 
-    @classmethod
-    def from_training_arguments(cls, args: TrainingArguments) -> SelfKDConfig:
-        """Upcast plain arguments, keeping every value as it is and giving the new fields their defaults.
+    def check_with(self, args: TrainingArguments) -> None:
+        """Check the fields together with those of [`~transformers.TrainingArguments`].
 
-        Args:
-            args ([`~transformers.TrainingArguments`]): left unchanged.
-
-        Returns:
-            [`SelfKDConfig`]: `args` itself if it already is one.
+        Raises:
+            ValueError: naming the fields, their values and what to do.
         """
-        if isinstance(args, cls):
-            return args
-        # A copy and not a new object: TrainingArguments rewrites some of its fields when it is built, so feeding them
-        # back would not always give the same arguments (nor keep tokens, which `to_dict` hides).
-        config = copy.copy(args)
-        config.__class__ = cls
-        for spec in fields(cls):
-            if not hasattr(args, spec.name):
-                setattr(config, spec.name, spec.default if spec.default is not MISSING else spec.default_factory())
-        config.validate()
-        return config
+        smoothing = args.label_smoothing_factor
+        if smoothing != 0 and self.distils:
+            raise ValueError(
+                f"label_smoothing_factor={smoothing} with alpha={self.alpha}: both soften the targets. Set "
+                "label_smoothing_factor=0, or alpha=0 for a label smoothing baseline."
+            )
+        if smoothing != 0 and self.chunked_logits:
+            raise ValueError(
+                f"chunked_logits=True with label_smoothing_factor={smoothing}: it works without smoothing only."
+            )
+        metric = args.metric_for_best_model
+        if metric is not None and args.greater_is_better and is_lower_better(metric):
+            raise ValueError(
+                f"metric_for_best_model={metric!r} is better when lower and greater_is_better=True would keep the "
+                "worst checkpoint: set greater_is_better=False."
+            )
+
+
+@dataclass
+class SelfKDConfig(MethodArguments, TrainingArguments):
+    r"""
+    Arguments of [`SelfKDTrainer`]: all of [`~transformers.TrainingArguments`], with the same meaning and defaults, and
+    all of [`MethodArguments`](#hf_selfkd.config.MethodArguments): `alpha`, `alpha_schedule`, `teacher`, `temperature`,
+    `auxiliary_heads` and so on.
+
+    Raises:
+        ValueError: if a field is out of range or two fields contradict each other.
+
+    Example:
+
+    ```python
+    args = SelfKDConfig("out", num_train_epochs=30, alpha=0.8, teacher="history")
+    ```
+    """
+
+    def __post_init__(self):
+        undecided = self.greater_is_better is None
+        super().__post_init__()
+        if undecided and self.metric_for_best_model is not None and is_lower_better(self.metric_for_best_model):
+            self.greater_is_better = False
+        self.check_with(self)
 
 
 @dataclass
@@ -268,29 +290,3 @@ class Seq2SeqSelfKDConfig(SelfKDConfig, Seq2SeqTrainingArguments):
     Arguments of [`Seq2SeqSelfKDTrainer`]: all of [`~transformers.Seq2SeqTrainingArguments`] (`predict_with_generate`,
     `generation_max_length`, `generation_num_beams`, ...) and all of [`SelfKDConfig`].
     """
-
-
-def alpha_at(
-    alpha: float, schedule: str, epoch: int, num_epochs: int, step: int | None = None, num_steps: int | None = None
-) -> float:
-    """
-    Weight of the past prediction at one point of training.
-
-    Args:
-        alpha (`float`): the weight at the end of training, alpha_T.
-        schedule (`str`): as in [`SelfKDConfig`].
-        epoch (`int`): the epoch, counted from 0.
-        num_epochs (`int`): number of epochs T, the last one included even if it is cut short.
-        step (`int`, *optional*): the optimizer step, counted from 0; for `"linear_step"`.
-        num_steps (`int`, *optional*): number of optimizer steps; for `"linear_step"`.
-
-    Returns:
-        `float`: `alpha * t / T` with `t = epoch + 1` for `"linear"` (PS-KD, section 3: 0.8 over 300 epochs gives
-        0.0027 in the first epoch and 0.8 in the last).
-    """
-    if schedule == "constant":
-        return alpha
-    if schedule == "linear_step":
-        return alpha * (step + 1) / num_steps
-    share = (epoch + 1) / num_epochs
-    return alpha * (1 - math.cos(math.pi * share)) / 2 if schedule == "cosine" else alpha * share

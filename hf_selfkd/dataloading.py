@@ -2,88 +2,169 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
 from transformers.trainer_utils import has_length
 
+from .collator import SelfKDDataCollator, TrainingCollator
+from .config import MethodArguments
 from .fixes import EpochLengthGroupedSampler
 from .heads import heads_of
-from .rows import causal_rows
-from .samples import (
-    SAMPLE_ID,
-    BatchIdDataset,
-    SampleIdDataset,
-    SelfKDDataCollator,
-    checked_ids,
-    is_hf_dataset,
-    with_sample_ids,
-)
+from .probe import DataProbe, probe_data
+from .samples import BatchIdDataset, SampleIdDataset, checked_ids, is_hf_dataset, with_sample_ids
+from .tasks import Task
+from .teachers.choose import Facts
 
 
 class DataLoading:
-    """Part of [`~hf_selfkd.SelfKDMixin`]: gives every training sample its id, and evaluation nothing of it."""
+    """
+    Part of [`~hf_selfkd.SelfKDMixin`]: in a training, ids travel beside the samples. Evaluation, and a dataloader that
+    somebody else asks for, have nothing of it.
+    """
 
-    def _check_dataset(self) -> None:
-        dataset, column = self.train_dataset, self.args.sample_id_column
-        collator = self.data_collator if isinstance(self.data_collator, SelfKDDataCollator) else None
-        needs_ids = self.args.distils and self.args.teacher_kind == "history" or self.args.history_trace
-        if collator is not None and collator.mixes and needs_ids and collator.mix_probability == 1:
-            raise ValueError(
-                "mix_probability=1.0 with teacher='history': a mixed image has no row of its own to store. Use "
-                "teacher='snapshot', or mix_probability below 1."
-            )
-        heads = heads_of(self.model)
-        rotates = heads is not None and heads.config.views == "rotation" and heads.config.uses_past
-        if collator is not None and collator.mixes and needs_ids and rotates:
-            raise ValueError(
-                "mixed images, rotated views and teacher='history': the partner's stored view would be another one. "
-                "Use teacher='snapshot'."
-            )
+    _in_loop = False  # whether the training loop itself asks for the dataloader
+    _train_samples: SampleIdDataset | None = None  # what the training dataloader reads
+    _train_collator: TrainingCollator | None = None
+    _epoch_sampler: EpochLengthGroupedSampler | None = None
+    _probe = DataProbe()  # what a few samples told
+
+    def _check_dataset(self, method: MethodArguments) -> None:
+        """Everything about the training set that is known before it is read."""
+        dataset, facts = self.train_dataset, Facts(2)
+        if dataset is None:
+            return  # a dataloader of the user's own
+        self._add_known_facts(facts, method)
+        if method.teacher == "history" or method.history_trace:
+            if facts.no_ids or facts.no_rows:
+                raise ValueError(facts.no_ids or facts.no_rows)
         if not isinstance(dataset, IterableDataset):
             return
-        if needs_ids and column is None:
+        by_epoch = ("cosine",) if method.teacher == "auto" else ("linear", "cosine")
+        if method.distils and not has_length(dataset) and method.alpha_schedule in by_epoch:
             raise ValueError(
-                f"{type(dataset).__name__} has no sample ids for teacher='history': use teacher='snapshot' or "
-                "teacher='ema', or name a column of ids 0..len-1 in sample_id_column."
-            )
-        if needs_ids and not has_length(dataset):
-            raise ValueError(
-                f"{type(dataset).__name__} with teacher='history' must declare its size: give it a __len__ that "
-                "counts the samples, or use teacher='snapshot'."
-            )
-        if self.args.distils and not has_length(dataset) and self.args.alpha_schedule in ("linear", "cosine"):
-            raise ValueError(
-                f"alpha_schedule={self.args.alpha_schedule!r} needs a known number of epochs, which "
+                f"alpha_schedule={method.alpha_schedule!r} needs a known number of epochs, which "
                 f"{type(dataset).__name__} without __len__ does not have: use 'linear_step' or 'constant'."
             )
-        if self.args.seed_transforms:
+        if method.seed_transforms:
             raise ValueError(
                 "seed_transforms=True needs a map-style dataset: seed inside the iterable dataset instead."
             )
 
-    def _get_dataloader(self, dataset: Any, description: str, *arguments: Any, **keywords: Any):
-        collator = self.data_collator
-        training = keywords.get("is_training", False)
-        inner = collator.collator if isinstance(collator, SelfKDDataCollator) else collator
-        try:
-            if training:
-                dataset, inner = self._identified(dataset, inner, description)
-                self.data_collator = self._training_collator(collator, inner, dataset)
-            else:
-                self.data_collator = inner  # evaluation sees neither ids nor mixed images
-            return super()._get_dataloader(dataset, description, *arguments, **keywords)
-        finally:
-            self.data_collator = collator
+    def _mixer(self) -> SelfKDDataCollator | None:
+        return self.data_collator if isinstance(self.data_collator, SelfKDDataCollator) else None
 
-    def _identified(self, dataset: Any, collator: Callable, description: str) -> tuple[Any, Callable]:
+    def _add_known_facts(self, facts: Facts, method: MethodArguments) -> None:
+        dataset, name = self.train_dataset, type(self.train_dataset).__name__
+        if isinstance(dataset, IterableDataset) and method.sample_id_column is None:
+            facts.no_ids = (
+                f"{name} has no sample ids for teacher='history': use teacher='snapshot' or teacher='ema', or name a "
+                "column of ids 0..len-1 in sample_id_column"
+            )
+        elif isinstance(dataset, IterableDataset) and not has_length(dataset):
+            facts.no_ids = (
+                f"{name} with teacher='history' must declare its size: give it a __len__ that counts the samples, or "
+                "use teacher='snapshot'"
+            )
+        mixer, heads = self._mixer(), heads_of(self.model)
+        if mixer is None or not mixer.mixes:
+            return
+        if mixer.mix_probability == 1:
+            facts.no_rows = (
+                "mix_probability=1.0 with teacher='history': a mixed image has no row of its own to store. Use "
+                "teacher='snapshot', or mix_probability below 1"
+            )
+        elif heads is not None and heads.config.views == "rotation" and heads.config.uses_past:
+            facts.no_rows = (
+                "mixed images, rotated views and teacher='history': the partner's stored view would be another one. "
+                "Use teacher='snapshot'"
+            )
+
+    def _add_data_facts(self, facts: Facts, method: MethodArguments, task: Task) -> None:
+        """What decides whether samples have rows of their own; reads a few of them."""
+        self._add_known_facts(facts, method)
+        if facts.no_ids or facts.no_rows or isinstance(self.train_dataset, IterableDataset):
+            return
+        if self._train_samples is None:
+            facts.no_ids = (
+                "a dataloader that is not made by SelfKDTrainer has no sample ids for teacher='history': use "
+                "teacher='snapshot', or build it upon super().get_train_dataloader()"
+            )
+            return
+        collator = self._train_collator.collator
+        self._probe = probe_data(
+            self._train_samples, collator, task.label_names, task.row_labels, self.args.train_batch_size
+        )
+        if not self._probe.labels_stay:
+            facts.no_rows = (
+                "the labels of a sample change from one reading to the next, as with random masking: "
+                "teacher='history' would compare predictions of other words. Use teacher='snapshot', or mask "
+                "when the dataset is made"
+            )
+        elif not self._probe.rows_fit:
+            facts.no_rows = (
+                "the data collator gives another number of rows than samples (it packs, drops or repeats some): "
+                "teacher='history' has no place to address their predictions. Use teacher='snapshot'"
+            )
+
+    @property
+    def _rows_per_sample(self) -> float | None:
+        return self._probe.rows_per_sample
+
+    # The training dataloader
+
+    def _inner_training_loop(self, batch_size: int | None = None, **named: Any):
+        self._in_loop, self._train_samples, self._probe = True, None, DataProbe()
+        return super()._inner_training_loop(batch_size, **named)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """
+        As in [`~transformers.Trainer`]: its batches hold what the user's collator made of the user's items. Ids travel
+        beside them only where the training loop itself asks.
+        """
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self._in_loop = False
+
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Callable | None = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> DataLoader:
+        given = self.data_collator
+        inner = given.collator if isinstance(given, SelfKDDataCollator) else given
+        method = self.method
+        task = self._find_task(method) if is_training and self._in_loop else None
+        try:
+            self.data_collator = inner  # evaluation sees neither ids nor mixed images
+            if task is not None and (self._distils(method) or self._mixer_of(given) or self._scales_correctly(task)):
+                dataset, inner = self._identified(dataset, inner, description, method)
+                self.data_collator = self._training_collator(self._mixer_of(given), inner, dataset, method, task)
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        finally:
+            self.data_collator = given
+
+    @staticmethod
+    def _mixer_of(collator: Any) -> SelfKDDataCollator | None:
+        return collator if isinstance(collator, SelfKDDataCollator) and collator.mixes else None
+
+    def _identified(
+        self, dataset: Any, collator: Callable, description: str, method: MethodArguments
+    ) -> tuple[Any, Callable]:
         """The dataset with ids, unused columns removed, and the user's collator as the stock Trainer would wrap it."""
-        column = self.args.sample_id_column
         if isinstance(dataset, IterableDataset):
             return dataset, super()._get_collator_with_removed_columns(collator, description)
-        wrapped = dataset if isinstance(dataset, SampleIdDataset) else with_sample_ids(dataset, column)
+        wrapped = (
+            dataset if isinstance(dataset, SampleIdDataset) else with_sample_ids(dataset, method.sample_id_column)
+        )
         inner = wrapped.dataset
         if is_hf_dataset(inner):
             ids = np.arange(len(inner)) if wrapped.ids is None else wrapped.ids
@@ -91,29 +172,57 @@ class DataLoading:
         else:
             wrapped = BatchIdDataset(inner, wrapped.ids, wrapped.id_column)
             collator = super()._get_collator_with_removed_columns(collator, description)
-        if self.args.seed_transforms:
+        if method.seed_transforms:
             wrapped.transform_seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         self._train_samples = wrapped
         return wrapped, collator
 
-    def _training_collator(self, outer: Callable, inner: Callable, dataset: Any) -> SelfKDDataCollator:
-        iterable = isinstance(dataset, IterableDataset)
-        collator = SelfKDDataCollator(inner, id_column=self.args.sample_id_column if iterable else SAMPLE_ID)
-        if isinstance(outer, SelfKDDataCollator):
-            for name in ("mixup_alpha", "cutmix_alpha", "mix_probability"):
-                setattr(collator, name, getattr(outer, name))
-        # Accelerate sends the batches of an iterable dataset from process to process, as tensors only.
-        dispatched = iterable and self.args.accelerator_config.dispatch_batches is not False
-        collator.shifts_labels = self._rows is causal_rows
-        collator.host_keys = not (dispatched and self.args.world_size > 1)
-        collator.seed = self.args.seed
-        collator.epoch = None if iterable else dataset.epoch
-        return collator
+    def _training_collator(
+        self, mixer: SelfKDDataCollator | None, inner: Callable, dataset: Any, method: MethodArguments, task: Task
+    ) -> TrainingCollator:
+        iterable, dispatched = isinstance(dataset, IterableDataset), self.args.accelerator_config.dispatch_batches
+        self._train_collator = TrainingCollator(
+            inner,
+            mixer,
+            method.sample_id_column if iterable else None,
+            task.sample_index,
+            task.label_names,
+            # Accelerate sends such batches from process to process, as tensors only.
+            as_tensors=self.args.world_size > 1 and (iterable if dispatched is None else dispatched),
+            seed=self.args.seed,
+            epoch=None if iterable else dataset.epoch,
+        )
+        return self._train_collator
 
     def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
-        if isinstance(data_collator, SelfKDDataCollator):
-            return data_collator  # made by `_training_collator`: columns are removed inside it
+        if isinstance(data_collator, TrainingCollator):
+            return data_collator  # columns are removed inside it
         return super()._get_collator_with_removed_columns(data_collator, description)
+
+    def _set_epoch(self, epoch: int) -> None:
+        """Tell samples and sampler the epoch; accelerate forwards it through some of its wrappers only."""
+        if self._train_samples is not None:
+            self._train_samples.set_epoch(epoch)
+        if self._epoch_sampler is not None:
+            self._epoch_sampler.set_epoch(epoch)
+
+    def _warm_start_dataloader(self) -> DataLoader:
+        """All training samples in their order, unmixed, as before the first epoch."""
+        collator = copy.copy(self._train_collator)
+        collator.mixer = None
+        self._set_epoch(-1)
+        samples = self.train_dataset if self._train_samples is None else self._train_samples
+        streams = isinstance(samples, IterableDataset)
+        dataloader = DataLoader(
+            samples,
+            self.args.eval_batch_size,
+            sampler=None if streams else SequentialSampler(samples),
+            collate_fn=collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        return self.accelerator.prepare(dataloader)
+
+    # Samplers
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         if isinstance(train_dataset, SampleIdDataset):
@@ -147,7 +256,7 @@ class DataLoading:
         )
 
     def _size_and_ids(self) -> tuple[int, np.ndarray | None]:
-        dataset, column = self.train_dataset, self.args.sample_id_column
+        dataset, column = self.train_dataset, self.method.sample_id_column
         if isinstance(dataset, SampleIdDataset):
             return len(dataset), dataset.ids
         if column is not None and is_hf_dataset(dataset):

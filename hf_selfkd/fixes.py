@@ -10,9 +10,11 @@ generators are saved (accelerate#4191; here `seed_transforms`).
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+
+logger = logging.getLogger(__name__)
 
 
 def load_renamed_weights(model: nn.Module, checkpoint: str | Path) -> None:
@@ -43,12 +49,19 @@ def load_renamed_weights(model: nn.Module, checkpoint: str | Path) -> None:
     if not isinstance(model, PreTrainedModel):
         return
     names = model.state_dict().keys() - set(model._keys_to_ignore_on_save or ())  # such as those of auxiliary heads
-    if names <= _saved_names(checkpoint):
+    saved = _saved_names(checkpoint)
+    if names - _tied_names(model, saved) <= saved:
         return
     dtypes = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
     widest = reduce(torch.promote_types, dtypes)  # a head kept in float32 on a model in bfloat16 loses no bit
     loaded = type(model).from_pretrained(checkpoint, config=model.config, dtype=widest)
     model.load_state_dict(loaded.state_dict(), strict=False)
+
+
+def _tied_names(model: nn.Module, saved: set[str]) -> set[str]:
+    """Names of weights that are, under another name, in the checkpoint."""
+    held = {id(tensor) for name, tensor in model.state_dict(keep_vars=True).items() if name in saved}
+    return {name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in held}
 
 
 def _saved_names(checkpoint: str | Path) -> set[str]:
@@ -103,19 +116,40 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
         yield from super().__iter__()
 
 
-def hub_copy(checkpoint: str | Path, output_dir: str | Path, private: str) -> Path:
+@contextmanager
+def pushed_folder(trainer: Trainer, checkpoint: str | Path, private: str) -> Iterator[str]:
     """
-    A copy of a checkpoint without the folder that must not reach the Hub, for the asynchronous upload to read.
+    The checkpoint as the Hub may see it, for the asynchronous upload to read: without the folder that must not get
+    there. A copy is made only where the strategy uploads the folder, and is gone after the upload.
 
     Args:
+        trainer ([`~transformers.Trainer`]): which is about to push.
         checkpoint (`str` or `Path`): the checkpoint.
-        output_dir (`str` or `Path`): of the run; the copy is hard links in its `_hub` folder.
         private (`str`): name of the folder to leave out.
-
-    Returns:
-        `Path`: the copy, a folder of the same name.
     """
-    copy = Path(output_dir) / "_hub" / Path(checkpoint).name
+    uploads = trainer.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+    if not (uploads and (Path(checkpoint) / private).is_dir() and trainer.is_world_process_zero()):
+        yield str(checkpoint)
+        return
+    copy = _copy_without(checkpoint, Path(trainer.args.output_dir) / "_hub", private)
+    before = list(getattr(trainer.push_in_progress, "jobs", ()))
+    yield str(copy)
+    jobs = [job for job in getattr(trainer.push_in_progress, "jobs", ()) if job not in before]
+    if not jobs:  # nothing was uploaded
+        _remove(copy)
+    for job in jobs[-1:]:  # the folder itself, after the model
+        job.add_done_callback(lambda _: _remove(copy))
+
+
+def _remove(copy: Path) -> None:
+    shutil.rmtree(copy, ignore_errors=True)
+    with suppress(OSError):  # other copies are still read
+        copy.parent.rmdir()
+
+
+def _copy_without(checkpoint: str | Path, parent: Path, private: str) -> Path:
+    """A copy made of hard links, where there are such, in a folder of the same name."""
+    copy = parent / Path(checkpoint).name
     shutil.rmtree(copy, ignore_errors=True)
 
     def link(source: str, target: str) -> None:
@@ -126,6 +160,29 @@ def hub_copy(checkpoint: str | Path, output_dir: str | Path, private: str) -> Pa
 
     shutil.copytree(checkpoint, copy, copy_function=link, ignore=shutil.ignore_patterns(private))
     return copy
+
+
+def last_whole_checkpoint(output_dir: str | Path) -> str | None:
+    """
+    The newest checkpoint of a folder that was written to its end; newer ones that a crash cut short are named in a
+    warning. `Trainer` takes the newest folder, whole or not, and fails until somebody deletes it.
+    """
+    folders = sorted(Path(output_dir).glob("checkpoint-*"), key=_step_of, reverse=True)
+    for folder in folders:
+        if _step_of(folder) < 0 or not folder.is_dir():
+            continue
+        try:
+            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        except (OSError, ValueError, TypeError):
+            logger.warning(f"{folder} was not written to its end ({TRAINER_STATE_NAME} is missing or cut): left out.")
+            continue
+        return str(folder)
+    return None
+
+
+def _step_of(folder: Path) -> int:
+    number = folder.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
 
 
 def generation_gather(accelerator: Any) -> Callable:

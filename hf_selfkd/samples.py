@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +16,11 @@ from torch.utils.data import Dataset, IterableDataset
 
 
 SAMPLE_ID = "sample_id"
-SAMPLE_KEYS = "sample_keys"
-MIX_PARTNER = "mix_partner"
-MIX_LAMBDA = "mix_lambda"
 IGNORE_INDEX = -100
 
 
 @dataclass
-class SampleKeys:
+class SampleIndex:
     """
     What the host knows about the rows of a batch, so that a history on the CPU or on disk needs no device sync.
 
@@ -36,6 +33,7 @@ class SampleKeys:
             number of labelled rows of each sample; `None` when sample `b` is row `b`.
         rows (`np.ndarray` of `int64`, shape `[counts.sum()]`, *optional*):
             where the labelled rows stand among the flattened rows of the batch; `None` when sample `b` is row `b`.
+        extremes (`tuple`): the smallest and the largest label, each with the id of its sample; empty without labels.
     """
 
     ids: np.ndarray
@@ -43,11 +41,20 @@ class SampleKeys:
     total: int
     counts: np.ndarray | None = None
     rows: np.ndarray | None = None
+    extremes: tuple[tuple[int, int], ...] = ()
+
+    def fits(self, num_classes: int) -> bool:
+        """Whether every label is one of the classes 0 to `num_classes - 1`."""
+        return all(0 <= label < num_classes for label, _ in self.extremes)
+
+    def misfit(self, num_classes: int) -> tuple[int, int]:
+        """A label that is no class, and the id of its sample."""
+        return next(pair for pair in self.extremes if not 0 <= pair[0] < num_classes)
 
 
-def sample_keys(ids: torch.Tensor | np.ndarray, labels: torch.Tensor, shifted: bool = False) -> SampleKeys:
+def sample_index(ids: torch.Tensor | np.ndarray, labels: torch.Tensor, shifted: bool = False) -> SampleIndex:
     """
-    Make the host-side keys of a batch.
+    Find out where the predictions of a batch are kept, on the host.
 
     Args:
         ids (`torch.LongTensor` of shape `[B]`, or such an array): sample ids, on the CPU.
@@ -55,7 +62,7 @@ def sample_keys(ids: torch.Tensor | np.ndarray, labels: torch.Tensor, shifted: b
         shifted (`bool`, *optional*, defaults to `False`): whether position `i` predicts label `i + 1`.
 
     Returns:
-        [`SampleKeys`]: the hash of a sample does not depend on where its padding stands.
+        [`SampleIndex`]: the hash of a sample does not depend on where its padding stands.
 
     Raises:
         ValueError: if the samples were merged into rows of another number (packing).
@@ -63,17 +70,21 @@ def sample_keys(ids: torch.Tensor | np.ndarray, labels: torch.Tensor, shifted: b
     if isinstance(ids, torch.Tensor):
         ids = ids.numpy().astype(np.int64, copy=False)
     labels = labels.numpy()
-    if labels.ndim == 2 and len(labels) != len(ids):
+    if len(labels) != len(ids):
         raise ValueError(
-            f"the batch has {len(labels)} rows of labels for {len(ids)} samples: a collator that packs samples leaves "
-            "no place to address their predictions. Pad instead, pack when the dataset is made, or use "
-            "teacher='snapshot'."
+            f"the batch has {len(labels)} rows of labels for {len(ids)} samples: a collator that packs, drops or "
+            "repeats samples leaves no place to address their predictions. Pad instead, pack when the dataset is "
+            "made, or use teacher='snapshot'."
         )
     if shifted and labels.ndim == 2:
         labels = np.concatenate((labels[:, 1:], np.full((len(ids), 1), IGNORE_INDEX, labels.dtype)), axis=1)
     if labels.ndim < 2:  # and not by the size: a batch of sequences may have length 1
         labels = labels.astype(np.int64).reshape(len(ids))
-        return SampleKeys(ids, labels, len(ids) - labels.tolist().count(IGNORE_INDEX))
+        values = labels.tolist()  # Python is done with a batch sooner than NumPy
+        known = [value for value in values if value != IGNORE_INDEX]
+        ends = (min(known), max(known)) if known else ()
+        extremes = tuple((end, int(ids[values.index(end)])) for end in ends)
+        return SampleIndex(ids, labels, len(known), extremes=extremes)
     labels = labels.reshape(len(ids), -1).astype(np.int64)
     valid = labels != IGNORE_INDEX
     # The sum of splitmix64 of (label, position among the labels), modulo 2**64.
@@ -84,7 +95,10 @@ def sample_keys(ids: torch.Tensor | np.ndarray, labels: torch.Tensor, shifted: b
     mixed ^= mixed >> np.uint64(31)
     hashes = np.where(valid, mixed, np.uint64(0)).sum(axis=1).view(np.int64)
     rows = np.flatnonzero(valid)
-    return SampleKeys(ids, hashes, len(rows), valid.sum(axis=1), rows)
+    known = labels.reshape(-1)[rows]
+    ends = (int(known.argmin()), int(known.argmax())) if len(known) else ()
+    extremes = tuple((int(known[end]), int(ids[rows[end] // labels.shape[1]])) for end in ends)
+    return SampleIndex(ids, hashes, len(rows), valid.sum(axis=1), rows, extremes)
 
 
 @contextmanager
@@ -133,42 +147,42 @@ class SampleIdDataset(Dataset):
         with seeded(self.transform_seed, int(self.epoch) + 1, sample_id):
             return self.dataset[index]
 
-    def _items(self, indices: list[int]) -> list[Any]:
+    def items(self, indices: list[int]) -> list[Any]:
+        """The items of the dataset as it gives them, without ids."""
         if self.transform_seed is not None:
             return [self._item(int(index)) for index in indices]
         fetch = getattr(self.dataset, "__getitems__", None)
         return [self.dataset[index] for index in indices] if fetch is None else list(fetch(indices))
 
     def _ids(self, indices: list[int], items: list[Any]) -> np.ndarray:
-        """The ids of items, which must be dictionaries."""
+        """The ids of items, which may be anything unless they hold their ids themselves."""
         if len(items) != len(indices):
             raise ValueError(f"__getitems__ of train_dataset gave {len(items)} items for {len(indices)} indices.")
-        kinds = set(map(type, items))
-        if kinds != {dict} and not all(issubclass(kind, Mapping) for kind in kinds):
-            index, item = next(pair for pair in zip(indices, items, strict=True) if not isinstance(pair[1], Mapping))
-            raise TypeError(
-                f"train_dataset[{index}] is a {type(item).__name__}: self-distillation needs items that are "
-                "dictionaries, to add their sample_id."
-            )
         if self.id_column is None:
             indices = np.array(indices, dtype=np.int64)
             return indices if self.ids is None else self.ids[indices]
         for index, item in zip(indices, items, strict=True):
-            if self.id_column not in item:
+            if not has_key(item, self.id_column):
+                found = ", ".join(map(str, item)) if isinstance(item, Mapping) else f"a {type(item).__name__}"
                 raise ValueError(
-                    f"sample_id_column={self.id_column!r} is not among the keys of train_dataset[{index}]: "
-                    f"{', '.join(map(str, item))}."
+                    f"sample_id_column={self.id_column!r} is not among the keys of train_dataset[{index}]: {found}."
                 )
-        return _ids_in(items, self.id_column)
+        return ids_in(items, self.id_column)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[int(index)]
         return self._marked([index], [self._item(index)])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        return self._marked(indices, self._items(indices))
+        return self._marked(indices, self.items(indices))
 
     def _marked(self, indices: list[int], items: list[Any]) -> list[dict[str, Any]]:
+        for index, item in zip(indices, items, strict=True):
+            if not isinstance(item, Mapping):
+                raise TypeError(
+                    f"dataset[{index}] is a {type(item).__name__}: with_sample_ids needs items that are dictionaries, "
+                    "to add their sample_id. The trainer itself takes items of any kind."
+                )
         ids = self._ids(indices, items).tolist()
         return [{**item, SAMPLE_ID: sample_id} for item, sample_id in zip(items, ids, strict=True)]
 
@@ -191,7 +205,7 @@ class BatchIdDataset(SampleIdDataset):
     """A [`SampleIdDataset`] that is read in batches by [`SelfKDDataCollator`], which spares a copy of each item."""
 
     def __getitems__(self, indices: list[int]) -> IdentifiedItems:
-        items = self._items(indices)
+        items = self.items(indices)
         return IdentifiedItems(items, self._ids(indices, items))
 
 
@@ -246,13 +260,19 @@ def _as_id(value: Any, name: str) -> int:
         raise ValueError(f"sample_id_column={name!r} holds {value!r}: ids must be integers.") from None
 
 
-def _ids_in(items: list[Mapping], name: str) -> np.ndarray:
+def has_key(item: Any, name: str) -> bool:
+    """Whether an item, a dictionary or an object with fields, holds something under this name."""
+    return name in item if isinstance(item, Mapping) else hasattr(item, name)
+
+
+def ids_in(items: list[Any], name: str) -> np.ndarray:
     """The ids that items carry under this name."""
-    return np.array([_as_id(item.get(name), name) for item in items], dtype=np.int64)
+    values = [item.get(name) if isinstance(item, Mapping) else getattr(item, name) for item in items]
+    return np.array([_as_id(value, name) for value in values], dtype=np.int64)
 
 
-def _without(items: list[Mapping], name: str) -> list[Mapping]:
-    """The items without this key; they may be the dataset's own, so they are copied where one has it."""
+def without_key(items: list[Mapping], name: str) -> list[Mapping]:
+    """The items without this key; they may be the dataset's own, so they are copied where one has the key."""
     if name not in itertools.chain.from_iterable(items):
         return items
     return [{key: value for key, value in item.items() if key != name} for item in items]
@@ -275,102 +295,3 @@ def checked_ids(values: Any, name: str) -> np.ndarray:
             f"sample_id_column={name!r} holds {unique[counts.argmax()]} {counts.max()} times: ids must be unique."
         )
     return ids.astype(np.int64)
-
-
-class SelfKDDataCollator:
-    """
-    Wrap a data collator: carry the sample ids through it and, if asked, mix images (mixup, CutMix).
-
-    A mixed batch trains on `lambda * loss(own label) + (1 - lambda) * loss(partner's label)`, and past predictions
-    follow the same partner and the same lambda. Mixing is seeded by the sample ids and the epoch, so it resumes
-    exactly. One lambda per batch, as in the authors' code of both methods.
-
-    Args:
-        collator (`Callable`, *optional*): the collator to wrap; [`~transformers.default_data_collator`] by default.
-        mixup_alpha (`float`, *optional*, defaults to `0.0`):
-            Parameter of the Beta distribution of lambda for mixup (Zhang et al., ICLR 2018); 0 is off.
-        cutmix_alpha (`float`, *optional*, defaults to `0.0`):
-            The same for CutMix (Yun et al., ICCV 2019). With both, each mixed batch draws one of the two.
-        mix_probability (`float`, *optional*, defaults to `1.0`):
-            Share of the batches that are mixed, in [0, 1].
-        id_column (`str`, *optional*): name of the id in the features; set by the trainer.
-
-    Raises:
-        ValueError: if a parameter is out of range, or images to mix are missing.
-    """
-
-    def __init__(
-        self,
-        collator: Callable[[list[Any]], dict[str, Any]] | None = None,
-        mixup_alpha: float = 0.0,
-        cutmix_alpha: float = 0.0,
-        mix_probability: float = 1.0,
-        id_column: str = SAMPLE_ID,
-    ):
-        for name, value in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
-            if value < 0:
-                raise ValueError(f"{name}={value} must not be negative: 0 turns it off.")
-        if not 0 <= mix_probability <= 1:
-            raise ValueError(f"mix_probability={mix_probability} is outside [0, 1].")
-        if collator is None:
-            from transformers import default_data_collator as collator
-        self.collator = collator
-        self.mixup_alpha, self.cutmix_alpha, self.mix_probability = mixup_alpha, cutmix_alpha, mix_probability
-        self.id_column = id_column
-        self.host_keys = True  # off where batches travel between processes, which takes tensors only
-        self.shifts_labels = False  # set by the trainer for causal language models
-        self.seed, self.epoch = 0, None  # set by the trainer: args.seed and the epoch in shared memory
-
-    @property
-    def mixes(self) -> bool:
-        """`bool`: whether any batch can be mixed."""
-        return (self.mixup_alpha > 0 or self.cutmix_alpha > 0) and self.mix_probability > 0
-
-    def __call__(self, features: list[Any]) -> dict[str, Any]:
-        ids = None
-        if isinstance(features, IdentifiedItems):
-            ids, features = features.ids, _without(features, SAMPLE_ID)
-        elif isinstance(features[0], Mapping) and self.id_column in features[0]:
-            ids, features = _ids_in(features, self.id_column), _without(features, self.id_column)
-        batch = self.collator(features)
-        if ids is not None:
-            batch[SAMPLE_ID] = torch.from_numpy(ids)
-            labels = batch.get("labels")
-            if self.host_keys and isinstance(labels, torch.Tensor) and (labels.dim() < 2 or len(labels) == len(ids)):
-                batch[SAMPLE_KEYS] = sample_keys(ids, labels, self.shifts_labels)
-        if self.mixes:
-            self._mix(batch)
-        return batch
-
-    def _mix(self, batch: dict[str, Any]) -> None:
-        images = batch.get("pixel_values")
-        if images is None:
-            raise ValueError(
-                f"mixup_alpha={self.mixup_alpha}, cutmix_alpha={self.cutmix_alpha}: the batch has no pixel_values to "
-                f"mix, only {', '.join(batch)}. Set both to 0."
-            )
-        if SAMPLE_ID in batch:
-            epoch = 0 if self.epoch is None else int(self.epoch) + 1
-            rng = np.random.default_rng((self.seed, epoch, *batch[SAMPLE_ID].tolist()))
-        else:  # nothing tells two batches apart, so the global generator must
-            rng = np.random.default_rng(int(torch.randint(2**62, ())))
-        if rng.random() >= self.mix_probability:
-            return
-        methods = [a for a in ((self.mixup_alpha, False), (self.cutmix_alpha, True)) if a[0] > 0]
-        alpha, cut = methods[rng.integers(len(methods))]
-        lam = float(rng.beta(alpha, alpha))
-        partner = torch.from_numpy(rng.permutation(len(images)))
-        if cut:
-            height, width = images.shape[-2:]
-            half_h, half_w = (int(size * (1 - lam) ** 0.5) // 2 for size in (height, width))
-            y, x = rng.integers(height), rng.integers(width)
-            top, bottom = max(y - half_h, 0), min(y + half_h, height)
-            left, right = max(x - half_w, 0), min(x + half_w, width)
-            images = images.clone()
-            images[..., top:bottom, left:right] = batch["pixel_values"][partner][..., top:bottom, left:right]
-            lam = 1 - (bottom - top) * (right - left) / (height * width)
-        else:
-            images = lam * images + (1 - lam) * images[partner]
-        batch["pixel_values"] = images
-        batch[MIX_PARTNER] = partner
-        batch[MIX_LAMBDA] = torch.full((len(images),), lam, dtype=torch.float32)

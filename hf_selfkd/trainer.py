@@ -2,102 +2,64 @@
 
 from __future__ import annotations
 
-import copy
+import inspect
 import logging
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate.utils import broadcast
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, has_length
+from torch.utils.data import IterableDataset
+from transformers import (
+    BaseImageProcessor,
+    DataCollator,
+    EvalPrediction,
+    FeatureExtractionMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import has_length
 
+from .batch import RecordedBatches, peek_record, pop_record
 from .checkpoints import STATE_FOLDER, Checkpoints
-from .chunked import ChunkedHead, Task
-from .config import SelfKDConfig, alpha_at
+from .checks import (
+    check_compute_loss,
+    check_engine,
+    check_even,
+    check_heads,
+    check_launch,
+    never_called,
+    sharded_by,
+)
+from .config import MethodArguments, SelfKDConfig
 from .dataloading import DataLoading
-from .fixes import EpochLengthGroupedSampler, stream_position
-from .heads import HeadResults, attach_auxiliary_heads, heads_of, split_auxiliary
-from .heads_config import ROTATIONS, AuxiliaryHeadsConfig
-from .layered import HeadFigures, Layered, choose_turns
-from .losses import (
-    Past,
-    RowLosses,
-    Side,
-    cross_entropy_sum,
-    labelled,
-    only,
-    progressive_cross_entropy,
-    soft_cross_entropy,
-    weighted,
-)
-from .measures import RunningMeans
-from .rows import (
-    Rows,
-    adapter_for,
-    causal_rows,
-    check_labels,
-    is_encoder_decoder,
-    logits_of,
-    next_tokens,
-    num_classes_of,
-    token_rows,
-    without_labels,
-)
-from .samples import (
-    IGNORE_INDEX,
-    MIX_LAMBDA,
-    MIX_PARTNER,
-    SAMPLE_ID,
-    SAMPLE_KEYS,
-    SampleIdDataset,
-    SampleKeys,
-    SelfKDDataCollator,
-    sample_keys,
-    seeded,
-)
-from .teachers import EMATeacher, HistoryTeacher, SnapshotTeacher, Teacher
+from .distiller import SelfDistiller
+from .evaluation import Evaluation
+from .fixes import stream_position
+from .heads import attach_auxiliary_heads, heads_of, strip_auxiliary_heads
+from .heads.config import AuxiliaryHeadsConfig
+from .heads.layered import Layered, NoHeads
+from .losses.choose import choose_hard_loss, hard_loss_kind
+from .losses.hard import CrossEntropy
+from .models import uncompiled
+from .samples import IGNORE_INDEX, seeded
+from .schedule import Progress
+from .tasks import Task, task_for
+from .teachers import EMATeacher, HistoryStore, HistoryTeacher, SnapshotTeacher, Teacher
+from .teachers.choose import Facts, choose_teacher
 
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Mix:
-    """How the images of a batch were mixed: partners `[B]` and the weight of the own label, a scalar tensor."""
-
-    partner: torch.Tensor
-    weight: torch.Tensor
-
-
-@dataclass
-class Batch:
-    """A batch, split into what the model sees and what is ours."""
-
-    inputs: dict[str, Any]
-    labels: torch.Tensor
-    keys: SampleKeys | None
-    mix: Mix | None
-    turns: np.ndarray | None = None  # the views of each sample, `[B, V]`, if there are several
-
-
-def _is_mean(loss: torch.Tensor, rows: Rows, labels: torch.Tensor) -> bool:
-    """Whether a loss is the mean cross-entropy of the rows with these labels, in float32 or the logits' own type."""
-    means = [-Rows(rows.logits, labels).label_log_probs[labelled(labels)].mean()]
-    if rows.logits.dtype != torch.float32:
-        means.append(F.cross_entropy(rows.logits.detach(), labels))
-    return any(bool(torch.isclose(loss.detach().float(), mean.float(), rtol=1e-5, atol=0)) for mean in means)
-
-
-class _Epochs(TrainerCallback):
-    """Tells the trainer what the loop does."""
+class _Loop(TrainerCallback):
+    """Tells the trainer what its loop does."""
 
     def __init__(self, trainer: SelfKDMixin):
         self.trainer = trainer
@@ -109,20 +71,20 @@ class _Epochs(TrainerCallback):
         self.trainer._begin_epoch()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.teacher.after_step()  # those of heads are histories, to which steps are all the same
+        self.trainer.teacher.after_step()
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.trainer._release_head()
-        if args.distils and self.trainer.teacher.epoch < 1 and not args.warm_start_history:
-            logger.warning(
-                f"teacher={args.teacher_kind!r} never taught: training ended in its first pass over the data, so this "
-                "was plain training. Let the dataset end several times before max_steps."
-            )
-        for teacher in self.trainer._teachers.values():
-            teacher.begin_epoch(teacher.epoch + 1)
+        self.trainer._end_training()
 
 
-class SelfKDMixin(DataLoading, Checkpoints):
+class _NotTrained(Teacher):
+    """Stands where the teacher of a training will be."""
+
+    def stored(self, sample_ids: Any) -> torch.Tensor:
+        raise ValueError("no predictions are stored yet: train first.")
+
+
+class SelfKDMixin(DataLoading, Checkpoints, Evaluation):
     """
     Progressive self-distillation for [`~transformers.Trainer`] and its subclasses: put it before the trainer class.
 
@@ -130,72 +92,80 @@ class SelfKDMixin(DataLoading, Checkpoints):
     class MyTrainer(SelfKDMixin, MyOwnTrainer): ...
     ```
 
+    Args:
+        model (`nn.Module`, *optional*): as for the trainer class.
+        args ([`~transformers.TrainingArguments`], *optional*): with the fields of [`SelfKDConfig`], or without.
+        *positional, **named: as for the trainer class.
+        auxiliary_heads ([`AuxiliaryHeadsConfig`] or `str`, *optional*): layered distillation, as in the arguments.
+        task (`type`, *optional*): a subclass of [`~hf_selfkd.tasks.Task`] for a task of your own.
+
     Attributes:
+        distiller ([`~hf_selfkd.distiller.SelfDistiller`], *optional*):
+            the method in the present or last training; `None` before, and where training is that of the stock class.
         teacher ([`~hf_selfkd.teachers.Teacher`]): the live teacher; its `stored(sample_ids)` gives what it holds.
-        head_teachers (`list` of [`~hf_selfkd.teachers.HistoryTeacher`]):
-            with `teacher="history"` and auxiliary heads that learn from the past, one a head; with rotated views the
-            prediction for a view is stored under `4 * sample_id + quarter_turns`.
     """
 
-    # `compute_loss` divides by the rows of the whole step: the Trainer must not divide by accumulation steps again.
-    loss_is_scaled_for_ga = True
     _config_class = SelfKDConfig
 
     def __init__(
         self,
-        model=None,
+        model: PreTrainedModel | torch.nn.Module | None = None,
         args: TrainingArguments | None = None,
-        *arguments: Any,
+        *positional: Any,
         auxiliary_heads: AuxiliaryHeadsConfig | str | None = None,
-        **keywords: Any,
+        task: type[Task] | None = None,
+        **named: Any,
     ):
-        args = self._config_class("tmp_trainer") if args is None else self._config_class.from_training_arguments(args)
-        args.take_heads(auxiliary_heads)
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs in one process (nn.DataParallel) are not supported: start with `torchrun` or "
-                "`accelerate launch`, or make one GPU visible with CUDA_VISIBLE_DEVICES."
-            )
-        launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
-        if launched > 1 and args.world_size == 1:
-            raise ValueError(
-                f"the launcher started {launched} processes, but without an accelerator each of them would train "
-                "alone, into the same output_dir: set use_cpu=True to train on the CPU together."
-            )
-        self.teacher: Teacher = Teacher()
-        self.head_teachers: list[HistoryTeacher] = []
-        self._layered: Layered | None = None  # in training, if there are heads that learn
-        self._head_figures: HeadFigures | None = None  # in evaluation, if heads are asked for
-        self._means = RunningMeans()
-        self._passes, self._resumed = -1, False
-        self._train_samples: SampleIdDataset | None = None  # what the training dataloader reads
-        self._epoch_sampler: EpochLengthGroupedSampler | None = None
-        self._ours: bool | None = None  # whether our cross-entropy is the hard loss; None until a batch tells
-        self._drops_cache = False  # whether the model keeps no cache of keys and values when it is given labels
-        if model is not None:
-            self._grow_heads(model, args)
-        super().__init__(model, args, *arguments, **keywords)
-        self._rows: Callable[[torch.Tensor, torch.Tensor], Rows] = adapter_for(self.model)
-        self._world = self.args.world_size  # properties, which would be worked out in every step
-        self._distils = self.args.distils
-        self._loss_shifts_labels = False  # what the stock Trainer counts by: we shift the labels that it is given
-        self._check_setup()
-        self._chunked: ChunkedHead | None = None  # in training only
-        self.add_callback(_Epochs(self))
+        args = self._config_class("tmp_trainer") if args is None else args
+        self.distiller: SelfDistiller | None = None
+        self._heads_given, self._task_given = AuxiliaryHeadsConfig.resolve(auxiliary_heads), task
+        self._batches: RecordedBatches | None = None  # of the present optimizer step
+        self._resumed: tuple[int, bool] | None = None  # epochs of the Trainer that are over, and whether one is half
+        method = MethodArguments.read(args)
+        check_launch(args, method.distils)
+        grown = model is not None and heads_of(model) is None
+        try:
+            if model is not None:
+                self._grow_heads(model, args)
+            super().__init__(model, args, *positional, **named)
+            self._check_setup()
+        except BaseException:
+            if grown:
+                strip_auxiliary_heads(uncompiled(model))
+            raise
+        self.add_callback(_Loop(self))
 
-    @staticmethod
-    def _grow_heads(model: torch.nn.Module, args: SelfKDConfig) -> None:
-        """Give a model the heads that the arguments ask for; it may have grown them before."""
-        heads, asked = heads_of(model), args.heads
+    # What is asked
+
+    @property
+    def method(self) -> MethodArguments:
+        """[`~hf_selfkd.config.MethodArguments`]: as the arguments have them now."""
+        return MethodArguments.read(self.args)
+
+    @property
+    def teacher(self) -> Teacher:
+        """[`~hf_selfkd.teachers.Teacher`]: of the present or last training."""
+        return _NotTrained() if self.distiller is None else self.distiller.teacher
+
+    def _heads_asked(self, args: TrainingArguments) -> AuxiliaryHeadsConfig | None:
+        named = AuxiliaryHeadsConfig.resolve(MethodArguments.read(args).auxiliary_heads)
+        if None not in (named, self._heads_given) and named != self._heads_given:
+            raise ValueError(
+                f"auxiliary_heads={args.auxiliary_heads!r} in the arguments and another one given to the trainer: "
+                "leave out one of them."
+            )
+        return named if self._heads_given is None else self._heads_given
+
+    def _grow_heads(self, model: torch.nn.Module, args: TrainingArguments) -> None:
+        """Give a model the heads that are asked for; it may have grown them before."""
+        heads, asked = heads_of(model), self._heads_asked(args)
         if asked is not None and heads is None:
-            attach_auxiliary_heads(model, asked, seed=args.seed)
+            attach_auxiliary_heads(uncompiled(model), asked, seed=args.seed)
         elif asked is not None and heads.config != asked.with_choices(heads.config.head, heads.config.views):
             raise ValueError(
                 f"auxiliary_heads={asked} but the model has heads already, made with {heads.config}: call "
                 "strip_auxiliary_heads(model) first, or leave auxiliary_heads out."
             )
-        elif asked is None and heads is not None:
-            args.take_heads(heads.config)
 
     def call_model_init(self, trial: Any = None) -> torch.nn.Module:
         """As in [`~transformers.Trainer`]; the new model grows its auxiliary heads."""
@@ -203,48 +173,48 @@ class SelfKDMixin(DataLoading, Checkpoints):
         self._grow_heads(model, self.args)
         return model
 
-    def _check_heads(self) -> None:
+    def _heads_learn(self) -> bool:
         heads = heads_of(self.model)
-        if heads is None:
-            if self.args.evaluate_heads:
-                raise ValueError("evaluate_heads=True, but the model has no heads: set auxiliary_heads.")
-            return
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "auxiliary_heads do not work with weights sharded by FSDP or DeepSpeed: train with one or several "
-                "whole copies of the model (torchrun, accelerate launch)."
-            )
-        if self.args.chunked_logits:
-            raise ValueError("chunked_logits=True with auxiliary_heads: heads need whole logits, set it to False.")
-        if self.optimizer is not None and heads.config.trains:
-            held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-            if not held.issuperset(map(id, heads.parameters())):
-                raise ValueError(
-                    "the optimizer given does not hold the weights of the auxiliary heads: call "
-                    "attach_auxiliary_heads(model, config) before you build it."
-                )
+        return heads is not None and heads.config.trains
+
+    def _distils(self, method: MethodArguments) -> bool:
+        """Whether anything is done that the stock class does not do."""
+        return method.distils or method.history_trace or method.chunked_logits or self._heads_learn()
+
+    def _find_task(self, method: MethodArguments) -> Task | None:
+        """The task of the model; `None` for one that is not supported, while nothing is distilled."""
+        names = tuple(dict.fromkeys(("labels", *(self.args.label_names or ()))))
+        try:
+            return task_for(self.model, names) if self._task_given is None else self._task_given(self.model, names)
+        except ValueError:
+            if self._distils(method):
+                raise
+            return None
 
     def _check_setup(self) -> None:
-        self._check_heads()
-        sharded = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else None
-        if sharded and self.args.teacher_kind in ("snapshot", "ema"):
-            raise ValueError(
-                f"teacher={self.args.teacher!r} keeps whole weights, which {sharded} shards: use teacher='history'."
-            )
-        if self.args.use_liger_kernel:
-            raise ValueError("use_liger_kernel=True hides the logits that self-distillation needs: set it to False.")
-        if self.args.chunked_logits and self._rows not in (causal_rows, token_rows):
-            raise ValueError("chunked_logits=True is for language models: set it to False.")
-        if self.args.chunked_logits:
-            ChunkedHead(self.model).remove()
-        classes = type(self).__mro__
-        for owner in classes[classes.index(SelfKDMixin) + 1 : classes.index(Trainer)]:
-            if "compute_loss" in vars(owner):
-                raise ValueError(
-                    f"{owner.__name__}.compute_loss would never be called in training: pass its loss as "
-                    f"compute_loss_func or, if it calls super().compute_loss, put {owner.__name__} before SelfKDMixin."
-                )
-        self._check_dataset()
+        method, heads = self.method, heads_of(self.model)
+        check_heads(self, method, heads)
+        task = self._find_task(method)
+        self._check_metrics(task)
+        if not self._distils(method):
+            return
+        check_compute_loss(self, SelfKDMixin)
+        check_engine(self, method, method.teacher)
+        self._hard_loss(method, task)
+        self._check_dataset(method)
+
+    def _hard_loss(self, method: MethodArguments, task: Task) -> CrossEntropy:
+        asked, weights = method.hard_loss, self.model.parameters()
+        if not self._distils(method) and any(p.is_floating_point() and p.dtype != torch.float32 for p in weights):
+            asked = "model"  # some models compute their loss in half precision, and plain training is to be theirs
+        return choose_hard_loss(
+            task,
+            asked,
+            method.temperature,
+            method.chunked_logits,
+            self.compute_loss_func,
+            self.label_smoother,
+        )
 
     # The run
 
@@ -254,191 +224,184 @@ class SelfKDMixin(DataLoading, Checkpoints):
         epochs, batches = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        if resume_from_checkpoint is not None and not has_length(self.train_dataset):
+        sized = has_length(self.train_dataset) if self.train_dataset is not None else num_train_epochs < 2**31
+        if resume_from_checkpoint is not None and not sized:
             epochs, batches = stream_position(resume_from_checkpoint, self.args.gradient_accumulation_steps)
-        return epochs, 0 if self.args.ignore_data_skip else batches
+            batches = 0 if self.args.ignore_data_skip else batches
+        half = not sized or self.state.global_step % num_update_steps_per_epoch != 0
+        self._resumed = None if resume_from_checkpoint is None else (epochs, half)
+        if self.distiller is not None:
+            self.distiller.hard_loss.close()
+        self.distiller = self._make_distiller()
+        return epochs, batches
 
-    def _begin_training(self) -> None:
-        if self.state.global_step == 0:
-            self._ours, self._drops_cache = None, False
-            self._make_teachers()
-            self._passes = -1
-            self._resumed = False
-            if self.args.warm_start_history and self.args.distils and self.args.teacher_kind == "history":
-                self._warm_start()
-        self._means = RunningMeans()
-        averaged = self.args.average_tokens_across_devices
-        self._loss_world = self.accelerator.num_processes // self.get_tp_size() if averaged else 1
-        self._distils = self.args.distils
-        self._release_head()
-        if self.args.chunked_logits:
-            self._chunked = ChunkedHead(self.model)
+    def _make_distiller(self) -> SelfDistiller | None:
+        method = self.method
+        distils, task = self._distils(method), self._find_task(method)
+        if not distils and not self._scales_correctly(task):
+            return None
+        check_even(self, self.model, self.train_dataset)
+        hard_loss = self._hard_loss(method, task)
+        heads = NoHeads(task)
+        if self._heads_learn():
+            heads = Layered(task, method.distils, self.args.seed, method.temperature)
+            if heads.views > 1 and hard_loss.shows_labels:
+                raise ValueError(
+                    f"views='rotation' with {type(task.model).__name__}, whose own loss is not plain cross-entropy "
+                    "and would count rotated images: pass it as compute_loss_func, or set views='none'."
+                )
+        teacher, schedule = self._make_teacher(method, task, heads), method.alpha_schedule
+        if schedule == "linear" and isinstance(self.train_dataset, IterableDataset):
+            schedule = "linear" if has_length(self.train_dataset) else "linear_step"  # a stream has no epochs to count
+        alpha = method.alpha if method.distils and teacher.kind != "none" else 0.0
+        distiller = SelfDistiller(task, hard_loss, teacher, heads, alpha, schedule, self.state.num_train_epochs)
+        distiller.strict = method.teacher != "auto" or self.args.world_size > 1
+        return distiller
 
-    def _release_head(self) -> None:
-        if self._chunked is not None:
-            self._chunked.remove()
-        self._chunked = None
+    def _scales_correctly(self, task: Task | None) -> bool:
+        """Whether plain training can be scaled by its rows, which the stock class does not do for many models."""
+        if task is None or sharded_by(self) or self.args.n_gpu > 1:
+            return False
+        if self.compute_loss_func is not None:
+            return False
+        return self.label_smoother is not None or hard_loss_kind(task) == "cross_entropy"
 
-    @property
-    def _teachers(self) -> dict[str, Teacher]:
-        """All teachers, by the names of their files in a checkpoint."""
-        return {"teacher": self.teacher} | {f"head{i}": teacher for i, teacher in enumerate(self.head_teachers)}
-
-    def _make_teachers(self) -> None:
-        heads = heads_of(self.model)
-        self._layered = Layered(heads, self._rows) if heads is not None and heads.config.trains else None
-        self.teacher, self.head_teachers = self._make_teacher(), []
-        if self._heads_learn_from_past and self.teacher.needs_ids:
-            args = copy.copy(self.args)
-            args.history_trace = False  # which is of the model's own predictions
-            self.head_teachers = [self._make_history(args, f"head{i}", self._layered) for i in range(len(heads.heads))]
-
-    @property
-    def _heads_learn_from_past(self) -> bool:
-        return self._layered is not None and self._layered.config.uses_past and self.args.distils
-
-    def _make_teacher(self) -> Teacher:
-        args = self.args
-        args.validate()  # again: hyperparameter search sets fields
-        self._check_dataset()
-        has_epochs = has_length(self.train_dataset)
-        if args.distils and has_epochs and self.state.num_train_epochs < 2 and not args.warm_start_history:
-            raise ValueError(
-                f"{self.state.num_train_epochs} epoch with teacher={args.teacher_kind!r}: there is no earlier epoch "
-                "to learn from. Train at least 2 epochs, set warm_start_history=True (history, snapshot) or alpha=0."
-            )
-        if args.teacher_kind == "none" or not (args.distils or args.history_trace):
+    def _make_teacher(self, method: MethodArguments, task: Task, heads: NoHeads) -> Teacher:
+        facts = Facts(self.state.num_train_epochs, heads.uses_past)
+        if (method.distils and method.teacher in ("auto", "history")) or method.history_trace:
+            self._add_data_facts(facts, method, task)
+        kind, reason = choose_teacher(method, facts)
+        if reason:
+            logger.warning(f"teacher='auto' is {kind!r}: {reason}.")
+        if not self._distils(method) or kind == "none":
             return Teacher()
-        several = args.world_size > 1
-        if args.teacher_kind == "history":
-            return self._make_history(args)
-        share = broadcast if several else None
-        if args.teacher_kind == "snapshot":
-            return SnapshotTeacher(self.model, self._predict, share, args.warm_start_history, args.teacher_dropout)
-        return EMATeacher(self.model, self._predict, args.ema_decay, share, args.teacher_dropout)
+        check_engine(self, method, kind)
+        if kind == "history":
+            return self._make_history(method, heads)
+        share = broadcast if self.args.world_size > 1 else None
+        model, dropout = uncompiled(self.model), method.teacher_dropout
+        if kind == "snapshot":
+            return SnapshotTeacher(model, heads.predictions, share, method.warm_start_teacher, dropout)
+        return EMATeacher(model, heads.predictions, method.ema_decay, share, dropout)
 
-    def _make_history(self, args: SelfKDConfig, name: str = "", views_of: Layered | None = None) -> HistoryTeacher:
-        """The history of the model's own predictions or, with a name, of a head's for the views of each sample."""
-        size, ids = self._size_and_ids()
-        if views_of is not None and views_of.rotates:
-            size, ids = ROTATIONS * size, views_of.ids(ids)
-        return HistoryTeacher(
-            args,
-            size,
-            ids,
-            args.device,
-            Path(args.output_dir) / STATE_FOLDER / f"node{os.environ.get('GROUP_RANK', '0')}" / name,
-            self.state.num_train_epochs,
-            gather=self._gather if args.world_size > 1 else None,
-            rank=args.process_index,
-            writes=args.local_process_index == 0,
-        )
+    def _make_history(self, method: MethodArguments, heads: NoHeads) -> HistoryTeacher:
+        args, (size, ids) = self.args, self._size_and_ids()
+        node = Path(args.output_dir) / STATE_FOLDER / f"node{os.environ.get('GROUP_RANK', '0')}"
+        run = {
+            "gather": self._gather if args.world_size > 1 else None,
+            "rank": args.process_index,
+            "writes": args.local_process_index == 0,
+            "rows_per_sample": self._rows_per_sample,
+        }
+        store = HistoryStore(method, size, ids, args.device, node, self.state.num_train_epochs, **run)
+        if not heads.uses_past:
+            return HistoryTeacher(store)
+        views, untraced = heads.size_and_ids(size, ids), method.without_trace()
+        stores = [
+            HistoryStore(untraced, *views, args.device, node / f"head{i}", self.state.num_train_epochs, **run)
+            for i in range(heads.count)
+        ]
+        return HistoryTeacher(store, stores, heads.samples)
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.gather(tensor.to(self.accelerator.device)).cpu()
 
-    def _predict(self, outputs: Any) -> list[torch.Tensor]:
-        """Logits `[R, C]` of the model itself and, with heads that learn from the past, of each head."""
-        logits = [logits_of(outputs, has_loss=False)]
-        if self._layered is not None:
-            logits[0] = logits[0][:: self._layered.views]
-            if self._heads_learn_from_past:
-                logits += self._layered.heads.results.logits
-                self._layered.heads.results = None
-        return [part if part.dim() == 2 else part.flatten(0, -2) for part in logits]
+    def _begin_training(self) -> None:
+        averaged = self.args.average_tokens_across_devices
+        self._data_parallel_size = self.accelerator.num_processes // self.get_tp_size() if averaged else 1
+        if self.distiller is None:
+            return
+        self.distiller.hard_loss.open()
+        if self.state.global_step == 0 and self.method.warm_start_teacher and self.teacher.kind == "history":
+            self._warm_start()
 
     def _begin_epoch(self) -> None:
-        # Counted: a callback may end an epoch early, and of a stream without length the Trainer's epoch counts steps.
-        if self._resumed and has_length(self.train_dataset):
-            self._passes = int(self.state.epoch)
+        if self.distiller is None:
+            self._set_epoch(int(self.state.epoch or 0))
         else:
-            self._passes += not self._resumed
-        epoch, self._resumed = self._passes, False
-        for teacher in self._teachers.values():
-            teacher.begin_epoch(epoch)
-        if self._train_samples is not None:
-            self._train_samples.set_epoch(epoch)
-        if self._epoch_sampler is not None:  # accelerate forwards the epoch through some of its wrappers only
-            self._epoch_sampler.set_epoch(epoch)
+            self._set_epoch(self.distiller.begin_epoch())
+
+    def _end_training(self) -> None:
+        distiller = self.distiller
+        if distiller is None:
+            return
+        distiller.hard_loss.close()
+        if distiller.alpha > 0:
+            self._warn_of_little(distiller)
+        distiller.teacher.begin_epoch(distiller.epoch + 1)
+
+    def _warn_of_little(self, distiller: SelfDistiller) -> None:
+        """Say at the end what self-distillation could not do, for a reason that the loss does not show."""
+        if distiller.epoch < 1 and not self.method.warm_start_teacher:
+            logger.warning(
+                f"teacher={distiller.teacher.kind!r} never taught: training ended in its first pass over the data, so "
+                "this was plain training. Let the dataset end several times before max_steps."
+            )
+        elif distiller.alpha_reached < 0.75 * distiller.alpha:
+            logger.warning(
+                f"alpha reached {distiller.alpha_reached:.3g} of {distiller.alpha:.3g}: training ended in epoch "
+                f"{distiller.epoch + 1} of the {distiller.num_epochs} that alpha was planned for. Plan fewer epochs "
+                "(num_train_epochs, max_steps), or set alpha_schedule='constant'."
+            )
 
     @torch.no_grad()
     def _warm_start(self) -> None:
         """Fill the history with the predictions of the initial weights, in evaluation mode: all samples, unmixed."""
         logger.info("Filling the history with the predictions of the initial weights.")
-        samples, collator, drop_last = self._train_samples, self.data_collator, self.args.dataloader_drop_last
-        self.data_collator = collator.collator if isinstance(collator, SelfKDDataCollator) else collator
-        self.args.dataloader_drop_last = False
+        task = self.distiller.task
         with seeded(self.args.seed):  # training draws the same random numbers with and without this pass
-            dataloader = self._get_dataloader(
-                self.train_dataset,
-                description="Warm start",
-                batch_size=self.args.eval_batch_size,
-                sampler_fn=torch.utils.data.SequentialSampler,
-                is_training=True,
-            )
-            self.data_collator, self.args.dataloader_drop_last = collator, drop_last
-            if samples is not None:
-                self._train_samples.set_epoch(-1)
             self.model.eval()
-            for inputs in dataloader:
-                batch = self._take(self._prepare_inputs(inputs))
+            for inputs in self._warm_start_dataloader():
+                record = pop_record(inputs)
+                batch = task.split(self._prepare_inputs(inputs), record)
                 with self.compute_loss_context_manager():
-                    outputs = self.model(**self._unlabelled(batch))
-                self.teacher.observe(batch.keys, self._rows(logits_of(outputs, has_loss=False), batch.labels))
+                    outputs = self.model(**task.inputs_without_labels(batch))
+                self.distiller.observe_only(outputs, batch)
             self.model.train()
-        self._train_samples = samples
         self.teacher.begin_epoch(0)
 
     # The loss
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As in [`~transformers.Trainer`]; what travels beside the batches is taken out of them."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._batches = RecordedBatches(batches)
+        return self._batches, num_items
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
-        keys = [batch.get(SAMPLE_KEYS) for batch in batch_samples]
-        if keys and None not in keys and self._world == 1:
-            count = max(sum(part.total for part in keys), 1)
-            if self._ours and device.type == "cpu":
+        distiller = self.distiller
+        if distiller is None or not batch_samples:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        records = [peek_record(batch) for batch in batch_samples]
+        known = [None if record is None else record.samples for record in records]
+        if None not in known and self.args.world_size == 1:
+            count = max(sum(samples.total for samples in known), 1)
+            if distiller.hard_loss.plain and device.type == "cpu":
                 return count  # only our loss sees it; an accelerator gets a tensor, as its division rounds otherwise
             return torch.tensor(count).to(device, non_blocking=True)
-        # The stock Trainer counts only for models that ask for it; our loss divides by the count for every model.
-        accepts = self.model_accepts_loss_kwargs
-        self.model_accepts_loss_kwargs = True
-        if self._rows is causal_rows:
-            batch_samples = [
-                {**batch, "labels": next_tokens(batch["labels"])} if "labels" in batch else batch
-                for batch in batch_samples
-            ]
-        try:
-            count = super()._get_num_items_in_batch(batch_samples, device)
-        finally:
-            self.model_accepts_loss_kwargs = accepts
-        return count.clamp_min(1) if isinstance(count, torch.Tensor) else count  # a step without labels costs 0
+        task = distiller.task
+        names = [next((name for name in task.label_names if name in batch), None) for batch in batch_samples]
+        if None in names:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        labels = [task.row_labels(batch[name]) for batch, name in zip(batch_samples, names, strict=True)]
+        count = sum(part.ne(IGNORE_INDEX).sum() for part in labels).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return count.clamp_min(1)  # a step without labels costs 0
 
-    def _take(self, inputs: dict[str, Any]) -> Batch:
-        """Split a batch into what the model sees and what is ours."""
-        inputs = dict(inputs)
-        ids, keys = inputs.pop(SAMPLE_ID, None), inputs.pop(SAMPLE_KEYS, None)
-        partner, weight = inputs.pop(MIX_PARTNER, None), inputs.pop(MIX_LAMBDA, None)
-        if "labels" not in inputs:
-            raise ValueError(
-                f"the batch has no 'labels', only {', '.join(inputs)}: name the label column 'label' or 'labels', or "
-                "let the data collator do so."
-            )
-        labels = inputs.pop("labels")
-        if keys is None and ids is not None and self.teacher.needs_ids:
-            keys = sample_keys(ids.cpu(), labels.cpu(), self._rows is causal_rows)
-        if keys is None and self.teacher.needs_ids:
-            raise ValueError(
-                "the batch has no sample_id for teacher='history': let the trainer build the dataloader, or carry "
-                f"{self.args.sample_id_column or SAMPLE_ID!r} through your own."
-            )
-        mix = None if partner is None else Mix(partner, weight[0])
-        if self._layered is None or not self._layered.rotates:
-            return Batch(inputs, labels, keys, mix)
-        if keys is not None or ids is not None:
-            ids = keys.ids if keys is not None else ids.cpu().numpy()
-        else:  # a stream without ids: its samples are told apart by their place
-            ids = len(labels) * self.state.global_step + np.arange(len(labels))
-        turns = choose_turns(ids, self._layered.config.views_per_step, self._passes, self.args.seed)
-        return Batch(self._layered.expand(inputs, turns), labels, keys, mix, turns)
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As in [`~transformers.Trainer`].
+
+        Raises:
+            ValueError: if a `compute_loss` of the user's leaves self-distillation out.
+        """
+        vars(self).pop("loss_is_scaled_for_ga", None)  # `compute_loss` says so, if it is called
+        distiller = self.distiller
+        steps = 0 if distiller is None else distiller.steps
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if distiller is not None and distiller.steps == steps and self._distils(self.method):
+            raise ValueError(never_called(type(self).__name__))
+        return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """
@@ -449,314 +412,44 @@ class SelfKDMixin(DataLoading, Checkpoints):
         """
         if not (self.is_in_train and model.training):
             return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
-        batch = self._take(inputs)
-        if self._chunked is not None:
-            if self._ours is None:
-                self._probe(batch)
-            if self._ours:
-                return self._chunked_loss(model, batch, return_outputs, num_items_in_batch)
-        if self._ours is None:  # before the model sees them: its own loss may not say what is wrong
-            check_labels(batch.labels, num_classes_of(self.model))
-            self._unlabelled(batch)
-        self.teacher.expect(batch.keys)
-        if self._asks_model:
-            shown = batch.labels if batch.turns is None else self._layered.upright_labels(batch.labels)
-            outputs = model(**batch.inputs, labels=shown)
-        else:
-            outputs = model(**self._unlabelled(batch))
-        if self._layered is not None:
-            outputs, results = split_auxiliary(self._layered.heads, outputs)
-            outputs = self._layered.upright(outputs)
-        rows = self._rows(logits_of(outputs, has_loss=self._asks_model), batch.labels)
-        rows.top_k = self.teacher.top_k
-        if self._ours is None:
-            self._inspect(outputs, rows, batch.labels)
-        alpha = self._alpha()
-        past = self._past(batch, rows) if alpha > 0 else None
-        sides = self._sides(rows.labels, past, batch.mix)
-        loss = self._scaled_loss(outputs, rows, sides, alpha, num_items_in_batch, batch.labels)
-        self.teacher.observe(batch.keys, rows, mixed=batch.mix is not None)
-        if self._layered is not None and results is not None:
-            heads = self._heads_loss(batch, results, rows, alpha)
-            loss = loss + heads / num_items_in_batch * self._loss_world
+        distiller = self.distiller
+        if distiller is None or not (distiller.teaches or distiller.task.accepts(inputs)):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.loss_is_scaled_for_ga = True  # by the rows of the whole step
+        progress = Progress(self.state.global_step, self.state.max_steps)
+        record = None if self._batches is None else self._batches.present
+        loss, outputs = distiller.step(model, inputs, progress, num_items_in_batch, record)
+        if self._data_parallel_size > 1 and num_items_in_batch is not None:
+            loss = loss * self._data_parallel_size
         return (loss, outputs) if return_outputs else loss
-
-    def _evaluation_loss(self, model, inputs, return_outputs, num_items_in_batch):
-        """The loss of the stock Trainer, with what it gets wrong put right."""
-        if self.args.world_size > 1 and self.compute_loss_func is None and self.label_smoother is None:
-            # Many models ignore the count, and the stock Trainer then multiplies their mean by the processes.
-            num_items_in_batch = None
-        if "labels" in inputs and not (self.compute_loss_func is None and self.label_smoother is None):
-            # The stock Trainer takes the labels off, and with them what the decoder starts from.
-            others = {name: value for name, value in inputs.items() if name != "labels"}
-            batch = Batch(others, inputs["labels"], None, None)
-            inputs = self._unlabelled(batch) | {"labels": batch.labels}
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    def _heads_loss(self, batch: Batch, results: HeadResults, rows: Rows, alpha: float) -> torch.Tensor:
-        """The sum of the heads' losses over the rows of a batch; what they say is noted."""
-        layered, pasts = self._layered, [None] * len(results.logits)
-        head_rows = layered.rows(results, batch.labels, batch.turns)
-        if self._heads_learn_from_past and self.teacher.needs_ids:
-            keys = layered.keys(batch.keys, batch.turns)
-            if alpha > 0:
-                pasts = [t.targets(keys, {}, part) for t, part in zip(self.head_teachers, head_rows, strict=True)]
-            for teacher, part in zip(self.head_teachers, head_rows, strict=True):
-                part.top_k = teacher.top_k
-                teacher.observe(keys, part, mixed=batch.mix is not None)
-        elif self._heads_learn_from_past and self.teacher.epoch > 0:  # before, even a warm start has untrained heads
-            pasts = self.teacher.of_heads or pasts
-        partner = None
-        if batch.mix is not None and batch.turns is not None:
-            partner = layered.joint_labels(batch.labels[batch.mix.partner], batch.turns)
-        sides = [
-            self._sides(part.labels, past, batch.mix, partner) for part, past in zip(head_rows, pasts, strict=True)
-        ]
-        return layered.loss(results, head_rows, sides, rows.logits, alpha, self._row_losses)
-
-    @torch.no_grad()
-    def _probe(self, batch: Batch) -> None:
-        """Find out from a few samples, in evaluation mode, whether loss and head are what `chunked_logits` needs."""
-        check_labels(batch.labels, num_classes_of(self.model))
-        size = len(batch.labels)
-        few = {
-            name: value[:4] if isinstance(value, torch.Tensor) and value.dim() and len(value) == size else value
-            for name, value in batch.inputs.items()
-        }
-        part = Batch(few, batch.labels[:4], None, None)
-        self._chunked.watching = True
-        self.model.eval()
-        asked = self._asks_model
-        outputs = self.model(**few, labels=part.labels) if asked else self.model(**self._unlabelled(part))
-        self.model.train()
-        logits = logits_of(outputs, has_loss=asked)
-        self._inspect(outputs, self._rows(logits, part.labels), part.labels)
-        self._chunked.check(logits)
-        if self._ours is False:
-            raise ValueError(
-                "chunked_logits=True needs plain cross-entropy as the hard loss, and this run has one of its own: set "
-                "it to False."
-            )
-
-    def _chunked_loss(
-        self, model: torch.nn.Module, batch: Batch, return_outputs: bool, num_items: torch.Tensor
-    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """[`compute_loss`] without the logits of all tokens; `outputs` has those of the first position only."""
-        labels = next_tokens(batch.labels) if self._rows is causal_rows else batch.labels
-        vocabulary = self._chunked.head.weight.shape[0]
-        rows = Rows(self._chunked.head.weight.new_empty(0, vocabulary), labels.reshape(-1))
-        alpha = self._alpha()
-        past = self.teacher.targets(batch.keys, {}, rows) if alpha > 0 else None
-        rows.top_k = self.teacher.top_k
-        if self.teacher.needs_ids and rows.top_k is None:
-            raise ValueError(
-                "chunked_logits=True cannot go on with the checkpoint's history of whole rows: set it to False."
-            )
-        task = self._chunked.task = Task(rows.labels, past, alpha, self.args.temperature, rows.top_k)
-        try:
-            outputs = model(**self._unlabelled(batch))
-        finally:
-            self._chunked.task = None
-        rows.summary, rows.label_log_probs = task.summary, -task.losses.hard  # instead of made from the logits
-        self.teacher.observe(batch.keys, rows)
-        sides = [Side(rows.labels, past, None)]
-        if past is None:
-            self._means.add(sides, [], alpha, task.total.detach())
-        else:
-            self._means.add(sides, [task.losses], alpha)
-        loss = task.total / num_items * self._loss_world
-        return (loss, outputs) if return_outputs else loss
-
-    def _past(self, batch: Batch, rows: Rows) -> Past | None:
-        if self.teacher.needs_ids:
-            return self.teacher.targets(batch.keys, batch.inputs, rows)
-        heads = heads_of(self.model)
-        with nullcontext() if heads is None else heads.watched(self._heads_learn_from_past):
-            return self.teacher.targets(batch.keys, self._unlabelled(batch), rows)  # which runs the model itself
-
-    def _unlabelled(self, batch: Batch) -> dict[str, Any]:
-        if self._rows not in (causal_rows, token_rows):
-            return batch.inputs
-        inputs = without_labels(self.model, batch.inputs, batch.labels)
-        return {"use_cache": False} | inputs if self._drops_cache else inputs
-
-    def prediction_step(self, model, inputs, *arguments: Any, **keywords: Any):
-        """As in [`~transformers.Trainer`]; ids that a dataset carries never reach the model."""
-        inputs = {key: value for key, value in inputs.items() if key not in (SAMPLE_ID, SAMPLE_KEYS)}
-        result = super().prediction_step(model, inputs, *arguments, **keywords)
-        if self._head_figures is not None:
-            self._head_figures.see(self._prepare_inputs(inputs).get("labels"))
-        return result
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """As in [`~transformers.Trainer`]; with `evaluate_heads=True` every head is a classifier of its own."""
-        arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if not self.args.evaluate_heads:
-            return super().evaluation_loop(*arguments)
-        heads = heads_of(self.model)
-        self._head_figures = HeadFigures(heads, self._rows, self.accelerator.gather_for_metrics)
-        try:
-            with heads.watched():
-                output = super().evaluation_loop(*arguments)
-            output.metrics.update(self._head_figures.compute(metric_key_prefix))
-        finally:
-            self._head_figures = None
-        return output
-
-    @property
-    def _asks_model(self) -> bool:
-        """Whether the model must compute its own loss: until it is known, or if it is more than cross-entropy."""
-        return self.compute_loss_func is None and self.label_smoother is None and not self._ours
-
-    def _alpha(self) -> float:
-        args, state = self.args, self.state
-        if not self._distils:
-            return 0.0
-        return alpha_at(
-            args.alpha,
-            args.alpha_schedule,
-            self.teacher.epoch,
-            state.num_train_epochs,
-            state.global_step,
-            state.max_steps,
-        )
-
-    def _inspect(self, outputs: Any, rows: Rows, given: torch.Tensor) -> None:
-        """Find out whether the model's own loss is plain cross-entropy: then ours replaces it, in one pass."""
-        check_labels(rows.labels, rows.logits.shape[-1])
-        if not self._asks_model:
-            self._ours = self.compute_loss_func is None and self.label_smoother is None
-            return
-        own = outputs.get("loss") if isinstance(outputs, dict) else outputs[0]
-        no_cache = isinstance(outputs, dict) and outputs.get("past_key_values") is None
-        self._drops_cache = no_cache and is_encoder_decoder(self.model)
-        labels = rows.labels[rows.labels != IGNORE_INDEX]
-        some = rows.logits[:64]
-        spread = (some - some.mean(dim=-1, keepdim=True)).abs().max() if len(labels) else 0
-        if own is not None and (labels.unique().numel() < 2 or spread < 1e-2):
-            return  # here a weighted or smoothed loss would look the same: wait for a batch that can tell
-        self._ours = own is None or _is_mean(own, rows, rows.labels)
-        if not self._ours and self._layered is not None and self._layered.views > 1:
-            raise ValueError(
-                f"views='rotation' with {type(self.model).__name__}, whose own loss is not plain cross-entropy and "
-                "would count rotated images: pass it as compute_loss_func, or set views='none'."
-            )
-        if not self._ours and self._rows is causal_rows and _is_mean(own, rows, given.reshape(-1)):
-            raise ValueError(
-                f"{type(self.model).__name__} compares each position with its own label and not with the next one, as "
-                "causal language models do: it is not supported."
-            )
-        logger.info(
-            "The model's loss is plain cross-entropy: hard and soft part are computed together."
-            if self._ours
-            else "The model has a loss of its own: it is kept as the hard part, with weight 1 - alpha."
-        )
-
-    def _sides(
-        self, labels: torch.Tensor, past: Past | None, mix: Mix | None, partner: torch.Tensor | None = None
-    ) -> list[Side]:
-        """
-        The labels and past rows to learn from: the sample's own and, for mixed images, those of its partner, whose
-        labels are given where rows are views.
-        """
-        if mix is None:
-            return [Side(labels, past, None)]
-        # A stored row belongs to an unmixed image; other teachers have looked at the mixed image itself.
-        partners = past.select(mix.partner) if past is not None and self.teacher.needs_ids else past
-        partner = labels[mix.partner] if partner is None else partner
-        return [Side(labels, past, mix.weight), Side(partner, partners, 1 - mix.weight)]
-
-    def _scaled_loss(
-        self,
-        outputs: Any,
-        rows: Rows,
-        sides: list[Side],
-        alpha: float,
-        num_items: torch.Tensor,
-        labels: torch.Tensor,
-    ) -> torch.Tensor:
-        """The loss, divided by the rows of the whole step; what the batch adds to the log is noted."""
-        world = self._loss_world
-        parts = [self._row_losses(rows, side, alpha) for side in sides if side.past is not None]
-        if self._ours:
-            if parts:
-                total = weighted([part.total.sum() for part in parts], sides)
-            else:
-                total = weighted([cross_entropy_sum(rows.logits, side.labels) for side in sides], sides)
-            self._means.add(sides, parts, alpha, None if parts else total.detach())
-            loss = total / num_items
-            return loss * world if world > 1 else loss
-        hard = weighted([self._hard_loss(outputs, rows, side.labels, num_items, labels) for side in sides], sides)
-        hard = hard * world if world > 1 else hard
-        self._means.add(sides, parts, alpha, hard.detach() * num_items / world)
-        if not parts:
-            return hard
-        # One number for all rows cannot be weighted row by row: it gives way by the share of rows with a past.
-        masks = [labelled(side.labels) for side in sides]
-        learners = [mask if part.learners is None else part.learners for mask, part in zip(masks, parts, strict=True)]
-        share = weighted([mask.sum() for mask in learners], sides) / masks[0].sum().clamp_min(1)
-        soft = weighted([self._soft_sum(rows, side, mask) for side, mask in zip(sides, learners, strict=True)], sides)
-        return (1 - alpha * share) * hard + (alpha * world / num_items) * soft
-
-    def _row_losses(self, rows: Rows, side: Side, alpha: float) -> RowLosses:
-        if side.past.index is not None:
-            normalized = rows.summary.log_norm
-        else:  # a history stores the log-probabilities, others need not make them
-            normalized = rows.log_probs if self.teacher.needs_ids else None
-        return progressive_cross_entropy(rows.logits, side.labels, side.past, alpha, self.args.temperature, normalized)
-
-    def _soft_sum(self, rows: Rows, side: Side, learners: torch.Tensor) -> torch.Tensor:
-        soft = soft_cross_entropy(rows.logits, side.past, self.args.temperature, side.labels)
-        return only(soft, learners).sum()
-
-    def _hard_loss(
-        self, outputs: Any, rows: Rows, labels: torch.Tensor, num_items: torch.Tensor, given: torch.Tensor
-    ) -> torch.Tensor:
-        """The user's or the model's own loss, over the rows of the whole step; `given` are the labels of the batch."""
-        if self.label_smoother is not None and self.compute_loss_func is None:
-            return self.label_smoother(outputs, labels.view(given.shape), num_items_in_batch=num_items)
-        if self.compute_loss_func is not None:
-            given = given if labels is rows.labels else labels.view(given.shape)
-            return self.compute_loss_func(outputs, given, num_items_in_batch=num_items)
-        if labels is not rows.labels:
-            raise ValueError(
-                "mixed images need a loss for two labels, and this model's own loss is not plain cross-entropy: pass "
-                "it as compute_loss_func, or turn mixing off."
-            )
-        mean = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
-        return mean * (labelled(labels).sum() / num_items)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the means of self-distillation since the last time beside the training loss."""
-        if "loss" in logs and self.is_in_train:
+        if "loss" in logs and self.is_in_train and self.distiller is not None:
             several = self.args.world_size > 1
             reduce = (lambda sums: self.accelerator.reduce(sums, "sum")) if several else (lambda sums: sums)
-            logs |= self._means.take(reduce, self.args.distils)
-            if self._layered is not None:
-                logs |= self._layered.take_figures(reduce)
-        super().log(logs, start_time)
+            logs |= self.distiller.take_metrics(reduce)
+        parent = super().log
+        timed = "start_time" in inspect.signature(parent).parameters  # a trainer of older make may not take it
+        parent(logs, start_time) if timed else parent(logs)
 
 
 class SelfKDTrainer(SelfKDMixin, Trainer):
     """
     [`~transformers.Trainer`] with progressive self-distillation (PS-KD): change the class name in a working script.
 
-    Every argument keeps its meaning. A plain [`~transformers.TrainingArguments`] is accepted and takes the defaults of
+    Every argument keeps its meaning. Plain [`~transformers.TrainingArguments`] are accepted and have the defaults of
     [`SelfKDConfig`]. Evaluation, saving and inference are those of the bare model.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or `nn.Module`, *optional*):
             A model for sequence, image, audio or token classification, or a language model, PEFT-wrapped or not.
         args ([`SelfKDConfig`] or [`~transformers.TrainingArguments`], *optional*): the arguments.
+        data_collator (`Callable`, *optional*): as for [`~transformers.Trainer`], or a [`SelfKDDataCollator`].
+        train_dataset, eval_dataset, processing_class, model_init, compute_loss_func, compute_metrics, callbacks,
+        optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics: as for [`~transformers.Trainer`].
         auxiliary_heads ([`AuxiliaryHeadsConfig`] or `str`, *optional*): layered distillation, as in the arguments.
-        *arguments, **keywords: as for [`~transformers.Trainer`].
+        task (`type`, *optional*): a subclass of [`~hf_selfkd.tasks.Task`] for a task of your own.
 
     Raises:
         ValueError: if the task, the data or the arguments do not allow self-distillation; the message names the
@@ -771,3 +464,43 @@ class SelfKDTrainer(SelfKDMixin, Trainer):
     trainer.train()
     ```
     """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | torch.nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase
+        | BaseImageProcessor
+        | FeatureExtractionMixin
+        | ProcessorMixin
+        | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        auxiliary_heads: AuxiliaryHeadsConfig | str | None = None,
+        task: type[Task] | None = None,
+    ):
+        super().__init__(
+            model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            model_init,
+            compute_loss_func,
+            compute_metrics,
+            callbacks,
+            optimizers,
+            optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics,
+            auxiliary_heads=auxiliary_heads,
+            task=task,
+        )

@@ -51,9 +51,8 @@ class Case:
     Args:
         name (`str`): `"stock"`, `"alpha_0"` or `"defaults"`.
         expected (`str` or `tuple`):
-            What ours does as it comes: the teacher that `teacher="auto"` finds (`"history"`, `"snapshot"`, `"none"`,
-            or several joined by `" or "`), `"plain"` where nothing is trained by the loop, or the parts of the
-            sentence with which ours refuses.
+            What ours does as it comes: the teacher that `teacher="auto"` finds (`"history"`, `"snapshot"`, `"none"`),
+            `"plain"` where nothing is trained by the loop, or the parts of the sentence with which ours refuses.
     """
 
     name: str
@@ -147,7 +146,7 @@ class Case:
             assert lines == []
             return
         kind = type(trainer.teacher).__name__.removesuffix("Teacher").lower() or "none"
-        assert kind in self.expected.split(" or ")
+        assert kind == self.expected
         if kind != "history":
             assert len(lines) == 1 and repr(kind) in lines[0]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from canaries import pytest_terminal_summary, pytest_warning_recorded  # noqa: F401, hooks of pytest
 
 
 torch.set_num_threads(1)

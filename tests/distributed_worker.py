@@ -66,8 +66,8 @@ def equal(out, world, model="plain_vit", size=32, **more):
     trainer = make_trainer(out, model, samples, **options(world, **more))
     trainer.train()
     result = {"weights": state_of(trainer)}
-    if trainer.head_teachers:
-        result["heads"] = [teacher.stored(torch.arange(4 * size)) for teacher in trainer.head_teachers]
+    if trainer.teacher.head_stores:
+        result["heads"] = [teacher.stored(torch.arange(4 * size)) for teacher in trainer.teacher.head_stores]
     if trainer.teacher.kind == "history":
         result["stored"] = trainer.teacher.stored(torch.arange(size))
     names = (
@@ -178,7 +178,7 @@ SCENARIOS = {
     ),
     "tokens": lambda out, world: equal(out, world, "plain_bert_tokens", 24),
     "disk": lambda out, world: equal(out, world, history_device="disk"),
-    "warm_start": lambda out, world: equal(out, world, warm_start_history=True),
+    "warm_start": lambda out, world: equal(out, world, warm_start_teacher=True),
     "ragged": lambda out, world: ragged(out, world, history_trace=True),
     "ragged_disk": lambda out, world: ragged(out, world, history_device="disk", history_top_k=CLASSES),
     "resume_history": lambda out, world: resumed(out, world, "vit"),

@@ -2,11 +2,8 @@
 
 import atexit
 import gc
-import importlib.util
 import json
 import random
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -386,15 +383,6 @@ def train(output_dir, model, dataset, resume=None, **options):
     return trainer
 
 
-def load_example(name):
-    """A script of `examples/` as a module."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their annotations up there, and one script imports the other
-    spec.loader.exec_module(module)
-    return module
-
-
 def results(out, split="eval"):
     """The figures that an example wrote of a split."""
     return json.loads((out / f"{split}_results.json").read_text())
@@ -428,7 +416,11 @@ class Recording(SelfKDTrainer):
 
     def compute_loss(self, model, inputs, *arguments, **keywords):
         if model.training:
-            self.__dict__.setdefault("visits", []).append((self.state.global_step, dict(inputs)))
+            record = self._batches.present
+            ids = {} if record is None or record.ids is None else {"sample_id": torch.from_numpy(record.ids)}
+            if record is not None and record.partner is not None:
+                ids |= {"mix_partner": record.partner, "mix_lambda": torch.full((len(record.partner),), record.weight)}
+            self.__dict__.setdefault("visits", []).append((self.state.global_step, dict(inputs) | ids))
         return super().compute_loss(model, inputs, *arguments, **keywords)
 
 

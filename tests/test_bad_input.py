@@ -1,5 +1,7 @@
 """Bad input: one clear line with the field, its value and the remedy, before the first optimizer step."""
 
+import copy
+
 import datasets
 import numpy as np
 import pytest
@@ -33,7 +35,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_selfkd import SelfKDConfig, SelfKDDataCollator, SelfKDMixin, SelfKDTrainer, Seq2SeqSelfKDTrainer
+from hf_selfkd import (
+    SelfKDConfig,
+    SelfKDDataCollator,
+    SelfKDMixin,
+    SelfKDTrainer,
+    Seq2SeqSelfKDTrainer,
+    with_sample_ids,
+)
+from hf_selfkd.collator import TrainingCollator
 
 
 def refused_at_training(tmp_path, *parts, model="vit", samples=None, **options):
@@ -66,14 +76,14 @@ def changed(samples, **values):
         ({"alpha_schedule": "sigmoid"}, ["alpha_schedule='sigmoid'", "cosine"]),
         ({"teacher": "big"}, ["teacher='big'", "history, snapshot, ema, none"]),
         ({"history_dtype": "int8"}, ["history_dtype='int8'", "auto, float32, float16, bfloat16"]),
-        ({"history_remainder": "nowhere"}, ["history_remainder='nowhere'", "bucket, label, uniform, renormalize"]),
-        ({"history_device": "cuda"}, ["history_device='cuda'", "auto, model, cpu, disk"]),
+        ({"history_tail": "nowhere"}, ["history_tail='nowhere'", "bucket, label, uniform, renormalize"]),
+        ({"history_device": "cuda"}, ["history_device='cuda'", "auto, accelerator, cpu, disk"]),
         ({"temperature": 0.0}, ["temperature=0.0", "positive"]),
         ({"temperature": float("inf")}, ["temperature=inf", "finite"]),
         ({"ema_decay": 1.0}, ["ema_decay=1.0", "[0, 1)"]),
         ({"history_top_k": 0}, ["history_top_k=0", "at least 1"]),
         ({"label_smoothing_factor": 0.1}, ["label_smoothing_factor=0.1", "alpha=0.8", "Set label_smoothing_factor=0"]),
-        ({"teacher": "ema", "warm_start_history": True}, ["warm_start_history=True", "teacher='ema'", "'snapshot'"]),
+        ({"teacher": "ema", "warm_start_teacher": True}, ["warm_start_teacher=True", "teacher='ema'", "'snapshot'"]),
         ({"teacher": "snapshot", "history_trace": True}, ["history_trace=True", "'history'"]),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
@@ -92,13 +102,14 @@ def test_label_smoothing_in_plain_arguments(tmp_path):
 @pytest.mark.parametrize("options", [{"num_train_epochs": 1}, {"num_train_epochs": 0.5}, {"max_steps": 3}], ids=str)
 def test_run_too_short_for_the_teacher(tmp_path, teacher, options):
     refused_at_training(
-        tmp_path, "1 epoch", f"teacher={teacher!r}", "warm_start_history=True", teacher=teacher, **options
+        tmp_path, "1 epoch", f"teacher={teacher!r}", "warm_start_teacher=True", teacher=teacher, **options
     )
 
 
 def test_iterable_dataset_without_ids(tmp_path):
     stream = SizedStream(make_samples("vit"))
-    refused_at_training(tmp_path, "SizedStream", "teacher='snapshot'", "sample_id_column", samples=stream)
+    parts = ("SizedStream", "teacher='snapshot'", "sample_id_column")
+    refused_at_training(tmp_path, *parts, samples=stream, teacher="history")
 
 
 def test_iterable_dataset_without_a_size(tmp_path):
@@ -110,6 +121,7 @@ def test_iterable_dataset_without_a_size(tmp_path):
         samples=Stream(make_samples("vit")),
         sample_id_column="id",
         max_steps=8,
+        teacher="history",
     )
 
 
@@ -160,12 +172,27 @@ def test_ids_of_a_torch_dataset_that_are_not_unique(tmp_path):
     refused(trainer.train, "two different labels", "not unique")
 
 
+NAMES = ("pixel_values", "labels")
+
+
 def test_items_that_are_no_dictionaries(tmp_path):
+    """The trainer needs no dictionaries; `with_sample_ids` does."""
+
     class Pairs(Samples):
         def __getitem__(self, index):
             return tuple(self.items[index].values())
 
-    refused_at_training(tmp_path, "tuple", "dictionaries", samples=Pairs(make_samples("vit").items))
+    samples = Pairs(make_samples("vit").items)
+    refused(lambda: with_sample_ids(samples)[0], "tuple", "dictionaries")
+
+    def collate_pairs(pairs):
+        return collate([dict(zip(NAMES, pair, strict=True)) for pair in pairs])
+
+    trainer = make_trainer(tmp_path, "vit", samples, data_collator=collate_pairs)
+    trainer.train()
+    expected = make_trainer(tmp_path, "vit", make_samples("vit"))
+    expected.train()
+    assert difference(expected, trainer) == 0 and trainer.teacher.stored([5]).isfinite().all()
 
 
 @pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
@@ -183,13 +210,13 @@ def test_one_label_is_regression(tmp_path):
 
 def test_labels_that_are_no_classes(tmp_path):
     multi = Samples([i | {"labels": torch.eye(CLASSES)[i["labels"]]} for i in make_samples("vit").items])
-    refused_at_training(tmp_path, "float32", "multi-label", "integer classes", samples=multi)
+    refused_at_training(tmp_path, "float32", "multi-label", "integer class", "SelfKDDataCollator", samples=multi)
 
 
 @pytest.mark.parametrize("label", [CLASSES, -1])
 def test_labels_out_of_range(tmp_path, label):
     samples = changed(make_samples("vit"), labels=label)
-    refused_at_training(tmp_path, f"{label} to {label}", f"{CLASSES} classes", "num_labels", samples=samples)
+    refused_at_training(tmp_path, f"label {label} of sample_id=", f"{CLASSES} classes", "num_labels", samples=samples)
 
 
 def test_labels_that_are_missing(tmp_path):
@@ -244,7 +271,11 @@ PACKED = {"data_collator": DataCollatorWithFlattening()}
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_samples_that_the_collator_packs(tmp_path, name):
     samples = make_samples(name)
-    refused_at_training(tmp_path, "1 rows", "4 samples", "teacher='snapshot'", model=name, samples=samples, **PACKED)
+    parts = ("number of rows", "packs", "teacher='snapshot'")
+    refused_at_training(tmp_path, *parts, model=name, samples=samples, teacher="history", **PACKED)
+    auto = make_trainer(tmp_path, name, samples, **PACKED)
+    auto.train()
+    assert auto.teacher.kind == "snapshot"
     one = make_trainer(tmp_path, name, samples, per_device_train_batch_size=1, max_steps=30, **PACKED)
     one.train()  # nothing to merge
     assert logged(one, "rows_with_history")[-1] == 1
@@ -277,8 +308,13 @@ def test_causal_model_that_does_not_shift(tmp_path):
     """Its loss compares every position with its own label: trained as it stands it would learn to copy."""
     config = BartConfig(vocab_size=VOCABULARY, d_model=8, decoder_layers=1, decoder_attention_heads=1, init_std=0.3)
     model, samples = BartForCausalLM(config), make_samples("words")
-    for options in ({}, {"teacher": "snapshot"}, {"alpha": 0.0}):
+    for options in ({}, {"teacher": "snapshot"}):
         refused_at_training(tmp_path, "BartForCausalLM", "next one", model=model, samples=samples, **options)
+    plain = make_trainer(tmp_path, copy.deepcopy(model), samples, trainer=Trainer)
+    plain.train()
+    ours = make_trainer(tmp_path, copy.deepcopy(model), samples, alpha=0.0)
+    ours.train()
+    assert difference(plain, ours) == 0
 
 
 @pytest.mark.parametrize("label", [VOCABULARY, -1])
@@ -354,7 +390,9 @@ def test_history_that_nothing_fits(tmp_path):
 
 def test_mixing_every_batch_with_a_history(tmp_path):
     collator = SelfKDDataCollator(mixup_alpha=0.2)
-    refused_at_training(tmp_path, "mix_probability=1.0", "snapshot", "below 1", data_collator=collator)
+    refused_at_training(
+        tmp_path, "mix_probability=1.0", "snapshot", "below 1", data_collator=collator, teacher="history"
+    )
 
 
 def test_mixing_of_a_loss_that_takes_one_label(tmp_path):
@@ -373,7 +411,9 @@ def test_mixing_of_a_loss_that_takes_one_label(tmp_path):
 
 def test_mixing_without_images(tmp_path):
     collator = SelfKDDataCollator(lambda items: {"input_ids": torch.zeros(4, 3), "labels": torch.zeros(4)}, 0.2)
-    refused(lambda: collator([{"x": 1}] * 4), "mixup_alpha=0.2", "pixel_values", "input_ids")
+    training = TrainingCollator(collator.collator, collator)
+    refused(lambda: training([{"x": 1}] * 4), "mixup_alpha=0.2", "pixel_values", "input_ids")
+    refused(lambda: collator([{"x": 1}] * 4), "SelfKDTrainer", "data_collator")
 
 
 def test_poisoned_past_does_not_reach_plain_training(tmp_path):

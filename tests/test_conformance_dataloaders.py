@@ -52,7 +52,7 @@ class TakesAnything(Linear):
 
 COLLATORS = {
     "drops_a_sample": ("snapshot", lambda: drops_a_sample),
-    "drops_a_rare_sample": ("history or snapshot", lambda: drops_a_rare_sample),  # nobody can know beforehand
+    "drops_a_rare_sample": ("history", lambda: drops_a_rare_sample),  # which no probe finds
     "two_views": ("snapshot", lambda: two_views),
     "halves": ("snapshot", lambda: halves),
     "adds_a_tensor": ("history", lambda: adds_a_tensor),

@@ -1,4 +1,4 @@
-"""The example scripts: tiny data made on the spot, tiny models, no network."""
+"""The scripts of classification and the examples: tiny data made on the spot, tiny models, no network."""
 
 import csv
 import inspect
@@ -15,7 +15,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from datasets import ClassLabel, Dataset, Features, Image, Value
-from helpers import load_example, results, same_weights
+from helpers import results, same_weights
 from PIL import Image as PILImage
 from transformers import (
     AutoImageProcessor,
@@ -26,6 +26,11 @@ from transformers import (
 )
 
 from hf_selfkd import SelfKDConfig, SelfKDTrainer
+from hf_selfkd.scripts import data
+from hf_selfkd.scripts import image_classification as images
+from hf_selfkd.scripts import text_classification as texts
+from hf_selfkd.scripts.arguments import ImageDataArguments
+from hf_selfkd.scripts.common import parse_arguments
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -45,9 +50,6 @@ RUN = {
 }
 IMAGE_RUN = RUN | {"model_type": "vit", "config_overrides": VIT, "image_size": 16, "validation_split_fraction": 0.25}
 TEXT_RUN = RUN | {"model_type": "bert", "config_overrides": BERT, "tokenizer_vocab_size": 300}
-
-
-images, texts = load_example("image_classification"), load_example("text_classification")
 
 
 @pytest.fixture
@@ -261,21 +263,21 @@ def test_what_is_wrong_with_texts_is_told(run, tmp_path, setting, message):
 
 
 def test_labels():
-    data = Dataset.from_dict({"text": ["x", "y", "z"], "label": ["b", None, "a"]})
-    assert images.with_labels(data, "label", ["a", "b"], "validation")["labels"][:] == [1, -100, 0]
+    rows = Dataset.from_dict({"text": ["x", "y", "z"], "label": ["b", None, "a"]})
+    assert data.with_labels(rows, "label", ["a", "b"], "validation")["labels"][:] == [1, -100, 0]
     with pytest.raises(ValueError, match="Row 1 of the training data has no label"):
-        images.with_labels(data, "label", ["a", "b"], "train")
+        data.with_labels(rows, "label", ["a", "b"], "train")
     with pytest.raises(ValueError, match="test data have classes that the model does not know: b"):
-        images.with_labels(data, "label", ["a", "c"], "test")
-    hidden = data.remove_columns("label").add_column("label", [-1] * 3, feature=ClassLabel(names=["a", "b"]))
-    assert images.with_labels(hidden, "label", ["a", "b"], "test").column_names == ["text"]
+        data.with_labels(rows, "label", ["a", "c"], "test")
+    hidden = rows.remove_columns("label").add_column("label", [-1] * 3, feature=ClassLabel(names=["a", "b"]))
+    assert data.with_labels(hidden, "label", ["a", "b"], "test").column_names == ["text"]
     numbers = Dataset.from_dict({"label": [10, 9, 10]}, features=Features({"label": Value("int32")}))
-    assert images.class_names(numbers, "label") == ["9", "10"]
+    assert data.class_names(numbers, "label") == ["9", "10"]
 
 
 def test_augmentation_without_torchvision(monkeypatch):
     monkeypatch.setattr(images, "is_torchvision_available", lambda: False)
-    data_args = images.DataArguments()
+    data_args = ImageDataArguments()
     with pytest.raises(ImportError, match=r"hf_selfkd\[vision\]"):
         images.make_augmentation(None, data_args)
     data_args.augmentation, data_args.horizontal_flip = "none", False
@@ -287,7 +289,7 @@ def test_timm_images_have_the_statistics_of_the_model():
 
     cfg = {"input_size": (3, 16, 16), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
     processor = TimmWrapperImageProcessor(cfg, "resnet18")
-    augment = images.make_augmentation(processor, images.DataArguments())
+    augment = images.make_augmentation(processor, ImageDataArguments())
     transform = images.ImageTransform(processor, "image", augment)
     batch = transform({"image": [PILImage.new("RGB", (30, 20), "white")], "labels": [1]})
     assert batch["pixel_values"].shape == (1, 3, 16, 16) and batch["labels"] == [1]
@@ -304,7 +306,7 @@ def test_settings_of_a_file_and_flags(script, suffix, tmp_path, monkeypatch):
         file.write_text(file.read_text() + "learning_rate: 1e-4\n")
     flags = ["--alpha", "0.25", "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["script", str(file), *flags])
-    model_args, _, training_args = script.parse_arguments()
+    model_args, _, training_args = parse_arguments(script.make_parser())
     assert (training_args.alpha, training_args.seed, training_args.do_train) == (0.25, 7, True)
     assert training_args.learning_rate == (1e-4 if suffix == ".yaml" else 5e-5)
     assert model_args.config_overrides == {"depths": [1]} and model_args.cache_dir is None
@@ -313,7 +315,7 @@ def test_settings_of_a_file_and_flags(script, suffix, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("script", "name"), [(images, "cifar100_resnet"), (texts, "ag_news_bert")])
 def test_ready_runs_are_valid(script, name, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script", str(EXAMPLES / "configs" / f"{name}.yaml")])
-    model_args, data_args, training_args = script.parse_arguments()
+    model_args, data_args, training_args = parse_arguments(script.make_parser())
     assert isinstance(training_args.learning_rate, float) and training_args.alpha == 0.8
     config = script.make_config(model_args, ["a", "b", "c"])
     assert config.num_labels == 3 and all(getattr(config, k) == v for k, v in model_args.config_overrides.items())
@@ -345,9 +347,9 @@ def test_two_processes(tmp_path, table):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("***** eval metrics *****") == 1 and "Process 1 of 2" in done.stdout
-    figures = results(out, "eval")
-    assert figures["eval_samples"] == 24 and results(out, "train")["train_samples"] == 24
-    assert figures["eval_loss"] == pytest.approx(figures["eval_nll"], rel=1e-3)
+    metrics = results(out, "eval")
+    assert metrics["eval_samples"] == 24 and results(out, "train")["train_samples"] == 24
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_nll"], rel=1e-3)
     steps = json.loads((out / "trainer_state.json").read_text())["global_step"]
     assert steps == 2 * 24 // (2 * 4)
     AutoModelForSequenceClassification.from_pretrained(out)

@@ -22,11 +22,11 @@ from transformers import (
 )
 
 from hf_selfkd import AuxiliaryHeadsConfig, attach_auxiliary_heads, strip_auxiliary_heads
-from hf_selfkd.head_kinds import grid_of, pool
-from hf_selfkd.heads import heads_of
-from hf_selfkd.heads_config import CONFIG_NAME, PRESETS
-from hf_selfkd.rows import base_model
-from hf_selfkd.taps import example_inputs
+from hf_selfkd.heads.auxiliary import heads_of
+from hf_selfkd.heads.config import CONFIG_NAME, PRESETS
+from hf_selfkd.heads.kinds import grid_of, pool
+from hf_selfkd.heads.taps import example_inputs
+from hf_selfkd.models import base_model
 
 
 MODELS = "resnet vit convnext swin mobilenet timm bert bert_tokens wav2vec2 marian gpt2".split()
@@ -140,8 +140,8 @@ def test_auto_takes_the_stages_of_a_cnn():
 def test_auto_takes_the_ends_of_resolutions_where_blocks_are_listed():
     model = attach_auxiliary_heads(make_model("mobilenet"), "lsskd")
     heads = heads_of(model)
-    sides = [heads.layout.shapes[name][-1] for name in heads.names]
-    assert sides == sorted(set(sides), reverse=True)  # each resolution once
+    targets = [heads.layout.shapes[name][-1] for name in heads.names]
+    assert targets == sorted(set(targets), reverse=True)  # each resolution once
     assert heads.names[-1] == heads.recorder.names[-1]
 
 

@@ -10,10 +10,13 @@ import psutil
 import pytest
 import torch
 
-from hf_selfkd import SelfKDConfig, history
+from hf_selfkd import SelfKDConfig
 from hf_selfkd.files import load_tensors, save_tensors
-from hf_selfkd.history import NEVER, SMALL, WARM_START, Codec, PredictionHistory, plan_history
-from hf_selfkd.samples import sample_keys
+from hf_selfkd.history import table as history
+from hf_selfkd.history.codec import Codec
+from hf_selfkd.history.plan import SMALL, plan_history
+from hf_selfkd.history.table import NEVER, WARM_START, PredictionHistory
+from hf_selfkd.samples import sample_index
 
 
 CPU = torch.device("cpu")
@@ -27,34 +30,34 @@ def log_rows(rows, *seed, classes=CLASSES):
     return (2 * torch.randn(rows, classes, generator=generator)).log_softmax(-1)
 
 
-def labels_of(ids, side=None):
+def labels_of(ids, target=None):
     """Labels that belong to the ids: one each, or (with a padding side) sequences of their length, -100 between."""
-    if side is None:
+    if target is None:
         return torch.tensor([i % CLASSES for i in ids])
     width = 2 * max((LENGTHS[i % 5] for i in ids), default=0) + 1
     labels = torch.full((len(ids), width), -100)
     for row, i in enumerate(ids):
         for position in range(LENGTHS[i % 5]):
-            labels[row, 2 * position if side == "right" else width - 1 - 2 * (LENGTHS[i % 5] - 1 - position)] = (
+            labels[row, 2 * position if target == "right" else width - 1 - 2 * (LENGTHS[i % 5] - 1 - position)] = (
                 3 * i + position
             ) % CLASSES
     return labels
 
 
-def batch(ids, *seed, side=None, classes=CLASSES):
+def batch(ids, *seed, target=None, classes=CLASSES):
     """Keys, log-probabilities of all rows (padding included), and labels."""
-    labels = labels_of(ids, side)
-    keys = sample_keys(torch.tensor(ids, dtype=torch.int64), labels)
-    return keys, log_rows(labels.numel(), *seed, classes=classes), labels.reshape(-1)
+    labels = labels_of(ids, target)
+    samples = sample_index(torch.tensor(ids, dtype=torch.int64), labels)
+    return samples, log_rows(labels.numel(), *seed, classes=classes), labels.reshape(-1)
 
 
-def make(tmp_path, size=10, dtype=torch.float32, top_k=None, place="model", classes=CLASSES, **extra):
+def make(tmp_path, size=10, dtype=torch.float32, top_k=None, place="accelerator", classes=CLASSES, **extra):
     return PredictionHistory(size, Codec(classes, dtype, top_k), place, CPU, tmp_path / "history", **extra)
 
 
-def write(history, ids, *seed, side=None):
-    keys, rows, labels = batch(ids, *seed, side=side)
-    history.write(keys, rows, labels)
+def write(history, ids, *seed, target=None):
+    samples, rows, labels = batch(ids, *seed, target=target)
+    history.write(samples, rows, labels)
     return rows
 
 
@@ -64,8 +67,8 @@ class Dictionary:
     def __init__(self):
         self.rows, self.new = {}, {}
 
-    def write(self, ids, *seed, side=None):
-        _, rows, labels = batch(ids, *seed, side=side)
+    def write(self, ids, *seed, target=None):
+        _, rows, labels = batch(ids, *seed, target=target)
         rows, labels = rows.reshape(len(ids), -1, CLASSES), labels.reshape(len(ids), -1)
         for i, own, valid in zip(ids, rows, labels != -100, strict=True):
             if valid.any() and torch.isfinite(own[valid]).all():
@@ -76,24 +79,24 @@ class Dictionary:
         self.new = {}
 
 
-def check(history, expected, ids, side=None, atol=0.0):
+def check(history, expected, ids, target=None, atol=0.0):
     """Everything that can be read of these samples, together and one by one."""
     for group in [ids, ids[::-1]] + [[i] for i in ids]:
-        keys, rows, labels = batch(group, 0, side=side)
-        past = history.read(keys, len(rows), CPU)
+        samples, rows, labels = batch(group, 0, target=target)
+        soft_targets = history.read(samples, len(rows), CPU)
         known = [i for i in group if i in expected.rows]
         if not known:
-            assert past is None
+            assert soft_targets is None
             continue
         mask = torch.zeros(len(group), len(rows) // len(group), dtype=torch.bool)
         for place, i in enumerate(group):
             mask[place] = (labels.reshape(mask.shape)[place] != -100) & (i in expected.rows)
-        assert torch.equal(past.mask, mask.reshape(-1)) and past.log_probs.dtype == torch.float32
-        assert torch.isfinite(past.log_probs).all()
+        assert torch.equal(soft_targets.mask, mask.reshape(-1)) and soft_targets.log_probs.dtype == torch.float32
+        assert torch.isfinite(soft_targets.log_probs).all()
         wanted = torch.cat([expected.rows[i][0] for i in known])
-        held = past.log_probs[past.mask]
-        if past.index is not None:
-            wanted = wanted.gather(-1, past.index[past.mask])
+        held = soft_targets.log_probs[soft_targets.mask]
+        if soft_targets.index is not None:
+            wanted = wanted.gather(-1, soft_targets.index[soft_targets.mask])
             assert (
                 wanted.amin(-1) >= torch.cat([expected.rows[i][0] for i in known]).topk(held.shape[1])[0][:, -1]
             ).all()
@@ -110,13 +113,13 @@ def test_float32_is_exact(top_k):
     """Bit for bit; top-k keeps the largest."""
     rows = log_rows(50, 1)
     codec = Codec(CLASSES, torch.float32, top_k)
-    past = codec.decode(codec.encode(rows), torch.ones(50, dtype=torch.bool))
+    soft_targets = codec.decode(codec.encode(rows), torch.ones(50, dtype=torch.bool))
     if top_k is None:
-        assert torch.equal(past.log_probs, rows) and past.index is None
+        assert torch.equal(soft_targets.log_probs, rows) and soft_targets.index is None
     else:
         ordered = rows.sort(dim=-1, descending=True)
-        assert torch.equal(past.log_probs, ordered.values[:, :top_k])
-        assert torch.equal(past.index, ordered.indices[:, :top_k]) and past.index.dtype == torch.int64
+        assert torch.equal(soft_targets.log_probs, ordered.values[:, :top_k])
+        assert torch.equal(soft_targets.index, ordered.indices[:, :top_k]) and soft_targets.index.dtype == torch.int64
 
 
 @pytest.mark.parametrize(("dtype", "unit"), [(torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-8)])
@@ -126,12 +129,12 @@ def test_half_precision_error_is_bounded(dtype, unit, classes):
     rows = log_rows(200, 2, classes=classes)
     codec = Codec(classes, dtype)
     stored = codec.encode(rows)
-    past = codec.decode(stored, torch.ones(200, dtype=torch.bool))
+    soft_targets = codec.decode(stored, torch.ones(200, dtype=torch.bool))
     entropy = -(rows.exp() * rows).sum(-1, keepdim=True)
-    error = (past.log_probs - rows).abs()
+    error = (soft_targets.log_probs - rows).abs()
     assert (error <= 1.05 * unit * (rows.abs() + entropy) + 1e-5).all()
-    assert stored["log_probs"].dtype == dtype and past.log_probs.dtype == torch.float32
-    total = past.log_probs.double().exp().sum(-1)
+    assert stored["log_probs"].dtype == dtype and soft_targets.log_probs.dtype == torch.float32
+    total = soft_targets.log_probs.double().exp().sum(-1)
     assert (total - 1).abs().max() < 1e-5
     assert (stored["log_probs"].double().exp().sum(-1) - 1).abs().max() > 1e-5  # so renormalising matters
     assert (error > 0.2 * unit * rows.abs()).any()
@@ -143,9 +146,9 @@ def test_targets_are_probabilities(dtype):
     sharp = torch.tensor([[0.0, 60, 0, 0, 0], [20, 20, 0, 0, -40], [0, 0, 0, 0, 0], [9, 8, 7, 6, 5.0]]).log_softmax(-1)
     for top_k in (None, 1, 2, 4, 5):
         codec = Codec(CLASSES, dtype, top_k)
-        past = codec.decode(codec.encode(sharp), torch.ones(4, dtype=torch.bool))
-        total = past.log_probs.exp().sum(-1)
-        assert (total <= 1 + 1e-6).all() and torch.isfinite(past.log_probs).all()
+        soft_targets = codec.decode(codec.encode(sharp), torch.ones(4, dtype=torch.bool))
+        total = soft_targets.log_probs.exp().sum(-1)
+        assert (total <= 1 + 1e-6).all() and torch.isfinite(soft_targets.log_probs).all()
         if top_k is None:
             torch.testing.assert_close(total, torch.ones(4), atol=1e-6, rtol=0)
 
@@ -160,8 +163,8 @@ def test_index_type_holds_every_class(classes, dtype):
     rows[0, [0, -1]] = torch.tensor([-1.0, -0.5])
     stored = codec.encode(rows)
     assert stored["index"].dtype == codec.index_dtype == dtype
-    past = codec.decode(stored, torch.ones(1, dtype=torch.bool))
-    assert past.index.tolist() == [[classes - 1, 0]] and past.log_probs.tolist() == [[-0.5, -1.0]]
+    soft_targets = codec.decode(stored, torch.ones(1, dtype=torch.bool))
+    assert soft_targets.index.tolist() == [[classes - 1, 0]] and soft_targets.log_probs.tolist() == [[-0.5, -1.0]]
 
 
 @pytest.mark.parametrize(
@@ -203,45 +206,45 @@ CODECS = {
 def test_what_is_written_is_read_in_the_next_epoch(tmp_path):
     """Invariants 11 and 12: nothing before, and not the new row after."""
     table, ids = make(tmp_path), [3, 1, 8]
-    keys, _, _ = batch(ids, 0)
-    assert table.read(keys, 3, CPU) is None
+    samples, _, _ = batch(ids, 0)
+    assert table.read(samples, 3, CPU) is None
     first = write(table, ids, 1)
-    assert table.read(keys, 3, CPU) is None
+    assert table.read(samples, 3, CPU) is None
     table.end_epoch(0)
-    assert torch.equal(table.read(keys, 3, CPU).log_probs, first)
+    assert torch.equal(table.read(samples, 3, CPU).log_probs, first)
     second = write(table, ids, 2)
-    assert torch.equal(table.read(keys, 3, CPU).log_probs, first)
+    assert torch.equal(table.read(samples, 3, CPU).log_probs, first)
     table.end_epoch(1)
-    assert torch.equal(table.read(keys, 3, CPU).log_probs, second) and not torch.equal(first, second)
+    assert torch.equal(table.read(samples, 3, CPU).log_probs, second) and not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("place", ["model", "disk"])
+@pytest.mark.parametrize("place", ["accelerator", "disk"])
 @pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("side", [None, "right", "left"])
-def test_epochs_equal_a_dictionary(tmp_path, codec, place, side):
+@pytest.mark.parametrize("target", [None, "right", "left"])
+def test_epochs_equal_a_dictionary(tmp_path, codec, place, target):
     """Shuffled, in batches of any size, some samples skipped and some repeated; the last batch is short."""
     arguments, atol = CODECS[codec]
-    table, expected = make(tmp_path, place=place, ragged=side is not None, **arguments), Dictionary()
+    table, expected = make(tmp_path, place=place, ragged=target is not None, **arguments), Dictionary()
     rng = np.random.default_rng(0)
     for epoch in range(4):
         visits = rng.permutation(10).tolist()[: 4 + 2 * epoch] + rng.integers(0, 10, 3).tolist()
         size = epoch + 2
         for step, start in enumerate(range(0, len(visits), size)):
             ids = visits[start : start + size]
-            write(table, ids, epoch, step, side=side)
-            expected.write(ids, epoch, step, side=side)
+            write(table, ids, epoch, step, target=target)
+            expected.write(ids, epoch, step, target=target)
         check_before = {i: rows for i, (rows, _) in expected.rows.items()}
         expected.end_epoch(epoch)
         table.end_epoch(epoch)
-        check(table, expected, list(range(10)), side, atol)
+        check(table, expected, list(range(10)), target, atol)
         assert epoch == 0 or any(not torch.equal(expected.rows[i][0], check_before[i]) for i in check_before)
 
 
 def test_the_padding_side_may_change(tmp_path):
     """Rows belong to labelled positions, wherever these stand."""
     table, expected = make(tmp_path, ragged=True), Dictionary()
-    write(table, [0, 1, 2], 1, side="left")
-    expected.write([0, 1, 2], 1, side="left")
+    write(table, [0, 1, 2], 1, target="left")
+    expected.write([0, 1, 2], 1, target="left")
     expected.end_epoch(0)
     table.end_epoch(0)
     check(table, expected, [2, 1, 0], "right")
@@ -269,8 +272,8 @@ def test_samples_not_visited_keep_their_row_and_its_stamp(tmp_path):
         write(table, [1], 2 + epoch)
         table.end_epoch(epoch)
     assert table.stamps[:3].tolist() == [WARM_START, 2, NEVER]
-    past = table.read(batch([0, 2], 0)[0], 2, CPU)
-    assert past.mask.tolist() == [True, False] and torch.equal(past.log_probs[0], first[0])
+    soft_targets = table.read(batch([0, 2], 0)[0], 2, CPU)
+    assert soft_targets.mask.tolist() == [True, False] and torch.equal(soft_targets.log_probs[0], first[0])
 
 
 def test_an_epoch_without_visits_changes_nothing(tmp_path):
@@ -294,12 +297,12 @@ def test_predictions_that_are_not_finite_are_dropped(tmp_path, bad, top_k):
     expected.write([0, 1, 2], 1)
     table.end_epoch(0)
     expected.end_epoch(0)
-    keys, rows, labels = batch([2, 1, 3], 2)
+    samples, rows, labels = batch([2, 1, 3], 2)
     rows[1, rows[1].argmax()] = bad
     rows[2] = float("nan")
     if bad == -float("inf") and top_k is not None:
         rows[1] = bad
-    table.write(keys, rows, labels)
+    table.write(samples, rows, labels)
     table.end_epoch(1)
     expected.rows[2] = (rows[:1], 1)
     check(table, expected, [0, 1, 2, 3])
@@ -308,67 +311,69 @@ def test_predictions_that_are_not_finite_are_dropped(tmp_path, bad, top_k):
 def test_a_first_prediction_that_is_not_finite_gives_way(tmp_path):
     """The replay is then the first good one."""
     table = make(tmp_path)
-    keys, rows, labels = batch([7], 1)
-    table.write(keys, rows * float("nan"), labels)
+    samples, rows, labels = batch([7], 1)
+    table.write(samples, rows * float("nan"), labels)
     good = write(table, [7], 2)
     table.end_epoch(0)
-    assert torch.equal(table.read(keys, 1, CPU).log_probs, good)
+    assert torch.equal(table.read(samples, 1, CPU).log_probs, good)
 
 
 def test_one_bad_token_drops_its_sample_only(tmp_path):
     table, expected = make(tmp_path, ragged=True), Dictionary()
     ids = [0, 2, 4]
-    keys, rows, labels = batch(ids, 1, side="right")
-    bad = int(keys.rows[3])  # the second token of sample 2
-    assert keys.counts.tolist() == [2, 4, 3]
+    samples, rows, labels = batch(ids, 1, target="right")
+    bad = int(samples.rows[3])  # the second token of sample 2
+    assert samples.counts.tolist() == [2, 4, 3]
     rows[bad] = float("nan")
-    table.write(keys, rows, labels)
+    table.write(samples, rows, labels)
     table.end_epoch(0)
-    expected.write([0, 2, 4], 1, side="right")
+    expected.write([0, 2, 4], 1, target="right")
     expected.end_epoch(0)
     del expected.rows[2]
     check(table, expected, ids, "right")
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("place", ["model", "disk"])
+@pytest.mark.parametrize("place", ["accelerator", "disk"])
 def test_an_epoch_in_which_every_prediction_overflowed(tmp_path, ragged, place):
     """Even the first."""
-    side = "right" if ragged else None
+    target = "right" if ragged else None
     table, expected = make(tmp_path, ragged=ragged, place=place, trace_epochs=2), Dictionary()
-    keys, rows, labels = batch([0, 1, 2], 1, side=side)
-    table.write(keys, rows * float("nan"), labels)
+    samples, rows, labels = batch([0, 1, 2], 1, target=target)
+    table.write(samples, rows * float("nan"), labels)
     table.end_epoch(0)
-    check(table, expected, [0, 1, 2], side)
+    check(table, expected, [0, 1, 2], target)
     assert table.trace.isnan().all()
-    write(table, [0, 1, 2], 2, side=side)
-    expected.write([0, 1, 2], 2, side=side)
+    write(table, [0, 1, 2], 2, target=target)
+    expected.write([0, 1, 2], 2, target=target)
     table.end_epoch(1)
     expected.end_epoch(1)
-    check(table, expected, [0, 1, 2], side)
+    check(table, expected, [0, 1, 2], target)
     assert table.trace[:3, 1].isfinite().all()
 
 
 def test_samples_without_a_label_are_not_stored_for_tokens(tmp_path):
     """A sequence of padding only."""
     table = make(tmp_path, ragged=True)
-    write(table, [3, 0], 1, side="right")
+    write(table, [3, 0], 1, target="right")
     table.end_epoch(0)
     assert LENGTHS[3] == 0 and table.stamps[[3, 0]].tolist() == [NEVER, 0]
-    past = table.read(*[(k, len(r), CPU) for k, r, _ in [batch([3, 0], 0, side="right")]][0])
-    assert past.mask.sum() == 2
+    soft_targets = table.read(*[(k, len(r), CPU) for k, r, _ in [batch([3, 0], 0, target="right")]][0])
+    assert soft_targets.mask.sum() == 2
 
 
 def test_sequences_of_one_token(tmp_path):
     """A batch of length 1 is still a batch of sequences, and its samples those of a longer batch."""
     table = make(tmp_path, ragged=True)
     rows = log_rows(3, 1)
-    alone = sample_keys(torch.tensor([1]), torch.tensor([[4]]))
-    padded = sample_keys(torch.tensor([1, 2]), torch.tensor([[-100, 4], [3, 2]]))
+    alone = sample_index(torch.tensor([1]), torch.tensor([[4]]))
+    padded = sample_index(torch.tensor([1, 2]), torch.tensor([[-100, 4], [3, 2]]))
     table.write(alone, rows[:1], torch.tensor([4]))
     table.end_epoch(0)
-    past = table.read(padded, 4, CPU)
-    assert past.mask.tolist() == [False, True, False, False] and torch.equal(past.log_probs[1], rows[0])
+    soft_targets = table.read(padded, 4, CPU)
+    assert soft_targets.mask.tolist() == [False, True, False, False] and torch.equal(
+        soft_targets.log_probs[1], rows[0]
+    )
     table.write(padded, log_rows(4, 2), torch.tensor([-100, 4, 3, 2]))
     table.end_epoch(1)
     assert torch.equal(table.read(alone, 1, CPU).log_probs[0], log_rows(4, 2)[1])
@@ -381,12 +386,12 @@ def test_sequences_of_one_token(tmp_path):
 def test_ids_out_of_range(tmp_path, bad):
     """Reading and writing; the message names the id and the range."""
     table = make(tmp_path)
-    keys = sample_keys(torch.tensor([0, bad]), torch.tensor([0, 0]))
+    samples = sample_index(torch.tensor([0, bad]), torch.tensor([0, 0]))
     message = f"sample_id={bad} is out of range: the history was made for 10 samples with ids 0 to 9"
     with pytest.raises(ValueError, match=message):
-        table.read(keys, 2, CPU)
+        table.read(samples, 2, CPU)
     with pytest.raises(ValueError, match=message):
-        table.write(keys, log_rows(2, 1), torch.tensor([0, 0]))
+        table.write(samples, log_rows(2, 1), torch.tensor([0, 0]))
     with pytest.raises(ValueError, match=message):
         table.probabilities(np.array([0, bad]))
 
@@ -395,11 +400,11 @@ def test_ids_of_ones_own(tmp_path):
     """Sparse and large; unknown ones raise, on either side and between."""
     ids = np.array([7, 100, 2**40, 2**62])
     table = make(tmp_path, size=4, ids=ids)
-    keys = sample_keys(torch.from_numpy(ids[[3, 0, 2]]), torch.tensor([1, 2, 3]))
+    samples = sample_index(torch.from_numpy(ids[[3, 0, 2]]), torch.tensor([1, 2, 3]))
     rows = log_rows(3, 1)
-    table.write(keys, rows, torch.tensor([1, 2, 3]))
+    table.write(samples, rows, torch.tensor([1, 2, 3]))
     table.end_epoch(0)
-    assert torch.equal(table.read(keys, 3, CPU).log_probs, rows)
+    assert torch.equal(table.read(samples, 3, CPU).log_probs, rows)
     assert table.slots(ids).tolist() == [0, 1, 2, 3]
     torch.testing.assert_close(table.probabilities(np.array([7, 100, 2**62]))[[0, 2]], rows.exp()[[1, 0]])
     assert table.probabilities(np.array([100])).isnan().all()
@@ -408,22 +413,22 @@ def test_ids_of_ones_own(tmp_path):
             table.slots(np.array([7, unknown]))
 
 
-@pytest.mark.parametrize("side", [None, "right"])
-def test_changed_labels_raise(tmp_path, side):
+@pytest.mark.parametrize("target", [None, "right"])
+def test_changed_labels_raise(tmp_path, target):
     """The message names the sample; samples without a row have nothing to compare."""
-    table = make(tmp_path, ragged=side is not None)
-    write(table, [0, 2], 1, side=side)
+    table = make(tmp_path, ragged=target is not None)
+    write(table, [0, 2], 1, target=target)
     table.end_epoch(0)
-    labels = labels_of([4, 2], side)
-    table.read(sample_keys(torch.tensor([4, 2]), labels), labels.numel(), CPU)
+    labels = labels_of([4, 2], target)
+    table.read(sample_index(torch.tensor([4, 2]), labels), labels.numel(), CPU)
     changed = labels.clone()
     changed[1] = torch.where(changed[1] != -100, (changed[1] + 1) % CLASSES, -100)
-    keys = sample_keys(torch.tensor([4, 2]), changed)
+    samples = sample_index(torch.tensor([4, 2]), changed)
     with pytest.raises(ValueError, match="labels of sample_id=2 are not those its stored prediction was made for"):
-        table.read(keys, labels.numel(), CPU)
+        table.read(samples, labels.numel(), CPU)
     changed = labels.clone()
     changed[0] = torch.where(changed[0] != -100, (changed[0] + 1) % CLASSES, -100)
-    table.read(sample_keys(torch.tensor([4, 2]), changed), labels.numel(), CPU)
+    table.read(sample_index(torch.tensor([4, 2]), changed), labels.numel(), CPU)
 
 
 @pytest.mark.parametrize("own", [None, np.array([40, 50, 60])])
@@ -434,7 +439,7 @@ def test_an_id_with_two_labels_in_one_epoch(tmp_path, own):
     def process(rank, gather):
         table = make(tmp_path, size=3, ids=own)
         labels = torch.tensor([1, 2 + rank])
-        table.write(sample_keys(ids, labels), log_rows(2, rank), labels)
+        table.write(sample_index(ids, labels), log_rows(2, rank), labels)
         table.end_epoch(0, gather, rank)
 
     with pytest.raises(ValueError, match=f"sample_id={ids[1]} came with two different labels in one epoch"):
@@ -442,7 +447,7 @@ def test_an_id_with_two_labels_in_one_epoch(tmp_path, own):
     for others, unique in (((2, 2, 2), True), ((2, 2, 3), False)):
         table = make(tmp_path, size=3, ids=own)
         for label in others:
-            table.write(sample_keys(ids[1:], torch.tensor([label])), log_rows(1, label), torch.tensor([label]))
+            table.write(sample_index(ids[1:], torch.tensor([label])), log_rows(1, label), torch.tensor([label]))
         if unique:
             table.end_epoch(0)
             continue
@@ -453,11 +458,11 @@ def test_an_id_with_two_labels_in_one_epoch(tmp_path, own):
 def test_token_labels_that_change_while_nobody_reads(tmp_path):
     """At alpha 0 (trace only) the table is written and never read: rows of another length must not spill over."""
     table = make(tmp_path, ragged=True, trace_epochs=3)
-    write(table, [0, 1, 2], 1, side="right")
+    write(table, [0, 1, 2], 1, target="right")
     table.end_epoch(0)
     longer = torch.tensor([[0, 1, 2, 3, 4]])
     with pytest.raises(ValueError, match="labels of sample_id=0 are not those"):
-        table.write(sample_keys(torch.tensor([0]), longer), log_rows(5, 2), longer[0])
+        table.write(sample_index(torch.tensor([0]), longer), log_rows(5, 2), longer[0])
         table.end_epoch(1)
 
 
@@ -492,12 +497,12 @@ def test_probabilities_of_top_k_spread_the_rest(tmp_path):
 def test_probabilities_of_tokens(tmp_path):
     """All rows of each sample, one NaN row for a sample without any."""
     table = make(tmp_path, ragged=True)
-    rows = write(table, [2, 0], 1, side="right").exp()
-    keys, _, _ = batch([2, 0], 1, side="right")
+    rows = write(table, [2, 0], 1, target="right").exp()
+    samples, _, _ = batch([2, 0], 1, target="right")
     table.end_epoch(0)
     found = table.probabilities(np.array([0, 1, 2]))
     assert found.shape == (2 + 1 + 4, CLASSES) and found[2].isnan().all()
-    torch.testing.assert_close(found[[0, 1, 3, 4, 5, 6]], rows[keys.rows[[4, 5, 0, 1, 2, 3]]])
+    torch.testing.assert_close(found[[0, 1, 3, 4, 5, 6]], rows[samples.rows[[4, 5, 0, 1, 2, 3]]])
 
 
 def test_trace_of_samples(tmp_path):
@@ -520,7 +525,7 @@ def test_trace_of_samples(tmp_path):
 def test_trace_of_tokens_is_the_mean_over_positions(tmp_path):
     table = make(tmp_path, size=5, trace_epochs=1, ragged=True)
     ids = [2, 3, 0]
-    rows = write(table, ids, 1, side="left")
+    rows = write(table, ids, 1, target="left")
     table.end_epoch(0)
     labels = labels_of(ids, "left").reshape(-1)
     true = rows.exp()[torch.arange(len(labels)), labels.clamp_min(0)].reshape(3, -1)
@@ -534,7 +539,7 @@ def test_trace_of_a_sample_without_a_label(tmp_path):
     """There is no true class, so there is no probability of it."""
     table = make(tmp_path, size=2, trace_epochs=1)
     labels = torch.tensor([1, -100])
-    table.write(sample_keys(torch.tensor([0, 1]), labels), log_rows(2, 1), labels)
+    table.write(sample_index(torch.tensor([0, 1]), labels), log_rows(2, 1), labels)
     table.end_epoch(0)
     assert table.trace[0].isfinite() and table.trace[1].isnan()
 
@@ -625,15 +630,15 @@ def draw_plan(world, epochs=3, steps=4, size=10, idle=None, seed=0):
     return plan
 
 
-def simulate(tmp_path, world, plan, side=None, keep=None, **arguments):
+def simulate(tmp_path, world, plan, target=None, keep=None, **arguments):
     """Run a plan on `world` processes; their histories."""
 
     def process(rank, gather):
-        table = make(tmp_path, ragged=side is not None, writes=rank == 0, **arguments)
+        table = make(tmp_path, ragged=target is not None, writes=rank == 0, **arguments)
         for epoch, steps in enumerate(plan):
             for step, ranks in enumerate(steps):
                 if ranks[rank]:
-                    write(table, ranks[rank], epoch, step, rank, side=side)
+                    write(table, ranks[rank], epoch, step, rank, target=target)
             table.end_epoch(epoch, gather, rank)
             if keep is not None:
                 keep(rank, table)
@@ -642,36 +647,36 @@ def simulate(tmp_path, world, plan, side=None, keep=None, **arguments):
     return Processes(world).run(process)
 
 
-def reference(plan, side=None):
+def reference(plan, target=None):
     """The same plan by a dictionary: steps in order, ranks in order within a step."""
     expected = Dictionary()
     for epoch, steps in enumerate(plan):
         for step, ranks in enumerate(steps):
             for rank, ids in enumerate(ranks):
                 if ids:
-                    expected.write(ids, epoch, step, rank, side=side)
+                    expected.write(ids, epoch, step, rank, target=target)
         expected.end_epoch(epoch)
     return expected
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("place", ["model", "disk"])
+@pytest.mark.parametrize("place", ["accelerator", "disk"])
 @pytest.mark.parametrize("codec", ["dense", "half top"])
-@pytest.mark.parametrize("side", [None, "right"])
-def test_processes_equal_one(tmp_path, monkeypatch, world, place, codec, side):
+@pytest.mark.parametrize("target", [None, "right"])
+def test_processes_equal_one(tmp_path, monkeypatch, world, place, codec, target):
     """Invariant 15: uneven batches, duplicates on several ranks, a rank without rows, more rows than go at once."""
     monkeypatch.setattr(history, "EXCHANGE_ROWS", 3)
     arguments, atol = CODECS[codec]
     plan = draw_plan(world, idle=world - 1)
-    tables = simulate(tmp_path, world, plan, side, place=place, trace_epochs=3, **arguments)
-    expected = reference(plan, side)
+    tables = simulate(tmp_path, world, plan, target, place=place, trace_epochs=3, **arguments)
+    expected = reference(plan, target)
     for table in tables:
-        check(table, expected, list(range(10)), side, atol)
+        check(table, expected, list(range(10)), target, atol)
         assert torch.equal(table.trace.isnan(), tables[0].trace.isnan())
         assert torch.equal(table.trace.nan_to_num(), tables[0].trace.nan_to_num())
         assert table.samples == [] and table.filled == table.visits == 0
     assert len(expected.rows) > 4
-    swapped = reference([[ranks[::-1] for ranks in steps] for steps in plan], side)
+    swapped = reference([[ranks[::-1] for ranks in steps] for steps in plan], target)
     assert any(not torch.equal(swapped.rows[i][0], expected.rows[i][0]) for i in expected.rows if i in swapped.rows)
 
 
@@ -687,20 +692,20 @@ def test_the_size_of_an_exchange_does_not_matter(tmp_path, monkeypatch):
         assert torch.equal(table.table["log_probs"][known], tables[0].table["log_probs"][known])
 
 
-@pytest.mark.parametrize("side", [None, "right"])
+@pytest.mark.parametrize("target", [None, "right"])
 @pytest.mark.parametrize("codec", CODECS)
-def test_when_rows_are_encoded_does_not_matter(tmp_path, monkeypatch, codec, side):
+def test_when_rows_are_encoded_does_not_matter(tmp_path, monkeypatch, codec, target):
     """Each batch at once, some together, or all at the end of the epoch: the dictionary's rows, the same bytes."""
     arguments, atol = CODECS[codec]
     plan, tables = draw_plan(2, epochs=2), []
     for held in (0, 40, 2**18):
         monkeypatch.setattr(history, "MAX_HELD", held)
-        tables += simulate(tmp_path / str(held), 2, plan, side, trace_epochs=2, **arguments)
+        tables += simulate(tmp_path / str(held), 2, plan, target, trace_epochs=2, **arguments)
         one = make(tmp_path / "one")
         write(one, [1, 2], 1)
         assert len(one.waiting) == (held > 0)  # so the three ways differ
     for table in tables:
-        check(table, reference(plan, side), list(range(10)), side, atol)
+        check(table, reference(plan, target), list(range(10)), target, atol)
         assert all(torch.equal(part, tables[0].table[name]) for name, part in table.table.items())
         assert torch.equal(table.trace.nan_to_num(), tables[0].trace.nan_to_num())
 
@@ -720,16 +725,16 @@ def test_processes_and_one_process_with_the_same_batches(tmp_path):
         assert (other.stamps == table.stamps).all() and (other.hashes == table.hashes).all()
 
 
-@pytest.mark.parametrize("side", [None, "right"])
-@pytest.mark.parametrize("place", ["model", "disk"])
-def test_no_process_has_any_rows(tmp_path, side, place):
+@pytest.mark.parametrize("target", [None, "right"])
+@pytest.mark.parametrize("place", ["accelerator", "disk"])
+def test_no_process_has_any_rows(tmp_path, target, place):
     """An epoch of skipped steps, first and later."""
     empty = [[[[], []]]]
     plan = empty + draw_plan(2, epochs=1) + empty
-    tables = simulate(tmp_path, 2, plan, side, place=place, trace_epochs=3)
-    expected = reference(plan, side)
+    tables = simulate(tmp_path, 2, plan, target, place=place, trace_epochs=3)
+    expected = reference(plan, target)
     for table in tables:
-        check(table, expected, list(range(10)), side)
+        check(table, expected, list(range(10)), target)
         assert table.trace[:, [0, 2]].isnan().all() and table.trace[:, 1].isfinite().any()
 
 
@@ -738,15 +743,15 @@ def test_bad_rows_on_one_process(tmp_path):
 
     def process(rank, gather):
         table = make(tmp_path)
-        keys, rows, labels = batch([4, 5 + rank], rank)
-        table.write(keys, rows * float("nan") if rank == 0 else rows, labels)
+        samples, rows, labels = batch([4, 5 + rank], rank)
+        table.write(samples, rows * float("nan") if rank == 0 else rows, labels)
         table.end_epoch(0, gather, rank)
         return table
 
     for table in Processes(2).run(process):
-        past = table.read(batch([4, 5, 6], 0)[0], 3, CPU)
-        assert past.mask.tolist() == [True, False, True]
-        assert torch.equal(past.log_probs[past.mask], batch([4, 6], 1)[1])
+        soft_targets = table.read(batch([4, 5, 6], 0)[0], 3, CPU)
+        assert soft_targets.mask.tolist() == [True, False, True]
+        assert torch.equal(soft_targets.log_probs[soft_targets.mask], batch([4, 6], 1)[1])
 
 
 def test_two_nodes_on_disk(tmp_path):
@@ -757,7 +762,7 @@ def test_two_nodes_on_disk(tmp_path):
         table = make(tmp_path / f"node{rank // 2}", place="disk", ragged=True, writes=rank % 2 == 0)
         for epoch, steps in enumerate(plan):
             for step, ranks in enumerate(steps):
-                write(table, ranks[rank], epoch, step, rank, side="right")
+                write(table, ranks[rank], epoch, step, rank, target="right")
             table.end_epoch(epoch, gather, rank)
         return table
 
@@ -775,20 +780,20 @@ def through_file(tmp_path, tensors, metadata=None):
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (1, 2), (2, 1), (3, 2)])
-@pytest.mark.parametrize("place", ["model", "disk"])
-@pytest.mark.parametrize("side", [None, "right"])
-def test_resumed_in_the_middle_of_an_epoch(tmp_path, before, after, place, side):
+@pytest.mark.parametrize("place", ["accelerator", "disk"])
+@pytest.mark.parametrize("target", [None, "right"])
+def test_resumed_in_the_middle_of_an_epoch(tmp_path, before, after, place, target):
     """Invariant 16: state and journals through files; the number of processes may change."""
     first, second = draw_plan(before, epochs=2, seed=1), draw_plan(after, epochs=2, seed=2)
-    arguments = {"ragged": side is not None, "place": place, "trace_epochs": 3}
+    arguments = {"ragged": target is not None, "place": place, "trace_epochs": 3}
 
     def start(rank, gather):
         table = make(tmp_path / "a", writes=rank == 0, **arguments)
         for step, ranks in enumerate(first[0]):
-            write(table, ranks[rank], 0, step, rank, side=side)
+            write(table, ranks[rank], 0, step, rank, target=target)
         table.end_epoch(0, gather, rank)
         for step, ranks in enumerate(first[1]):
-            write(table, ranks[rank], 1, step, rank, side=side)
+            write(table, ranks[rank], 1, step, rank, target=target)
         journal = through_file(tmp_path / f"journal{rank}", table.journal_state())
         return table, journal
 
@@ -803,29 +808,29 @@ def test_resumed_in_the_middle_of_an_epoch(tmp_path, before, after, place, side)
         for old in range(rank, before, after):
             table.add_journal(started[old][1])
         for step, ranks in enumerate(second[0]):
-            write(table, ranks[rank], 1, 10 + step, rank, side=side)
+            write(table, ranks[rank], 1, 10 + step, rank, target=target)
         table.end_epoch(1, gather, rank)
         for step, ranks in enumerate(second[1]):
-            write(table, ranks[rank], 2, step, rank, side=side)
+            write(table, ranks[rank], 2, step, rank, target=target)
         table.end_epoch(2, gather, rank)
         return table
 
     expected = Dictionary()
     for step, ranks in enumerate(first[0]):
         for rank, ids in enumerate(ranks):
-            expected.write(ids, 0, step, rank, side=side)
+            expected.write(ids, 0, step, rank, target=target)
     expected.end_epoch(0)
     for part, offset in ((first[1], 0), (second[0], 10)):
         for step, ranks in enumerate(part):
             for rank, ids in enumerate(ranks):
-                expected.write(ids, 1, offset + step, rank, side=side)
+                expected.write(ids, 1, offset + step, rank, target=target)
     expected.end_epoch(1)
     for step, ranks in enumerate(second[1]):
         for rank, ids in enumerate(ranks):
-            expected.write(ids, 2, step, rank, side=side)
+            expected.write(ids, 2, step, rank, target=target)
     expected.end_epoch(2)
     for table in Processes(after).run(resume):
-        check(table, expected, list(range(10)), side)
+        check(table, expected, list(range(10)), target)
         kept = started[0][0].trace[:, 0]
         assert torch.equal(table.trace[:, 0].nan_to_num(), kept.nan_to_num()) and kept.isfinite().any()
         assert table.trace[:, 1:].isfinite().any()
@@ -906,16 +911,16 @@ def plan(tmp_path, rows, classes, limit=None, **fields):
 @pytest.mark.parametrize(
     ("rows", "classes", "fields", "expected"),
     [
-        (50_000, 100, {}, ("float32", None, "model", 2 * 50_000 * 400)),
-        (SMALL // 800, 100, {}, ("float32", None, "model", SMALL // 800 * 800)),
-        (SMALL // 800 + 1, 100, {}, ("float16", 32, "model", 2 * (SMALL // 800 + 1) * 128)),
+        (50_000, 100, {}, ("float32", None, "accelerator", 2 * 50_000 * 400)),
+        (SMALL // 800, 100, {}, ("float32", None, "accelerator", SMALL // 800 * 800)),
+        (SMALL // 800 + 1, 100, {}, ("float16", 32, "accelerator", 2 * (SMALL // 800 + 1) * 128)),
         (1_281_167, 1000, {}, ("float16", 32, "disk", 2 * 1_281_167 * 128)),
         (10_000_000, 10, {}, ("float16", None, "disk", 2 * 10_000_000 * 20)),
         (2_000_000, 32_768, {}, ("float16", 32, "disk", 2 * 2_000_000 * 128)),
         (1_000_000, 50_257, {}, ("float16", 32, "disk", 2 * 1_000_000 * 192)),
-        (1000, 100, {"history_top_k": 4}, ("float32", 4, "model", 2 * 1000 * 24)),
-        (1000, 100, {"history_top_k": 100}, ("float32", None, "model", 2 * 1000 * 400)),
-        (1000, 100, {"history_dtype": "bfloat16"}, ("bfloat16", None, "model", 2 * 1000 * 200)),
+        (1000, 100, {"history_top_k": 4}, ("float32", 4, "accelerator", 2 * 1000 * 24)),
+        (1000, 100, {"history_top_k": 100}, ("float32", None, "accelerator", 2 * 1000 * 400)),
+        (1000, 100, {"history_dtype": "bfloat16"}, ("bfloat16", None, "accelerator", 2 * 1000 * 200)),
         (1000, 100, {"history_device": "disk"}, ("float32", None, "disk", 2 * 1000 * 400)),
         (1000, 100, {"history_device": "cpu"}, ("float32", None, "cpu", 2 * 1000 * 400)),
         (1_281_167, 1000, {"history_top_k": 1000, "history_device": "disk"}, ("float16", None, "disk", 5_124_668_000)),
@@ -987,7 +992,7 @@ def test_more_entries_than_classes(tmp_path):
         plan(tmp_path, 5, 10, history_top_k=11)
 
 
-@pytest.mark.parametrize("place", ["model", "cpu", "disk"])
+@pytest.mark.parametrize("place", ["accelerator", "cpu", "disk"])
 def test_half_of_what_is_free_is_the_default_limit(tmp_path, monkeypatch, place):
     """Of the disk or of the memory, whichever it is to live in."""
     free = {"disk": 1_599_999, "memory": 1_599_999}

@@ -1,4 +1,4 @@
-"""The language modeling example: tiny texts made on the spot, tiny models, no network."""
+"""The language modeling script: tiny texts made on the spot, tiny models, no network."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from helpers import load_example, results, same_weights
+from helpers import results, same_weights
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -25,6 +25,8 @@ from transformers import (
 
 from hf_selfkd import SelfKDTrainer
 from hf_selfkd.metrics import calibration_metrics
+from hf_selfkd.scripts import language_modeling as script
+from hf_selfkd.scripts.common import parse_arguments
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -53,9 +55,6 @@ MASKED = RUN | {
     "mlm_probability": 0.4,
 }
 WEATHER = ("sunny and warm", "rain and cold in the north")
-
-
-script = load_example("language_modeling")
 
 
 @pytest.fixture
@@ -101,18 +100,18 @@ def token_losses(model, rows):
 def test_causal_from_text_lines(run, lines):
     settings = CAUSAL | {"train_file": lines, "validation_file": lines, "save_strategy": "steps", "save_steps": 1}
     out = run(settings | {"per_device_eval_batch_size": 5})
-    figures = results(out)
+    metrics = results(out)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
     texts = [line for line in lines.read_text().split("\n") if line.strip()]
     rows = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
     assert all(row[0] == tokenizer.bos_token_id for row in rows) and max(map(len, rows)) > 8
     blocks = [row[i : i + 8] for row in rows for i in range(0, len(row) - 1, 7)]
     losses = torch.tensor(token_losses(model, blocks))
-    assert FIGURES <= figures.keys()
-    assert figures["eval_samples"] == len(blocks)
-    assert figures["eval_tokens"] == len(losses) == sum(len(row) - 1 for row in rows)
-    assert figures["eval_nll"] == pytest.approx(losses.mean().item(), rel=1e-5)
-    assert figures["eval_perplexity"] == pytest.approx(losses.mean().exp().item(), rel=1e-5)
+    assert FIGURES <= metrics.keys()
+    assert metrics["eval_samples"] == len(blocks)
+    assert metrics["eval_tokens"] == len(losses) == sum(len(row) - 1 for row in rows)
+    assert metrics["eval_nll"] == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert metrics["eval_perplexity"] == pytest.approx(losses.mean().exp().item(), rel=1e-5)
     assert model.config.vocab_size == len(tokenizer) and model.config.pad_token_id == tokenizer.pad_token_id
     assert tokenizer.decode(tokenizer("warm rain")["input_ids"], skip_special_tokens=True) == "warm rain"
     answer = pipeline("text-generation", model=model, tokenizer=tokenizer)("warm", max_new_tokens=3)
@@ -126,8 +125,8 @@ def test_causal_from_text_lines(run, lines):
 def test_one_block_gives_the_eval_loss(run, lines):
     """All samples in one batch: then the loss of the model is a mean over all tokens, too."""
     out = run(CAUSAL | {"train_file": lines, "per_device_eval_batch_size": 64, "alpha": 0.0})
-    figures = results(out)
-    assert figures["eval_loss"] == pytest.approx(figures["eval_nll"], rel=1e-5)
+    metrics = results(out)
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_nll"], rel=1e-5)
 
 
 def test_scores_are_those_of_whole_logits():
@@ -139,14 +138,14 @@ def test_scores_are_those_of_whole_logits():
         scores = script.TokenScores(shifted)(logits, labels)
         # As the trainer joins batches of other lengths.
         scores = torch.nn.functional.pad(scores, (0, 0, 0, 2), value=-100).numpy()
-        figures = script.compute_token_metrics(EvalPrediction(scores, None))
+        metrics = script.compute_token_metrics(EvalPrediction(scores, None))
         rows = (logits[:, :-1], labels[:, 1:]) if shifted else (logits, labels)
         known = rows[1] != -100
         whole = calibration_metrics(rows[0], rows[1])
-        assert figures["tokens"] == int(known.sum())
+        assert metrics["tokens"] == int(known.sum())
         for name in ("nll", "accuracy", "ece"):
-            assert figures[name] == pytest.approx(whole[name], rel=1e-5)
-        assert figures["perplexity"] == pytest.approx(torch.tensor(whole["nll"]).exp().item())
+            assert metrics[name] == pytest.approx(whole[name], rel=1e-5)
+        assert metrics["perplexity"] == pytest.approx(torch.tensor(whole["nll"]).exp().item())
 
 
 def test_a_probability_on_the_edge_of_a_bin_is_in_the_lower_one():
@@ -183,9 +182,8 @@ def test_masks_of_evaluation_do_not_depend_on_the_run(run, lines):
     out = run(MASKED | {"train_file": lines, "validation_file": lines})
     model, tokenizer = AutoModelForMaskedLM.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
     dataset = Dataset.from_dict({"text": [line for line in lines.read_text().split("\n") if line.strip()]})
-    samples = dataset.map(
-        lambda batch: script.MaskedBlocks(tokenizer, 8)(batch["text"]), batched=True, remove_columns="text"
-    )
+    blocks = script.MaskedBlocks(tokenizer, 8)
+    samples = dataset.map(blocks, batched=True, input_columns="text", remove_columns="text")
     assert all(row[0] == tokenizer.cls_token_id and row[-1] == tokenizer.sep_token_id for row in samples["input_ids"])
     masking = script.Masking(script.DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.4))
     losses = []
@@ -199,15 +197,15 @@ def test_masks_of_evaluation_do_not_depend_on_the_run(run, lines):
         pair = masked["input_ids"], masked["labels"]
         originals = [token if label == -100 else label for token, label in zip(*pair, strict=True)]
         assert originals == sample["input_ids"]
-    figures = results(out)
-    assert figures["eval_tokens"] == len(losses)
-    assert figures["eval_nll"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    metrics = results(out)
+    assert metrics["eval_tokens"] == len(losses)
+    assert metrics["eval_nll"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     again = run(
         MASKED
         | {"do_train": False, "validation_file": lines, "model_type": None, "model_name_or_path": out}
         | {"output_dir": out.parent / "again", "seed": 7}
     )
-    assert results(again)["eval_nll"] == pytest.approx(figures["eval_nll"])
+    assert results(again)["eval_nll"] == pytest.approx(metrics["eval_nll"])
 
 
 def test_short_texts_have_something_to_predict(run, tmp_path):
@@ -239,7 +237,7 @@ def test_a_model_of_a_folder_is_tuned(run, lines, tmp_path):
         "validation_file": tmp_path / "validation.csv",
         "text_column_name": "story",
         "block_size": 32,
-        "warm_start_history": True,
+        "warm_start_teacher": True,
     }
     out = run(settings)
     assert set(logged(out, "rows_with_history")) == {1}
@@ -247,15 +245,15 @@ def test_a_model_of_a_folder_is_tuned(run, lines, tmp_path):
     # The end of a text is a target although it pads as well; the first token is none.
     assert results(out)["eval_tokens"] == sum(map(len, tokens))
     assert not same_weights(GPT2LMHeadModel.from_pretrained(out), model)
-    figures = results(run(settings | {"do_train": False, "model_name_or_path": out, "output_dir": tmp_path / "eval"}))
-    assert figures["eval_nll"] == pytest.approx(results(out)["eval_nll"])
+    metrics = results(run(settings | {"do_train": False, "model_name_or_path": out, "output_dir": tmp_path / "eval"}))
+    assert metrics["eval_nll"] == pytest.approx(results(out)["eval_nll"])
 
 
 def test_label_smoothing_is_not_in_the_perplexity(run, lines):
     out = run(CAUSAL | {"train_file": lines}, "--alpha", 0, "--label_smoothing_factor", 0.1)
-    figures = results(out)
-    assert figures["eval_perplexity"] == pytest.approx(torch.tensor(figures["eval_nll"]).exp().item(), rel=1e-5)
-    assert abs(figures["eval_loss"] - figures["eval_nll"]) < 0.1 * 6  # off by at most the share of the uniform part
+    metrics = results(out)
+    assert metrics["eval_perplexity"] == pytest.approx(torch.tensor(metrics["eval_nll"]).exp().item(), rel=1e-5)
+    assert abs(metrics["eval_loss"] - metrics["eval_nll"]) < 0.1 * 6  # off by at most the share of the uniform part
 
 
 def test_a_dataset_of_the_hub_is_shared(run, lines, tmp_path, monkeypatch):
@@ -311,7 +309,7 @@ def test_nothing_given(monkeypatch):
 def test_the_ready_run_is_valid(monkeypatch):
     file = EXAMPLES / "configs" / "wikitext2_gpt2.yaml"
     monkeypatch.setattr(sys, "argv", ["script", str(file)])
-    model_args, data_args, training_args = script.parse_arguments()
+    model_args, data_args, training_args = parse_arguments(script.make_parser())
     assert isinstance(training_args.learning_rate, float) and training_args.alpha == 0.8
     config = script.make_config(model_args)
     assert all(getattr(config, name) == value for name, value in model_args.config_overrides.items())

@@ -34,10 +34,11 @@ from hf_selfkd import (
     attach_auxiliary_heads,
     strip_auxiliary_heads,
 )
-from hf_selfkd.heads import heads_of
-from hf_selfkd.heads_config import PRESETS
-from hf_selfkd.layered import choose_turns, rotate
-from hf_selfkd.losses import divergence
+from hf_selfkd.batch import Batch
+from hf_selfkd.heads.auxiliary import heads_of
+from hf_selfkd.heads.config import PRESETS
+from hf_selfkd.heads.rotation import choose_rotations, rotate
+from hf_selfkd.losses.soft import divergence
 
 
 MODELS = "resnet vit convnext swin mobilenet timm bert bert_tokens wav2vec2 marian gpt2".split()
@@ -83,34 +84,36 @@ def test_images_that_are_not_square_are_refused_before_the_first_step(tmp_path):
 
 @pytest.mark.parametrize("views", [0, 1, 2, 3])
 def test_turns_are_upright_first_and_differ(views):
-    turns = choose_turns(np.arange(1000), views, epoch=4, seed=1)
-    assert turns.shape == (1000, 1 + views) and (turns[:, 0] == 0).all()
-    assert all(len(set(row)) == 1 + views and set(row) <= {0, 1, 2, 3} for row in turns.tolist())
-    assert np.array_equal(turns[7:9], choose_turns(np.arange(7, 9), views, epoch=4, seed=1))
+    rotations = choose_rotations(np.arange(1000), views, epoch=4, seed=1)
+    assert rotations.shape == (1000, 1 + views) and (rotations[:, 0] == 0).all()
+    assert all(len(set(row)) == 1 + views and set(row) <= {0, 1, 2, 3} for row in rotations.tolist())
+    assert np.array_equal(rotations[7:9], choose_rotations(np.arange(7, 9), views, epoch=4, seed=1))
     if views in (1, 2):
-        counts = np.bincount(turns[:, 1:].ravel(), minlength=4)[1:]
+        counts = np.bincount(rotations[:, 1:].ravel(), minlength=4)[1:]
         assert (abs(counts - 1000 * views / 3) < 80).all()
 
 
 def test_every_rotation_comes_within_three_epochs():
-    epochs = [choose_turns(np.arange(50), 1, epoch, seed=0)[:, 1] for epoch in range(6)]
+    epochs = [choose_rotations(np.arange(50), 1, epoch, seed=0)[:, 1] for epoch in range(6)]
     assert np.array_equal(np.sort(np.stack(epochs[:3]), axis=0), np.tile([[1], [2], [3]], 50))
     assert np.array_equal(epochs[0], epochs[3]) and not np.array_equal(epochs[0], epochs[1])
-    assert not np.array_equal(epochs[0], choose_turns(np.arange(50), 1, 0, seed=1)[:, 1])
+    assert not np.array_equal(epochs[0], choose_rotations(np.arange(50), 1, 0, seed=1)[:, 1])
 
 
 def test_joint_labels():
     """Invariant 27: labels [3, 7] are 12 to 15 and 28 to 31."""
     model = attach_auxiliary_heads(make_model("resnet"), "joint")
-    from hf_selfkd.layered import Layered
-    from hf_selfkd.rows import sample_rows
+    from hf_selfkd.heads.layered import Layered
+    from hf_selfkd.losses.hard import upright_labels
+    from hf_selfkd.tasks import task_for
 
-    layered = Layered(heads_of(model), sample_rows)
-    turns = np.tile(np.arange(4), (3, 1))
-    labels = layered.joint_labels(torch.tensor([3, 7, -100]), turns)
+    layered = Layered(task_for(model))
+    rotations = np.tile(np.arange(4), (3, 1))
+    labels = layered.joint_labels(torch.tensor([3, 7, -100]), rotations)
     assert labels.tolist() == [12, 13, 14, 15, 28, 29, 30, 31, -100, -100, -100, -100]
     assert (labels[:8] // 4).tolist() == [3] * 4 + [7] * 4 and (labels[:8] % 4).tolist() == [0, 1, 2, 3] * 2
-    assert layered.upright_labels(torch.tensor([3, 7])).tolist() == [3, -100, -100, -100, 7, -100, -100, -100]
+    batch = Batch({}, torch.tensor([3, 7]), rotations=rotations[:2])
+    assert upright_labels(batch).tolist() == [3, -100, -100, -100, 7, -100, -100, -100]
 
 
 # Weights of 0
@@ -176,35 +179,35 @@ def naive(model, samples, visits, epochs, per_epoch, config, alpha, teacher, see
         labels = batch.pop("labels")
         keys = [(n, 0) for n in ids]
         if rotated:
-            turns = [t for row in choose_turns(np.array(ids), config.views_per_step, epoch, seed) for t in row]
-            images = [np.rot90(batch["pixel_values"][i // count].numpy(), t, (1, 2)) for i, t in enumerate(turns)]
+            rotations = [t for row in choose_rotations(np.array(ids), config.views_per_step, epoch, seed) for t in row]
+            images = [np.rot90(batch["pixel_values"][i // count].numpy(), t, (1, 2)) for i, t in enumerate(rotations)]
             batch = {"pixel_values": torch.from_numpy(np.stack(images))}
-            keys = [(ids[i // count], t) for i, t in enumerate(turns)]
-            targets = torch.tensor([4 * int(labels[i // count]) + t for i, t in enumerate(turns)])
+            keys = [(ids[i // count], t) for i, t in enumerate(rotations)]
+            targets = torch.tensor([4 * int(labels[i // count]) + t for i, t in enumerate(rotations)])
         else:
             targets, count = labels, 1
         model.train()
         outputs = model(**batch)
         parts, logits = outputs["auxiliary"], outputs.logits[::count]
-        past, pasts = [None] * len(ids), [[None] * len(keys)] * len(heads.heads)
+        soft_targets, pasts = [None] * len(ids), [[None] * len(keys)] * len(heads.heads)
         if other is not None:
             heads_of(other).watching = True
             with torch.no_grad():
-                past = list(other(**batch).logits.softmax(-1)[::count])
+                soft_targets = list(other(**batch).logits.softmax(-1)[::count])
                 pasts = [list(part.softmax(-1)) for part in heads_of(other).results.logits]
         elif teacher == "history":
-            past = [table.get((n, -1)) for n in ids]
+            soft_targets = [table.get((n, -1)) for n in ids]
             pasts = [[table.get((key, h)) for key in keys] for h in range(len(heads.heads))]
 
-        def cross_entropy(scores, labels, past, a):
+        def cross_entropy(scores, labels, soft_targets, a):
             total = 0.0
-            for row, label, before in zip(scores, labels, past, strict=True):
+            for row, label, before in zip(scores, labels, soft_targets, strict=True):
                 target = F.one_hot(label, scores.shape[-1]).float()
                 target = target if before is None else (1 - a) * target + a * before
                 total = total - (target * row.log_softmax(-1)).sum()
             return total
 
-        loss = cross_entropy(logits, labels, past, a)
+        loss = cross_entropy(logits, labels, soft_targets, a)
         deepest = parts[len(heads.heads) - 1] if rotated else outputs.logits
         for h in range(len(heads.heads)):
             own = config.hard_weight * cross_entropy(parts[h], targets, pasts[h], config.past_weight * a)
@@ -399,16 +402,16 @@ def test_history_is_kept_by_head_and_view(tmp_path):
 
     class Watching(Recording):
         def compute_loss(self, model, inputs, *arguments, **keywords):
-            ids = inputs["sample_id"].tolist()
+            ids = self._batches.present.ids.tolist()
             handle = heads_of(model).register_forward_hook(lambda *_: None)
             run = heads_of(model)._run
 
             def watched(*args):
                 results = run(*args)
-                turns = choose_turns(np.array(ids), 1, int(self.state.epoch or 0), self.args.seed)
+                rotations = choose_rotations(np.array(ids), 1, int(self.state.epoch or 0), self.args.seed)
                 for head, logits in enumerate(results.logits):
                     for row, (b, v) in enumerate((b, v) for b in range(len(ids)) for v in range(2)):
-                        key = (head, ids[b], int(turns[b, v]))
+                        key = (head, ids[b], int(rotations[b, v]))
                         seen.setdefault(int(self.state.epoch or 0), {})[key] = logits[row].detach().softmax(-1)
                 return results
 
@@ -420,16 +423,16 @@ def test_history_is_kept_by_head_and_view(tmp_path):
                 handle.remove()
 
     trainer = train(tmp_path, "vit", make_samples("vit"), trainer=Watching, auxiliary_heads="lsskd", teacher="history")
-    assert len(trainer.head_teachers) == 2
+    assert len(trainer.teacher.head_stores) == 2
     latest = seen[0] | seen[1] | seen[2]
-    for head, teacher in enumerate(trainer.head_teachers):
+    for head, teacher in enumerate(trainer.teacher.head_stores):
         stored = teacher.stored(range(4 * 22)).view(22, 4, -1)
         for sample in range(22):
             for turn in range(4):
                 expected = latest[head, sample, turn]
                 torch.testing.assert_close(stored[sample, turn], expected, atol=1e-6, rtol=0)
-    upright = trainer.head_teachers[0].stored([0])
-    assert not torch.allclose(upright, trainer.head_teachers[0].stored([1]))  # another view, another row
+    upright = trainer.teacher.head_stores[0].stored([0])
+    assert not torch.allclose(upright, trainer.teacher.head_stores[0].stored([1]))  # another view, another row
 
 
 def test_history_of_heads_with_ids_of_ones_own(tmp_path):
@@ -439,9 +442,9 @@ def test_history_of_heads_with_ids_of_ones_own(tmp_path):
     columns = {name: [item[name] for item in items] for name in items[0]}
     data = datasets.Dataset.from_dict(columns | {"number": [7 * n + 3 for n in range(22)]}).with_format("torch")
     trainer = train(tmp_path, "vit", data, auxiliary_heads="lsskd", teacher="history", sample_id_column="number")
-    stored = trainer.head_teachers[0].stored([4 * 3, 4 * 10])
+    stored = trainer.teacher.head_stores[0].stored([4 * 3, 4 * 10])
     assert stored.shape == (2, 4 * CLASSES) and torch.isfinite(stored).all()
-    refused(lambda: trainer.head_teachers[0].stored([4 * 4]), "sample_id=16")
+    refused(lambda: trainer.teacher.head_stores[0].stored([4 * 4]), "sample_id=16")
 
 
 def test_heads_share_the_rows_of_tokens(tmp_path):
@@ -453,15 +456,21 @@ def test_heads_share_the_rows_of_tokens(tmp_path):
         auxiliary_heads="lsskd",
         teacher="history",
     )
-    (teacher,) = trainer.head_teachers
+    (teacher,) = trainer.teacher.head_stores
     assert teacher.stored(range(22)).shape == trainer.teacher.stored(range(22)).shape
 
 
-def test_teacher_auto():
-    assert SelfKDConfig("out").teacher_kind == "history"
-    assert SelfKDConfig("out", auxiliary_heads="joint").teacher_kind == "history"
-    assert SelfKDConfig("out", auxiliary_heads="lsskd").teacher_kind == "snapshot"
-    assert SelfKDConfig("out", auxiliary_heads="lsskd", teacher="history").teacher_kind == "history"
+@pytest.mark.parametrize(
+    "options, kind",
+    [
+        ({}, "history"),
+        ({"auxiliary_heads": "joint"}, "history"),
+        ({"auxiliary_heads": "lsskd"}, "snapshot"),
+        ({"auxiliary_heads": "lsskd", "teacher": "history"}, "history"),
+    ],
+)
+def test_teacher_auto(tmp_path, options, kind):
+    assert train(tmp_path, "vit", make_samples("vit", 8), num_train_epochs=2, **options).teacher.kind == kind
 
 
 def test_streams_without_ids_take_turns(tmp_path):
@@ -766,5 +775,5 @@ def test_heads_of_a_model_in_half_precision(tmp_path, name, preset):
         return {key: value.bfloat16() if value.is_floating_point() else value for key, value in batch.items()}
 
     trainer = train(tmp_path, model, make_samples(name, 8), auxiliary_heads=preset, data_collator=half)
-    assert trainer._ours and math.isfinite(logged(trainer, "loss")[-1])
+    assert trainer.distiller.hard_loss.plain and math.isfinite(logged(trainer, "loss")[-1])
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

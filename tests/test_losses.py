@@ -6,18 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_selfkd import losses as losses_module
-from hf_selfkd.losses import (
-    LOG_ZERO,
-    Past,
-    cross_entropy_sum,
-    log_softmax,
-    progressive_cross_entropy,
-    soft_cross_entropy,
-    summarize,
-    target_entropy,
-    top_entries,
-)
+from hf_selfkd.losses import cross_entropy as cross_entropy_module
+from hf_selfkd.losses import progressive as losses_module
+from hf_selfkd.losses.cross_entropy import cross_entropy_sum
+from hf_selfkd.losses.progressive import progressive_cross_entropy
+from hf_selfkd.losses.soft import soft_cross_entropy, target_entropy
+from hf_selfkd.losses.soft_targets import LOG_ZERO, SoftTargets, log_softmax
+from hf_selfkd.losses.summary import summarize, top_entries
 
 
 ROWS, CLASSES = 7, 11
@@ -27,19 +22,19 @@ def draw(rows=ROWS, classes=CLASSES, seed=0, sharpness=2.0):
     """Logits, labels and past probabilities, float32."""
     generator = torch.Generator().manual_seed(seed)
     logits = sharpness * torch.randn(rows, classes, generator=generator)
-    past = (sharpness * torch.randn(rows, classes, generator=generator)).double().softmax(-1).float()
-    return logits, torch.randint(classes, (rows,), generator=generator), past
+    soft_targets = (sharpness * torch.randn(rows, classes, generator=generator)).double().softmax(-1).float()
+    return logits, torch.randint(classes, (rows,), generator=generator), soft_targets
 
 
 def dense(past_probs, mask=None):
     mask = torch.ones(len(past_probs), dtype=torch.bool) if mask is None else mask
-    return Past(past_probs.log().clamp_min(LOG_ZERO), mask)
+    return SoftTargets(past_probs.log().clamp_min(LOG_ZERO), mask)
 
 
 def top(past_probs, k, mask=None):
     values, index = past_probs.topk(k, dim=-1)
     whole = dense(past_probs, mask)
-    return Past(values.log().clamp_min(LOG_ZERO), whole.mask, index)
+    return SoftTargets(values.log().clamp_min(LOG_ZERO), whole.mask, index)
 
 
 def soften(probs, tau):
@@ -78,10 +73,10 @@ def reference(logits, labels, past_probs, mask, alpha, tau=1.0, kept=None):
     return losses.detach(), torch.autograd.grad(losses.sum(), logits)[0]
 
 
-def run(logits, labels, past, alpha, tau=1.0):
+def run(logits, labels, soft_targets, alpha, tau=1.0):
     """Row losses and the gradient of their sum."""
     logits = logits.detach().clone().requires_grad_()
-    losses = progressive_cross_entropy(logits, labels, past, alpha, tau)
+    losses = progressive_cross_entropy(logits, labels, soft_targets, alpha, tau)
     return losses, torch.autograd.grad(losses.total.sum(), logits)[0]
 
 
@@ -101,43 +96,43 @@ def close(actual, expected, atol=2e-6):
 def test_hand_computed_vector():
     """Invariant 5: alpha 4/15, label 1, logits (2, 1, 0, -1)."""
     logits, label = torch.tensor([[2.0, 1.0, 0.0, -1.0]]), torch.tensor([1])
-    past = torch.tensor([[0.1, 0.6, 0.2, 0.1]])
-    losses, gradient = run(logits, label, dense(past), 4 / 15)
+    soft_targets = torch.tensor([[0.1, 0.6, 0.2, 0.1]])
+    losses, gradient = run(logits, label, dense(soft_targets), 4 / 15)
     assert losses.total.item() == pytest.approx(1.5201897, abs=5e-7)
     close(gradient, torch.tensor([[0.617248, -0.656451, 0.033811, 0.005392]]), atol=1e-6)
     close(logits.softmax(-1) - gradient, torch.tensor([[0.0266667, 0.8933333, 0.0533333, 0.0266667]]), atol=1e-6)
-    other, _ = run(logits, label, dense(past), 0.3)
+    other, _ = run(logits, label, dense(soft_targets), 0.3)
     assert abs(other.total.item() - 1.5201897) > 1e-2
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.8, 1.0])
 def test_dense_equals_float64_reference(alpha):
     """Values and gradients of rows with a past, without one and without a label."""
-    logits, labels, past = draw()
+    logits, labels, soft_targets = draw()
     labels[2], mask = -100, torch.tensor([True, False, True, True, False, True, True])
-    losses, gradient = run(logits, labels, dense(past, mask), alpha)
-    total, expected = reference(logits, labels, past, mask, alpha)
+    losses, gradient = run(logits, labels, dense(soft_targets, mask), alpha)
+    total, expected = reference(logits, labels, soft_targets, mask, alpha)
     close(losses.total, total)
     close(gradient, expected)
-    assert (total - reference(logits, labels, past, mask, alpha * 0.9)[0]).abs().max() > 1e-2
+    assert (total - reference(logits, labels, soft_targets, mask, alpha * 0.9)[0]).abs().max() > 1e-2
 
 
 def test_gradient_is_present_minus_target_and_never_reaches_the_past():
     """Invariant 6, with the mean over the batch."""
     logits, labels, probs = draw()
-    past = Past(probs.log().requires_grad_(), torch.ones(ROWS, dtype=torch.bool))
+    soft_targets = SoftTargets(probs.log().requires_grad_(), torch.ones(ROWS, dtype=torch.bool))
     logits = logits.requires_grad_()
-    progressive_cross_entropy(logits, labels, past, 0.7).total.mean().backward()
+    progressive_cross_entropy(logits, labels, soft_targets, 0.7).total.mean().backward()
     target = 0.3 * F.one_hot(labels, CLASSES) + 0.7 * probs
     close(logits.grad, (logits.softmax(-1) - target) / ROWS)
-    assert past.log_probs.grad is None
+    assert soft_targets.log_probs.grad is None
 
 
 def test_parts_add_up():
     """total = (1 - alpha) * hard + alpha * soft where there is a past; soft is 0 elsewhere."""
-    logits, labels, past = draw()
+    logits, labels, soft_targets = draw()
     labels[0], mask = -100, torch.arange(ROWS) != 3
-    losses, _ = run(logits, labels, dense(past, mask), 0.6)
+    losses, _ = run(logits, labels, dense(soft_targets, mask), 0.6)
     learning = mask & (labels != -100)
     close(losses.total[learning], 0.4 * losses.hard[learning] + 0.6 * losses.soft[learning])
     assert losses.soft[~learning].tolist() == [0, 0] and (losses.soft[learning] > 0).all()
@@ -151,10 +146,10 @@ def test_parts_add_up():
 @pytest.mark.parametrize("k", [None, 4])
 def test_rows_without_a_past_are_bit_equal_to_cross_entropy(k, tau):
     """Invariant 2, beside rows that do have one, label -100 included; stored entries to rounding."""
-    logits, labels, past = draw(64, 100)
+    logits, labels, soft_targets = draw(64, 100)
     labels[5] = -100
     mask = torch.arange(64) % 2 == 0
-    made = dense(past, mask) if k is None else top(past, k, mask)
+    made = dense(soft_targets, mask) if k is None else top(soft_targets, k, mask)
     losses, gradient = run(logits, labels, made, 0.8, tau)
     hard, expected = plain(logits, labels)
     if k is None or tau != 1.0:
@@ -168,24 +163,24 @@ def test_rows_without_a_past_are_bit_equal_to_cross_entropy(k, tau):
 @pytest.mark.parametrize("poison", [0.0, math.nan, math.inf, 1e30])
 def test_alpha_zero_is_bit_equal_whatever_is_stored(poison):
     """Invariant 1."""
-    logits, labels, past = draw(64, 100)
-    stored = dense(past)
+    logits, labels, soft_targets = draw(64, 100)
+    stored = dense(soft_targets)
     stored.log_probs[::3] = poison
     losses, gradient = run(logits, labels, stored, 0.0)
     hard, expected = plain(logits, labels)
     assert torch.equal(losses.total, hard) and torch.equal(gradient, expected)
-    assert not torch.equal(run(logits, labels, dense(past), 1e-3)[0].total, hard)
+    assert not torch.equal(run(logits, labels, dense(soft_targets), 1e-3)[0].total, hard)
 
 
 @pytest.mark.parametrize("alpha", [0.3, 1.0])
 def test_past_equal_to_the_label_is_cross_entropy(alpha):
     """Invariant 10."""
-    logits, labels, past = draw()
+    logits, labels, soft_targets = draw()
     hard, expected = plain(logits, labels)
     losses, gradient = run(logits, labels, dense(F.one_hot(labels, CLASSES).float()), alpha)
     close(losses.total, hard)
     close(gradient, expected)
-    assert (run(logits, labels, dense(past), alpha)[0].total - hard).abs().max() > 0.1
+    assert (run(logits, labels, dense(soft_targets), alpha)[0].total - hard).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 1.0])
@@ -202,31 +197,31 @@ def test_uniform_past_is_label_smoothing(alpha):
 
 def test_kl_divergence_has_the_same_gradient_and_lacks_the_target_entropy():
     """Invariant 8."""
-    logits, labels, past = draw()
+    logits, labels, soft_targets = draw()
     alpha = 0.65
-    losses, gradient = run(logits, labels, dense(past), alpha)
-    target = (1 - alpha) * F.one_hot(labels, CLASSES) + alpha * past
+    losses, gradient = run(logits, labels, dense(soft_targets), alpha)
+    target = (1 - alpha) * F.one_hot(labels, CLASSES) + alpha * soft_targets
     logits = logits.requires_grad_()
     divergence = F.kl_div(logits.log_softmax(-1), target, reduction="none").sum(-1)
     close(gradient, torch.autograd.grad(divergence.sum(), logits)[0])
     close(losses.total - divergence, -(target * target.log()).sum(-1))
-    close(target_entropy(dense(past), labels, alpha), losses.total - divergence)
+    close(target_entropy(dense(soft_targets), labels, alpha), losses.total - divergence)
     assert ((losses.total - divergence) > 0.1).all()
 
 
 def test_gradient_rescaling_factor():
     """Invariant 7: the L1 norm shrinks by 1 - alpha * g_past / g_now while alpha <= min of the probability ratios."""
-    logits, labels, past = draw(300, 6, seed=1)
+    logits, labels, soft_targets = draw(300, 6, seed=1)
     now = logits.double().softmax(-1)
     wrong = F.one_hot(labels, 6) == 0
-    ratio = torch.where(wrong, now / past, math.inf).amin(-1).clamp_max(1.0)
-    gap_now, gap_past = (1 - p.double().gather(1, labels[:, None]).squeeze(1) for p in (now, past))
+    ratio = torch.where(wrong, now / soft_targets, math.inf).amin(-1).clamp_max(1.0)
+    gap_now, gap_past = (1 - p.double().gather(1, labels[:, None]).squeeze(1) for p in (now, soft_targets))
     for share in (0.2, 0.999, 1.5):
         for row in range(300):
             one, alpha = slice(row, row + 1), float(share * ratio[row])
             if alpha > 1:
                 continue
-            norm = run(logits[one], labels[one], dense(past[one]), alpha)[1].abs().sum().item()
+            norm = run(logits[one], labels[one], dense(soft_targets[one]), alpha)[1].abs().sum().item()
             predicted = 2 * gap_now[row] * (1 - alpha * gap_past[row] / gap_now[row])
             if share <= 1:
                 assert norm == pytest.approx(predicted.item(), abs=3e-6)
@@ -242,47 +237,47 @@ def test_gradient_rescaling_factor():
 @pytest.mark.parametrize("tau", [0.5, 2.0, 4.0])
 def test_temperature_is_the_usual_distillation_term(tau):
     """tau^2 * (KLDivLoss of the softened sides + entropy of the softened past)."""
-    logits, _, past = draw()
+    logits, _, soft_targets = draw()
     logits = logits.requires_grad_()
-    softened = (past.log() / tau).softmax(-1)
+    softened = (soft_targets.log() / tau).softmax(-1)
     expected = tau**2 * torch.nn.KLDivLoss(reduction="none")((logits / tau).log_softmax(-1), softened).sum(-1)
-    soft = soft_cross_entropy(logits, dense(past), tau)
+    soft = soft_cross_entropy(logits, dense(soft_targets), tau)
     close(soft - expected, tau**2 * torch.special.entr(softened).sum(-1), atol=2e-5)
     close(torch.autograd.grad(soft.sum(), logits)[0], torch.autograd.grad(expected.sum(), logits)[0], atol=5e-6)
-    assert (soft - soft_cross_entropy(logits, dense(past), 1.0)).abs().max() > 0.1
+    assert (soft - soft_cross_entropy(logits, dense(soft_targets), 1.0)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("tau", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("k", [1, 4, CLASSES - 1, CLASSES])
 def test_top_k_bucket_equals_the_collapsed_dense_computation(k, tau):
     """Stored entries keep their classes, the others are one bucket on both sides."""
-    logits, labels, past = draw()
+    logits, labels, soft_targets = draw()
     mask = torch.arange(ROWS) != 1
-    stored = top(past, k, mask)
+    stored = top(soft_targets, k, mask)
     losses, gradient = run(logits, labels, stored, 0.8, tau)
-    total, expected = reference(logits, labels, past, mask, 0.8, tau, kept=stored.index)
+    total, expected = reference(logits, labels, soft_targets, mask, 0.8, tau, kept=stored.index)
     close(losses.total, total, atol=1e-4)  # the last classes' mass is a difference of float32 numbers
     close(gradient, expected, atol=1e-4)
     if k == 4:  # a bucket is not the whole row
-        assert (total - reference(logits, labels, past, mask, 0.8, tau)[0]).abs().max() > 1e-2
+        assert (total - reference(logits, labels, soft_targets, mask, 0.8, tau)[0]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("tau", [1.0, 2.0])
 def test_top_k_of_all_classes_is_dense(tau):
     """Invariant 24, in another order of the classes."""
-    logits, labels, past = draw()
-    many, gradient = run(logits, labels, top(past, CLASSES), 0.8, tau)
-    whole, expected = run(logits, labels, dense(past), 0.8, tau)
+    logits, labels, soft_targets = draw()
+    many, gradient = run(logits, labels, top(soft_targets, CLASSES), 0.8, tau)
+    whole, expected = run(logits, labels, dense(soft_targets), 0.8, tau)
     close(many.total, whole.total)
     close(gradient, expected)
-    assert (run(logits, labels, top(past, CLASSES - 3), 0.8, tau)[0].total - whole.total).abs().max() > 1e-4
+    assert (run(logits, labels, top(soft_targets, CLASSES - 3), 0.8, tau)[0].total - whole.total).abs().max() > 1e-4
 
 
 def test_no_gradient_inside_the_bucket():
     """Classes outside the stored entries share the bucket's gradient in proportion to their probability."""
-    logits, labels, past = draw()
-    _, gradient = run(logits, labels, top(past, 3), 1.0)
-    outside = torch.ones_like(past).scatter(1, top(past, 3).index, 0).bool()
+    logits, labels, soft_targets = draw()
+    _, gradient = run(logits, labels, top(soft_targets, 3), 1.0)
+    outside = torch.ones_like(soft_targets).scatter(1, top(soft_targets, 3).index, 0).bool()
     for row, free in enumerate(outside):
         ratio = gradient[row, free] / logits.softmax(-1)[row, free]
         close(ratio, ratio.mean().expand_as(ratio), atol=1e-4)
@@ -292,9 +287,9 @@ def test_no_gradient_inside_the_bucket():
 @pytest.mark.parametrize("k", [None, 3])
 def test_gradcheck(k, tau):
     """Finite differences (of the float32 inside, hence the wide step)."""
-    logits, labels, past = draw(4, 6, sharpness=1.0)
+    logits, labels, soft_targets = draw(4, 6, sharpness=1.0)
     labels[1] = -100
-    stored = dense(past) if k is None else top(past, k)
+    stored = dense(soft_targets) if k is None else top(soft_targets, k)
 
     def loss(z):
         return progressive_cross_entropy(z, labels, stored, 0.7, tau).total.double()
@@ -315,14 +310,14 @@ def test_gradcheck(k, tau):
 @pytest.mark.parametrize("tau", [1.0, 2.0])
 def test_half_precision_logits_are_computed_in_float32(dtype, tau):
     """Invariant 19: the value is that of the same logits in float32; the gradient has the type of the logits."""
-    logits, labels, past = draw()
+    logits, labels, soft_targets = draw()
     half = logits.to(dtype)
-    losses, gradient = run(half, labels, dense(past), 0.5, tau)
-    expected, wide = run(half.float(), labels, dense(past), 0.5, tau)
+    losses, gradient = run(half, labels, dense(soft_targets), 0.5, tau)
+    expected, wide = run(half.float(), labels, dense(soft_targets), 0.5, tau)
     assert losses.total.dtype == losses.soft.dtype == losses.hard.dtype == torch.float32
     assert torch.equal(losses.total, expected.total)
     assert gradient.dtype == dtype and torch.equal(gradient, wide.to(dtype))
-    assert soft_cross_entropy(half, dense(past), tau).dtype == torch.float32
+    assert soft_cross_entropy(half, dense(soft_targets), tau).dtype == torch.float32
     in_half = F.cross_entropy(half, labels, reduction="none").float()
     assert (in_half - expected.hard).abs().max() > 1e-5
     assert torch.equal(cross_entropy_sum(half, labels), F.cross_entropy(half.float(), labels, reduction="sum"))
@@ -333,10 +328,10 @@ def test_half_precision_logits_are_computed_in_float32(dtype, tau):
 @pytest.mark.parametrize("garbage", [0.0, 7.0, 1e30, -1e30, math.nan, math.inf, -math.inf])
 def test_garbage_in_rows_without_a_past_reaches_nothing(garbage, k, tau):
     """Neither the value nor the gradient of any row."""
-    logits, labels, past = draw()
+    logits, labels, soft_targets = draw()
     labels[4], mask = -100, torch.tensor([True, False, True, False, True, True, True])
-    clean = dense(past, mask) if k is None else top(past, k, mask)
-    dirty = Past(clean.log_probs.clone(), mask, clean.index)
+    clean = dense(soft_targets, mask) if k is None else top(soft_targets, k, mask)
+    dirty = SoftTargets(clean.log_probs.clone(), mask, clean.index)
     dirty.log_probs[~mask] = garbage
     dirty.log_probs[4] = garbage  # has a past, but no label
     (a, da), (b, db) = run(logits, labels, clean, 0.8, tau), run(logits, labels, dirty, 0.8, tau)
@@ -351,12 +346,14 @@ def test_garbage_in_rows_without_a_past_reaches_nothing(garbage, k, tau):
 @pytest.mark.parametrize("k", [None, 3])
 def test_masked_classes_equal_a_model_without_them(k, tau):
     """Logits of -inf (now and in the past) cost nothing and get no gradient."""
-    logits, labels, past = draw(6, 5)
+    logits, labels, soft_targets = draw(6, 5)
     gap = -torch.full((6, 2), math.inf)
-    wide, wide_past = torch.cat((logits, gap), 1), log_softmax(torch.cat((past.log(), gap), 1))
+    wide, wide_past = torch.cat((logits, gap), 1), log_softmax(torch.cat((soft_targets.log(), gap), 1))
     assert (wide_past[:, 5:] == LOG_ZERO).all() and (wide_past.exp()[:, 5:] == 0).all()
-    narrow = dense(past) if k is None else top(past, k)
-    stored = Past(wide_past, narrow.mask) if k is None else Past(narrow.log_probs, narrow.mask, narrow.index)
+    narrow = dense(soft_targets) if k is None else top(soft_targets, k)
+    stored = (
+        SoftTargets(wide_past, narrow.mask) if k is None else SoftTargets(narrow.log_probs, narrow.mask, narrow.index)
+    )
     losses, gradient = run(wide, labels, stored, 0.8, tau)
     expected, narrow_gradient = run(logits, labels, narrow, 0.8, tau)
     if k is None or tau == 1.0:  # at another temperature the bucket spreads its mass over two more classes
@@ -369,8 +366,10 @@ def test_masked_classes_equal_a_model_without_them(k, tau):
 def test_certain_predictions_stay_finite(k):
     """Probability 1 now and then: nothing is left for the bucket, log(0) never appears."""
     logits = torch.tensor([[200.0, 0.0, -300.0, 5.0], [0.0, 200.0, 0.0, 0.0]])
-    past = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
-    losses, gradient = run(logits, torch.tensor([0, 0]), dense(past) if k is None else top(past, k), 0.5)
+    soft_targets = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
+    losses, gradient = run(
+        logits, torch.tensor([0, 0]), dense(soft_targets) if k is None else top(soft_targets, k), 0.5
+    )
     assert torch.isfinite(losses.total).all() and torch.isfinite(gradient).all()
     assert losses.total[0].item() == pytest.approx(0, abs=5e-5)
     assert losses.total[1].item() == pytest.approx(200, abs=1e-2)
@@ -378,9 +377,9 @@ def test_certain_predictions_stay_finite(k):
 
 def test_ignored_rows_have_no_loss_and_no_gradient():
     """Label -100, with and without a past, and in the plain sum."""
-    logits, labels, past = draw()
+    logits, labels, soft_targets = draw()
     labels[[1, 4]] = -100
-    losses, gradient = run(logits, labels, dense(past, torch.arange(ROWS) != 1), 0.8)
+    losses, gradient = run(logits, labels, dense(soft_targets, torch.arange(ROWS) != 1), 0.8)
     assert losses.total[[1, 4]].tolist() == losses.hard[[1, 4]].tolist() == losses.soft[[1, 4]].tolist() == [0, 0]
     assert (gradient[[1, 4]] == 0).all() and (gradient[[0, 2, 3, 5, 6]].abs().sum(-1) > 0.01).all()
     logits = logits.requires_grad_()
@@ -393,11 +392,11 @@ def test_ignored_rows_have_no_loss_and_no_gradient():
 
 def test_ignored_rows_with_nan_logits_count_nothing():
     """As in F.cross_entropy: padding positions may be anything."""
-    logits, labels, past = draw()
+    logits, labels, soft_targets = draw()
     labels[2], logits[2] = -100, math.nan
-    losses = progressive_cross_entropy(logits, labels, dense(past), 0.8)
+    losses = progressive_cross_entropy(logits, labels, dense(soft_targets), 0.8)
     kept = labels != -100
-    expected = progressive_cross_entropy(logits[kept], labels[kept], dense(past[kept]), 0.8)
+    expected = progressive_cross_entropy(logits[kept], labels[kept], dense(soft_targets[kept]), 0.8)
     for name in ("total", "hard", "soft"):
         assert torch.equal(getattr(losses, name)[kept], getattr(expected, name)), name
         assert getattr(losses, name)[2] == 0
@@ -406,8 +405,10 @@ def test_ignored_rows_with_nan_logits_count_nothing():
 @pytest.mark.parametrize("k", [None, 3])
 def test_all_rows_ignored(k):
     """A batch of padding costs exactly 0."""
-    logits, labels, past = draw()
-    losses, gradient = run(logits, torch.full_like(labels, -100), dense(past) if k is None else top(past, k), 0.8)
+    logits, labels, soft_targets = draw()
+    losses, gradient = run(
+        logits, torch.full_like(labels, -100), dense(soft_targets) if k is None else top(soft_targets, k), 0.8
+    )
     assert losses.total.sum() == 0 and (gradient == 0).all()
 
 
@@ -417,26 +418,26 @@ def test_all_rows_ignored(k):
 @pytest.mark.parametrize("alpha", [0.05, 0.4, 1.0])
 def test_target_entropy(alpha):
     """Against the definition."""
-    _, labels, past = draw()
-    target = ((1 - alpha) * F.one_hot(labels, CLASSES) + alpha * past).double()
+    _, labels, soft_targets = draw()
+    target = ((1 - alpha) * F.one_hot(labels, CLASSES) + alpha * soft_targets).double()
     expected = [-sum(p * math.log(p) for p in row if p > 0) for row in target.tolist()]
-    close(target_entropy(dense(past), labels, alpha), torch.tensor(expected))
+    close(target_entropy(dense(soft_targets), labels, alpha), torch.tensor(expected))
     assert min(expected) > 0.1 * alpha
 
 
 @pytest.mark.parametrize("k", [1, 3, 6, CLASSES])
 def test_target_entropy_of_top_k_is_the_collapsed_one_and_a_lower_bound(k):
     """The bucket is one class, the label's if it is not among the stored entries."""
-    _, labels, past = draw(200)
-    alpha, stored = 0.6, top(past, k)
+    _, labels, soft_targets = draw(200)
+    alpha, stored = 0.6, top(soft_targets, k)
     entropy = target_entropy(stored, labels, alpha)
-    target = ((1 - alpha) * F.one_hot(labels, CLASSES) + alpha * past).double()
+    target = ((1 - alpha) * F.one_hot(labels, CLASSES) + alpha * soft_targets).double()
     collapsed = []
     for row, kept in zip(target.tolist(), stored.index.tolist(), strict=True):
         parts = [row[c] for c in kept] + [sum(p for c, p in enumerate(row) if c not in kept)]
         collapsed.append(-sum(p * math.log(p) for p in parts if p > 0))
     close(entropy, torch.tensor(collapsed), atol=2e-5)
-    whole = target_entropy(dense(past), labels, alpha)
+    whole = target_entropy(dense(soft_targets), labels, alpha)
     assert (entropy <= whole + 1e-5).all()
     if k == 3:
         outside = ~(stored.index == labels[:, None]).any(-1)
@@ -445,32 +446,32 @@ def test_target_entropy_of_top_k_is_the_collapsed_one_and_a_lower_bound(k):
 
 def test_loss_of_top_k_is_never_below_the_target_entropy():
     """Whatever the logits; and near it where they equal the target."""
-    logits, labels, past = draw(200)
-    stored = top(past, 3)
+    logits, labels, soft_targets = draw(200)
+    stored = top(soft_targets, 3)
     entropy = target_entropy(stored, labels, 0.6)
     assert (run(logits, labels, stored, 0.6)[0].total >= entropy - 1e-5).all()
-    best = (0.4 * F.one_hot(labels, CLASSES) + 0.6 * past).log()
+    best = (0.4 * F.one_hot(labels, CLASSES) + 0.6 * soft_targets).log()
     inside = (stored.index == labels[:, None]).any(-1)
     close(run(best, labels, stored, 0.6)[0].total[inside], entropy[inside], atol=2e-5)
 
 
 def test_target_entropy_of_ignored_rows_does_not_fail():
     """The value is arbitrary."""
-    _, labels, past = draw()
+    _, labels, soft_targets = draw()
     labels[:] = -100
-    assert torch.isfinite(target_entropy(dense(past), labels, 0.5)).all()
+    assert torch.isfinite(target_entropy(dense(soft_targets), labels, 0.5)).all()
 
 
 def test_select_reorders_rows():
     """All three parts move together."""
-    _, _, past = draw()
+    _, _, soft_targets = draw()
     order, mask = torch.randperm(ROWS, generator=torch.Generator().manual_seed(3)), torch.arange(ROWS) % 2 == 0
-    chosen = top(past, 3, mask).select(order)
+    chosen = top(soft_targets, 3, mask).select(order)
     for place, row in enumerate(order.tolist()):
-        values, index = past[row].topk(3)
+        values, index = soft_targets[row].topk(3)
         assert torch.equal(chosen.index[place], index) and chosen.mask[place] == (row % 2 == 0)
         close(chosen.log_probs[place].exp(), values)
-    assert dense(past, mask).select(order).index is None
+    assert dense(soft_targets, mask).select(order).index is None
 
 
 def test_log_softmax_is_float32_and_finite():
@@ -527,7 +528,7 @@ def stored_reference(logits, labels, past_probs, kept, mask, alpha, rule, tau=1.
 
 def stored(past_probs, k, rule, mask=None):
     made = top(past_probs, k, mask)
-    made.remainder = rule
+    made.tail = rule
     return made
 
 
@@ -537,26 +538,28 @@ def stored(past_probs, k, rule, mask=None):
 @pytest.mark.parametrize("k", [1, 4, CLASSES])
 @pytest.mark.parametrize("rule", RULES)
 def test_stored_entries_equal_the_reference(rule, k, masked, ignored, tau):
-    logits, labels, past = draw(seed=4)
-    labels[3] = past[3].argmax()  # among the entries, whichever they are
+    logits, labels, soft_targets = draw(seed=4)
+    labels[3] = soft_targets[3].argmax()  # among the entries, whichever they are
     mask = torch.arange(ROWS) % 3 != 1 if masked else torch.ones(ROWS, dtype=torch.bool)
     if ignored:
         labels[[0, 1]] = -100
-    entries = stored(past, k, rule, mask)
+    entries = stored(soft_targets, k, rule, mask)
     losses, gradient = run(logits, labels, entries, 0.7, tau)
-    total, hard, soft, expected = stored_reference(logits, labels, past, entries.index, mask, 0.7, rule, tau)
+    total, hard, soft, expected = stored_reference(logits, labels, soft_targets, entries.index, mask, 0.7, rule, tau)
     near = 1e-4 if tau != 1.0 and rule == "bucket" else 5e-6
     close(losses.total, total, atol=near)
     close(losses.hard, hard)
     close(losses.soft, soft, atol=near)
     close(gradient, expected, atol=near)
     if not (masked or ignored):
-        entries.whole = True  # spares the masking and changes nothing
+        entries.all_valid = True  # spares the masking and changes nothing
         whole, same = run(logits, labels, entries, 0.7, tau)
-        assert torch.equal(whole.total, losses.total) and torch.equal(same, gradient) and whole.learners is None
+        assert torch.equal(whole.total, losses.total) and torch.equal(same, gradient) and whole.distilled is None
     if k < CLASSES:
         others = [other for other in RULES if other != rule]
-        values = [stored_reference(logits, labels, past, entries.index, mask, 0.7, other, tau)[0] for other in others]
+        values = [
+            stored_reference(logits, labels, soft_targets, entries.index, mask, 0.7, other, tau)[0] for other in others
+        ]
         assert all((value - total).abs().max() > 1e-2 for value in values)  # the rules can be told apart
 
 
@@ -565,11 +568,11 @@ def test_stored_entries_equal_the_reference(rule, k, masked, ignored, tau):
 @pytest.mark.parametrize("rule", RULES)
 def test_stored_entries_with_half_precision_logits(rule, k, masked):
     """The value is that of the same logits in float32."""
-    logits, labels, past = draw(seed=4)
+    logits, labels, soft_targets = draw(seed=4)
     labels[0], mask = -100, torch.arange(ROWS) % 3 != 1 if masked else torch.ones(ROWS, dtype=torch.bool)
-    entries, half = stored(past, k, rule, mask), logits.bfloat16()
+    entries, half = stored(soft_targets, k, rule, mask), logits.bfloat16()
     losses, gradient = run(half, labels, entries, 0.7)
-    total, _, _, expected = stored_reference(half, labels, past, entries.index, mask, 0.7, rule)
+    total, _, _, expected = stored_reference(half, labels, soft_targets, entries.index, mask, 0.7, rule)
     close(losses.total, total, atol=5e-6)
     assert losses.total.dtype == torch.float32 and gradient.dtype == torch.bfloat16
     assert ((gradient.double() - expected).abs() < 2.0**-8).all() and (gradient[0] == 0).all()
@@ -577,8 +580,8 @@ def test_stored_entries_with_half_precision_logits(rule, k, masked):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_gradient_of_stored_entries_is_rounded_once(rule):
-    logits, labels, past = draw(200, seed=4)
-    half, entries = logits.bfloat16(), stored(past, 4, rule)
+    logits, labels, soft_targets = draw(200, seed=4)
+    half, entries = logits.bfloat16(), stored(soft_targets, 4, rule)
     (_, gradient), (_, wide) = (run(z, labels, entries, 0.7) for z in (half, half.float()))
     assert ((gradient.float() - wide).abs() <= 2.0**-8 * wide.abs()).all()
 
@@ -587,9 +590,9 @@ def test_gradient_of_stored_entries_is_rounded_once(rule):
 @pytest.mark.parametrize("rule", RULES)
 def test_stored_entries_pass_gradcheck(rule, tau):
     """Finite differences (of the float32 inside, hence the wide step)."""
-    logits, labels, past = draw(4, 6, sharpness=1.0)
+    logits, labels, soft_targets = draw(4, 6, sharpness=1.0)
     labels[1] = -100
-    entries = stored(past, 3, rule, torch.tensor([True, True, False, True]))
+    entries = stored(soft_targets, 3, rule, torch.tensor([True, True, False, True]))
 
     def loss(z):
         return progressive_cross_entropy(z, labels, entries, 0.7, tau).total.double()
@@ -605,24 +608,24 @@ def test_stored_entries_pass_gradcheck(rule, tau):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_alpha_0_of_stored_entries_is_cross_entropy(rule):
-    logits, labels, past = draw()
-    losses, gradient = run(logits, labels, stored(past, 3, rule), 0.0)
+    logits, labels, soft_targets = draw()
+    losses, gradient = run(logits, labels, stored(soft_targets, 3, rule), 0.0)
     hard, expected = plain(logits, labels)
     close(losses.total, hard)
     close(gradient, expected)
-    assert not losses.learners.any()
-    assert (run(logits, labels, stored(past, 3, rule), 0.5)[0].total - hard).abs().max() > 0.1
+    assert not losses.distilled.any()
+    assert (run(logits, labels, stored(soft_targets, 3, rule), 0.5)[0].total - hard).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_weighted_rows_get_weighted_gradients(rule):
     """What comes in from behind is passed on row by row."""
-    logits, labels, past = draw()
-    entries, weights = stored(past, 3, rule), torch.linspace(-1, 2, ROWS)
+    logits, labels, soft_targets = draw()
+    entries, weights = stored(soft_targets, 3, rule), torch.linspace(-1, 2, ROWS)
     z = logits.clone().requires_grad_()
     total = progressive_cross_entropy(z, labels, entries, 0.6).total
     (gradient,) = torch.autograd.grad((weights * total).sum(), z)
-    expected = stored_reference(logits, labels, past, entries.index, torch.ones(ROWS), 0.6, rule)[3]
+    expected = stored_reference(logits, labels, soft_targets, entries.index, torch.ones(ROWS), 0.6, rule)[3]
     close(gradient, expected * weights.double().unsqueeze(-1), atol=5e-6)
 
 
@@ -632,14 +635,14 @@ def test_certain_present_and_past_with_stored_entries(rule, dtype):
     """Nothing is left for the other classes, now, then or both: finite, and near the exact value where it has one."""
     logits = torch.tensor([[60.0, 0, 0, 0, 0, 0]] * 3 + [[1.0, 0.5, 0, 0, 0, 0]]).to(dtype)
     sure, unsure = torch.tensor([1.0, 0, 0, 0, 0, 0]), torch.tensor([0.6, 0.3, 0.04, 0.03, 0.02, 0.01])
-    past = torch.stack((sure, sure, unsure, sure))
+    soft_targets = torch.stack((sure, sure, unsure, sure))
     labels = torch.tensor([0, 1, 0, 0])
-    entries = stored(past, 2, rule)
+    entries = stored(soft_targets, 2, rule)
     losses, gradient = run(logits, labels, entries, 0.5)
     assert torch.isfinite(losses.total).all() and torch.isfinite(gradient).all()
     assert losses.total[0].item() == pytest.approx(0, abs=1e-3)
     assert losses.total[1].item() == pytest.approx(30, rel=1e-3)
-    total, _, _, expected = stored_reference(logits, labels, past, entries.index, torch.ones(4), 0.5, rule)
+    total, _, _, expected = stored_reference(logits, labels, soft_targets, entries.index, torch.ones(4), 0.5, rule)
     close(losses.total[3:], total[3:], atol=1e-5)
     close(gradient[3:].float(), expected[3:], atol=1e-5 if dtype == torch.float32 else 4e-3)
     if rule != "bucket":  # a bucket has no mass to compare with left in float32
@@ -652,12 +655,12 @@ def test_bucket_of_little_mass(sharpness):
     """The mass left over is a difference of float32 numbers: the error stays below its resolution."""
     logits = torch.zeros(1, 50)
     logits[0, :2] = torch.tensor([sharpness + 4, sharpness])
-    past = torch.full((1, 50), 0.1 / 48)
-    past[0, :2] = torch.tensor([0.6, 0.3])
-    entries = stored(past, 2, "bucket")
+    soft_targets = torch.full((1, 50), 0.1 / 48)
+    soft_targets[0, :2] = torch.tensor([0.6, 0.3])
+    entries = stored(soft_targets, 2, "bucket")
     losses, gradient = run(logits, torch.tensor([1]), entries, 0.8)
     total, _, _, expected = stored_reference(
-        logits, torch.tensor([1]), past, entries.index, torch.ones(1), 0.8, "bucket"
+        logits, torch.tensor([1]), soft_targets, entries.index, torch.ones(1), 0.8, "bucket"
     )
     left = 1 - logits.double().softmax(-1)[0, :2].sum().item()
     resolution = 0.1 * 8e-7 / left  # of the logarithm of what is left, times the past mass of the bucket
@@ -669,11 +672,11 @@ def test_bucket_of_little_mass(sharpness):
 @pytest.mark.parametrize("tau", [1.0, 2.0])
 @pytest.mark.parametrize("rule", RULES)
 def test_garbage_in_stored_entries_without_a_past_reaches_nothing(rule, tau):
-    logits, labels, past = draw()
+    logits, labels, soft_targets = draw()
     labels[4], mask = -100, torch.tensor([True, False, True, False, True, True, True])
-    clean = stored(past, 3, rule, mask)
+    clean = stored(soft_targets, 3, rule, mask)
     for garbage in (math.nan, math.inf, -math.inf, 1e30):
-        dirty = Past(clean.log_probs.clone(), mask, clean.index, rule)
+        dirty = SoftTargets(clean.log_probs.clone(), mask, clean.index, rule)
         dirty.log_probs[~mask] = garbage
         dirty.log_probs[4] = garbage  # has a past, but no label
         (a, da), (b, db) = run(logits, labels, clean, 0.8, tau), run(logits, labels, dirty, 0.8, tau)
@@ -683,17 +686,17 @@ def test_garbage_in_stored_entries_without_a_past_reaches_nothing(rule, tau):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_stored_entries_and_a_label_of_all_rows_that_are_ignored(rule):
-    logits, labels, past = draw()
-    losses, gradient = run(logits, torch.full_like(labels, -100), stored(past, 3, rule), 0.8)
+    logits, labels, soft_targets = draw()
+    losses, gradient = run(logits, torch.full_like(labels, -100), stored(soft_targets, 3, rule), 0.8)
     assert losses.total.abs().sum() == 0 and (gradient == 0).all()
 
 
 @pytest.mark.parametrize("rule", ["bucket", "label", "renormalize", "uniform"])
 def test_stored_entries_with_masked_classes_stay_finite(rule):
     """Logits of -inf cost nothing where the rule gives these classes no mass; never is anything NaN."""
-    logits, labels, past = draw(6, 8)
-    labels, past = labels.clamp_max(4), past[:, :5] / past[:, :5].sum(-1, keepdim=True)
-    entries = stored(past, 3, rule)
+    logits, labels, soft_targets = draw(6, 8)
+    labels, soft_targets = labels.clamp_max(4), soft_targets[:, :5] / soft_targets[:, :5].sum(-1, keepdim=True)
+    entries = stored(soft_targets, 3, rule)
     gap = torch.cat((logits[:, :5], -torch.full((6, 3), math.inf)), dim=1)
     losses, gradient = run(gap, labels, entries, 0.8)
     assert not losses.total.isnan().any() and torch.isfinite(gradient).all()
@@ -707,10 +710,10 @@ def test_stored_entries_with_masked_classes_stay_finite(rule):
 @pytest.mark.parametrize("rule", ["label", "renormalize"])
 @pytest.mark.parametrize("alpha", [0.05, 1.0])
 def test_target_entropy_of_a_remainder_without_other_classes_is_exact(rule, alpha):
-    _, labels, past = draw(50)
-    entries = stored(past, 3, rule)
+    _, labels, soft_targets = draw(50)
+    entries = stored(soft_targets, 3, rule)
     expected = []
-    for row, kept, label in zip(past.double(), entries.index, labels.tolist(), strict=True):
+    for row, kept, label in zip(soft_targets.double(), entries.index, labels.tolist(), strict=True):
         target = alpha * target_of(row, kept, label, rule)
         target[label] += 1 - alpha
         expected.append(torch.special.entr(target).sum())
@@ -768,7 +771,7 @@ def test_summary_is_logsumexp_and_topk(classes):
 @pytest.mark.parametrize("rows", [1, 263, 530])
 def test_cross_entropy_in_pieces_is_that_of_torch_to_the_bit(rows, dtype, monkeypatch):
     """Several pieces of 262 rows, with rows that are ignored; the control is the number of pieces."""
-    monkeypatch.setattr(losses_module, "WHOLE", 0)
+    monkeypatch.setattr(cross_entropy_module, "CHUNK_ABOVE", 0)
     logits, labels, _ = draw(rows, 1000, seed=rows)
     labels[::3] = -100
     ours, torchs = (logits.to(dtype).requires_grad_() for _ in range(2))
@@ -776,7 +779,7 @@ def test_cross_entropy_in_pieces_is_that_of_torch_to_the_bit(rows, dtype, monkey
     expected = F.cross_entropy(torchs.float(), labels, reduction="sum")
     (gradient,), (same) = torch.autograd.grad(loss / 7, ours), torch.autograd.grad(expected / 7, torchs)[0]
     assert torch.equal(loss, expected) and torch.equal(gradient, same) and gradient.dtype == dtype
-    assert "InPieces" in type(loss.grad_fn).__name__ and "InPieces" not in type(expected.grad_fn).__name__
+    assert "Chunked" in type(loss.grad_fn).__name__ and "InPieces" not in type(expected.grad_fn).__name__
     kept = labels != -100
     close(loss, plain(logits.to(dtype).float()[kept], labels[kept])[0].sum(), atol=2e-3)
 
@@ -786,18 +789,18 @@ def test_cross_entropy_in_pieces_is_that_of_torch_to_the_bit(rows, dtype, monkey
 @pytest.mark.parametrize("rows", [1, 263, 530])
 def test_whole_rows_in_pieces_are_those_of_one_piece_to_the_bit(rows, known, dtype, monkeypatch):
     """Pieces of 262 rows; rows without a past have the bits of F.cross_entropy, and the past has no gradient."""
-    logits, labels, past = draw(rows, 1000, seed=rows)
+    logits, labels, soft_targets = draw(rows, 1000, seed=rows)
     labels[::3], mask = -100, torch.arange(rows) % 4 != 1
-    logits, old, weights = logits.to(dtype), dense(past, mask), torch.linspace(-1, 2, rows)
+    logits, old, weights = logits.to(dtype), dense(soft_targets, mask), torch.linspace(-1, 2, rows)
     old.log_probs[~mask] = math.nan
     old.log_probs.requires_grad_()
     normalized = log_softmax(logits) if known else None
     results = []
     for limit in (0, 2**30):
-        monkeypatch.setattr(losses_module, "WHOLE", limit)
+        monkeypatch.setattr(losses_module, "CHUNK_ABOVE", limit)
         z = logits.clone().requires_grad_()
         losses = progressive_cross_entropy(z, labels, old, 0.7, normalized=normalized)
-        assert ("InPieces" in type(losses.total.grad_fn).__name__) == (limit == 0)
+        assert ("Chunked" in type(losses.total.grad_fn).__name__) == (limit == 0)
         (weights * losses.total).sum().backward()
         results.append((losses, z.grad))
     (pieces, gradient), (whole, expected) = results
@@ -815,15 +818,19 @@ def test_whole_rows_in_pieces_are_those_of_one_piece_to_the_bit(rows, known, dty
 def test_large_whole_rows_equal_the_reference():
     """More than `WHOLE` elements, in float64 row by row."""
     rows, classes = 70, 32_000
-    logits, labels, past = draw(rows, classes, seed=3)
+    logits, labels, soft_targets = draw(rows, classes, seed=3)
     labels[2], mask = -100, torch.arange(rows) % 5 != 1
-    assert logits.numel() > losses_module.WHOLE
-    losses, gradient = run(logits, labels, dense(past, mask), 0.8)
-    total, expected = reference(logits, labels, past, mask, 0.8)
+    assert logits.numel() > losses_module.CHUNK_ABOVE
+    losses, gradient = run(logits, labels, dense(soft_targets, mask), 0.8)
+    total, expected = reference(logits, labels, soft_targets, mask, 0.8)
     close(losses.total, total, atol=2e-5)
     close(gradient, expected)
-    assert (run(logits, labels, dense(past, mask), 0.7)[0].total - losses.total).abs().max() > 0.1
+    assert (run(logits, labels, dense(soft_targets, mask), 0.7)[0].total - losses.total).abs().max() > 0.1
     for alpha in (0.3, 0.8):
-        target = alpha * past.double()
+        target = alpha * soft_targets.double()
         target[torch.arange(rows), labels.clamp_min(0)] += 1 - alpha
-        close(target_entropy(dense(past), labels.clamp_min(0), alpha), torch.special.entr(target).sum(-1), atol=2e-5)
+        close(
+            target_entropy(dense(soft_targets), labels.clamp_min(0), alpha),
+            torch.special.entr(target).sum(-1),
+            atol=2e-5,
+        )

@@ -11,7 +11,6 @@ import torch
 from sklearn.metrics import brier_score_loss, log_loss, top_k_accuracy_score
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from hf_selfkd import metrics
 from hf_selfkd.metrics import (
     ClassificationMetrics,
     calibration_metrics,
@@ -20,6 +19,7 @@ from hf_selfkd.metrics import (
     reliability_curve,
     risk_coverage_curve,
 )
+from hf_selfkd.metrics import calibration as metrics
 
 
 KEYS = ["accuracy", "top5_accuracy", "nll", "brier", "ece", "ece_15", "aurc", "eaurc"]
@@ -63,29 +63,29 @@ def naive_excess(correct):
 
 
 def test_published_vector():
-    figures = calibration_metrics(*binary(CONFIDENCE, CORRECT), from_logits=False)
-    assert list(figures) == KEYS and all(type(value) is float for value in figures.values())
-    assert figures["ece"] == pytest.approx(44.5, abs=1e-9)
-    assert figures["aurc"] == pytest.approx(372.222, abs=5e-4)
-    assert figures["eaurc"] == pytest.approx(180.556, abs=5e-4)
-    assert figures["accuracy"] == 0.5
-    assert figures["nll"] == pytest.approx(-np.mean(np.log([0.95, 0.85, 0.25, 0.65, 0.45, 0.08])))
-    assert figures["brier"] == pytest.approx(np.mean([2 * (0.05**2), 2 * 0.15**2, 2 * 0.75**2, 0.245, 0.605, 1.6928]))
+    metrics = calibration_metrics(*binary(CONFIDENCE, CORRECT), from_logits=False)
+    assert list(metrics) == KEYS and all(type(value) is float for value in metrics.values())
+    assert metrics["ece"] == pytest.approx(44.5, abs=1e-9)
+    assert metrics["aurc"] == pytest.approx(372.222, abs=5e-4)
+    assert metrics["eaurc"] == pytest.approx(180.556, abs=5e-4)
+    assert metrics["accuracy"] == 0.5
+    assert metrics["nll"] == pytest.approx(-np.mean(np.log([0.95, 0.85, 0.25, 0.65, 0.45, 0.08])))
+    assert metrics["brier"] == pytest.approx(np.mean([2 * (0.05**2), 2 * 0.15**2, 2 * 0.75**2, 0.245, 0.605, 1.6928]))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_against_torchmetrics_and_sklearn(seed):
     logits, labels = random_logits(seed=seed)
     probabilities = softmax(logits)
-    figures = calibration_metrics(logits, labels)
+    metrics = calibration_metrics(logits, labels)
     # torchmetrics works in float32 and with left-closed bins: the same away from the edges, where random data lie.
     for key, bins in (("ece", 10), ("ece_15", 15)):
         theirs = multiclass_calibration_error(torch.tensor(probabilities), torch.tensor(labels), 12, bins, "l1")
-        assert figures[key] == pytest.approx(100 * theirs.item(), abs=1e-4)
-    assert figures["accuracy"] == np.mean(probabilities.argmax(1) == labels)
-    assert figures["top5_accuracy"] == top_k_accuracy_score(labels, probabilities, k=5)
-    assert figures["nll"] == pytest.approx(log_loss(labels, probabilities))
-    assert figures["brier"] == pytest.approx(brier_score_loss(labels, probabilities, scale_by_half=False))
+        assert metrics[key] == pytest.approx(100 * theirs.item(), abs=1e-4)
+    assert metrics["accuracy"] == np.mean(probabilities.argmax(1) == labels)
+    assert metrics["top5_accuracy"] == top_k_accuracy_score(labels, probabilities, k=5)
+    assert metrics["nll"] == pytest.approx(log_loss(labels, probabilities))
+    assert metrics["brier"] == pytest.approx(brier_score_loss(labels, probabilities, scale_by_half=False))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -93,9 +93,9 @@ def test_risk_coverage_against_a_naive_loop(seed):
     logits, labels = random_logits(rows=200, seed=seed)
     probabilities = softmax(logits)
     confidence, correct = probabilities.max(1).tolist(), (probabilities.argmax(1) == labels).tolist()
-    figures = calibration_metrics(logits, labels)
-    assert figures["aurc"] == pytest.approx(naive_aurc(confidence, correct))
-    assert figures["eaurc"] == pytest.approx(naive_aurc(confidence, correct) - naive_excess(correct))
+    metrics = calibration_metrics(logits, labels)
+    assert metrics["aurc"] == pytest.approx(naive_aurc(confidence, correct))
+    assert metrics["eaurc"] == pytest.approx(naive_aurc(confidence, correct) - naive_excess(correct))
 
 
 def test_brier_by_hand():
@@ -152,8 +152,8 @@ def test_confidence_zero_falls_in_the_first_bin():
 
 
 def test_extreme_logits_stay_finite():
-    figures = calibration_metrics(np.array([[1e4, -1e4], [-1e4, 1e4]], np.float32), [0, 0])
-    assert figures["nll"] == 1e4 and figures["brier"] == 1 and figures["accuracy"] == 0.5
+    metrics = calibration_metrics(np.array([[1e4, -1e4], [-1e4, 1e4]], np.float32), [0, 0])
+    assert metrics["nll"] == 1e4 and metrics["brier"] == 1 and metrics["accuracy"] == 0.5
 
 
 def test_probability_zero_of_the_label_stays_finite():
@@ -163,8 +163,8 @@ def test_probability_zero_of_the_label_stays_finite():
 
 def test_ties_take_the_first_class_everywhere():
     logits = np.zeros((7, 7))
-    figures = calibration_metrics(logits, np.arange(7))
-    assert figures["accuracy"] == 1 / 7 and figures["top5_accuracy"] == 5 / 7
+    metrics = calibration_metrics(logits, np.arange(7))
+    assert metrics["accuracy"] == 1 / 7 and metrics["top5_accuracy"] == 5 / 7
 
 
 def test_top5_is_one_for_five_classes_or_fewer():
@@ -176,12 +176,12 @@ def test_top5_is_one_for_five_classes_or_fewer():
 def test_tied_confidence_does_not_depend_on_the_order_of_rows():
     rng = np.random.default_rng(0)
     probabilities, labels = binary(rng.choice([0.6, 0.7, 0.9], 60), rng.integers(0, 2, 60))
-    figures = [
+    metrics = [
         calibration_metrics(probabilities[order], labels[order], from_logits=False)
         for order in [np.arange(60), np.argsort(labels), np.argsort(-labels), rng.permutation(60)]
     ]
-    assert all(other["aurc"] == figures[0]["aurc"] for other in figures)
-    assert all(other == pytest.approx(figures[0]) for other in figures)
+    assert all(other["aurc"] == metrics[0]["aurc"] for other in metrics)
+    assert all(other == pytest.approx(metrics[0]) for other in metrics)
 
 
 def test_tied_confidence_is_the_mean_over_all_orders():
@@ -281,8 +281,8 @@ def test_accumulated_batches_equal_one_call():
     compute = ClassificationMetrics()
     for start in range(0, 40, 10):
         assert compute((logits[start : start + 10], labels[start : start + 10]), compute_result=False) == {}
-    figures = compute((logits[40:], labels[40:]), compute_result=True)
-    assert figures == calibration_metrics(logits, labels)
+    metrics = compute((logits[40:], labels[40:]), compute_result=True)
+    assert metrics == calibration_metrics(logits, labels)
     assert compute((logits[40:], labels[40:]), compute_result=True) == calibration_metrics(logits[40:], labels[40:])
 
 
@@ -325,9 +325,9 @@ def test_trainer_evaluate(batch_eval_metrics, tmp_path):
     trainer = Trainer(model, args, eval_dataset=dataset, compute_metrics=compute_classification_metrics)
     expected = calibration_metrics(model.score(features), labels)
     for _ in range(2):  # the second evaluation must not see the first
-        figures = trainer.evaluate()
-        assert {key: figures[f"eval_{key}"] for key in KEYS} == pytest.approx(expected, rel=1e-5)
-    assert figures["eval_nll"] == pytest.approx(figures["eval_loss"], rel=1e-5)
+        metrics = trainer.evaluate()
+        assert {key: metrics[f"eval_{key}"] for key in KEYS} == pytest.approx(expected, rel=1e-5)
+    assert metrics["eval_nll"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
 
 
 # evaluate
@@ -406,9 +406,15 @@ def test_evaluate_metric_passes_errors_on_and_recovers(offline_evaluate):
 
 
 def test_the_metric_class_can_be_imported(offline_evaluate):
-    from hf_selfkd.evaluate_metrics import CalibrationMetric
+    from hf_selfkd.metrics.evaluate_module import CalibrationMetric
 
     assert list(CalibrationMetric(keep_in_memory=True).compute(predictions=[[0.0, 1.0]], references=[1])) == KEYS
+
+
+def test_the_metric_class_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "evaluate", None)
+    with pytest.raises(ImportError, match=r'^CalibrationMetric needs .*: pip install "hf_selfkd\[evaluate\]"\.$'):
+        runpy.run_path(evaluate_module_path())
 
 
 def test_metrics_module_needs_neither_evaluate_nor_torch(monkeypatch):

@@ -114,7 +114,7 @@ def test_models_own_loss_is_kept_bit_identical_at_alpha_0(tmp_path):
 def test_training_draws_no_random_numbers_of_its_own(tmp_path):
     samples = make_samples("resnet")
     states = []
-    for options in ({"trainer": Trainer}, {"alpha": 0.0}, {"alpha": 0.8}, {"alpha": 0.8, "warm_start_history": True}):
+    for options in ({"trainer": Trainer}, {"alpha": 0.0}, {"alpha": 0.8}, {"alpha": 0.8, "warm_start_teacher": True}):
         train(tmp_path, "resnet", samples, num_train_epochs=2, **options)
         states.append(torch.get_rng_state())
     assert all(torch.equal(states[0], state) for state in states)

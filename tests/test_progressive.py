@@ -22,22 +22,22 @@ SCHEDULES = {
 }
 
 
-def soft_loss(logits, past, temperature, top_k):
+def soft_loss(logits, soft_targets, temperature, top_k):
     """Cross-entropy `[R]` under past probabilities; with `top_k` all other classes are one bucket."""
-    now, past = F.softmax(logits / temperature, -1), F.softmax(past.log() / temperature, -1)
+    now, soft_targets = F.softmax(logits / temperature, -1), F.softmax(soft_targets.log() / temperature, -1)
     if top_k is not None:
-        past, kept = past.topk(top_k)
+        soft_targets, kept = soft_targets.topk(top_k)
         now = now.gather(-1, kept)
-        now, past = (torch.cat((p, 1 - p.sum(-1, keepdim=True)), dim=-1) for p in (now, past))
-    return -(past * now.log()).sum(-1) * temperature**2
+        now, soft_targets = (torch.cat((p, 1 - p.sum(-1, keepdim=True)), dim=-1) for p in (now, soft_targets))
+    return -(soft_targets * now.log()).sum(-1) * temperature**2
 
 
-def loss_sum(logits, labels, past, alpha, temperature=1.0, top_k=None, hard_loss=None):
+def loss_sum(logits, labels, soft_targets, alpha, temperature=1.0, top_k=None, hard_loss=None):
     """Sum over the rows with a label of the loss with target `(1 - alpha) * onehot + alpha * past`; NaN is no past."""
     labelled = labels != -100
-    logits, labels, past = logits[labelled], labels[labelled], past[labelled]
-    known = ~past.isnan().any(dim=-1)
-    soft = soft_loss(logits[known], past[known], temperature, top_k).sum()
+    logits, labels, soft_targets = logits[labelled], labels[labelled], soft_targets[labelled]
+    known = ~soft_targets.isnan().any(dim=-1)
+    soft = soft_loss(logits[known], soft_targets[known], temperature, top_k).sum()
     if hard_loss is not None:  # any loss of the batch gives way by the share of rows with a past
         return (1 - alpha * known.float().mean()) * hard_loss(logits, labels) + alpha * soft
     hard = -F.log_softmax(logits, -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
@@ -86,16 +86,18 @@ def naive(
             if partner is not None:
                 batch = {"pixel_values": inputs["pixel_values"]}
             logits = model(**batch).logits.flatten(0, -2)
-            past = torch.full_like(logits, math.nan)
+            soft_targets = torch.full_like(logits, math.nan)
             if teacher == "history":
                 nothing = [torch.full((n, CLASSES), math.nan) for n in per_sample]
-                past[labels != -100] = torch.cat([table.get(n, none) for n, none in zip(ids, nothing, strict=True)])
+                soft_targets[labels != -100] = torch.cat(
+                    [table.get(n, none) for n, none in zip(ids, nothing, strict=True)]
+                )
             elif other is not None and (teacher == "snapshot" or epoch > 0):
-                past = F.softmax(other(**batch).logits.detach().flatten(0, -2), -1)
-            loss = loss_sum(logits, labels, past, alpha_t, **loss_options)
+                soft_targets = F.softmax(other(**batch).logits.detach().flatten(0, -2), -1)
+            loss = loss_sum(logits, labels, soft_targets, alpha_t, **loss_options)
             if partner is not None:
                 share = inputs["mix_lambda"][0]
-                theirs = past[partner] if teacher == "history" else past
+                theirs = soft_targets[partner] if teacher == "history" else soft_targets
                 loss = share * loss + (1 - share) * loss_sum(logits, labels[partner], theirs, alpha_t, **loss_options)
             else:
                 probabilities = F.softmax(logits.detach()[labels != -100], -1).split(per_sample)
@@ -125,7 +127,7 @@ def check_against_naive(tmp_path, name, naive_options=None, dataset=None, **opti
         if teacher_option in options:
             naive_options = {teacher_option: options[teacher_option]} | (naive_options or {})
     reference = naive(make_model(name), samples, trainer.visits, epochs, per_epoch, **(naive_options or {}))
-    plain = train(tmp_path, name, dataset, **(options | {"alpha": 0.0, "warm_start_history": False}))
+    plain = train(tmp_path, name, dataset, **(options | {"alpha": 0.0, "warm_start_teacher": False}))
     assert difference(reference, trainer) < 1e-6
     assert difference(reference, plain) > 1e-4
     return trainer
@@ -158,14 +160,14 @@ def test_history_equals_naive_loop(tmp_path, name):
         ({"alpha": 1.0, "alpha_schedule": "constant"}, {"schedule": "constant"}),
         ({"alpha_schedule": "cosine"}, {"schedule": "cosine"}),
         ({"alpha_schedule": "linear_step"}, {"schedule": "linear_step"}),
-        ({"warm_start_history": True}, {"warm": True}),
+        ({"warm_start_teacher": True}, {"warm": True}),
         ({"num_train_epochs": 2.5}, {}),
         ({"max_steps": 16}, {}),
         ({"history_device": "cpu"}, {}),
         ({"history_device": "disk"}, {}),
         ({"history_top_k": CLASSES}, {}),
-        ({"history_top_k": 2, "history_remainder": "bucket"}, {"top_k": 2}),
-        ({"warm_start_history": True, "gradient_accumulation_steps": 2, "dataloader_drop_last": True}, {"warm": True}),
+        ({"history_top_k": 2, "history_tail": "bucket"}, {"top_k": 2}),
+        ({"warm_start_teacher": True, "gradient_accumulation_steps": 2, "dataloader_drop_last": True}, {"warm": True}),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) or "same",
 )
@@ -227,7 +229,7 @@ def test_half_precision_history_stays_near_the_dense_one(tmp_path, name, dtype):
     "options, naive_options",
     [
         ({"teacher": "snapshot"}, {}),
-        ({"teacher": "snapshot", "warm_start_history": True}, {"warm": True}),
+        ({"teacher": "snapshot", "warm_start_teacher": True}, {"warm": True}),
         ({"teacher": "snapshot", "temperature": 2.0, "alpha_schedule": "cosine"}, {"schedule": "cosine"}),
         ({"teacher": "ema", "ema_decay": 0.7}, {}),
         ({"teacher": "ema", "ema_decay": 0.999, "alpha_schedule": "linear_step"}, {"schedule": "linear_step"}),
@@ -265,7 +267,7 @@ def test_mixed_images_equal_naive_loop(tmp_path, name, teacher, method):
 @pytest.mark.parametrize("name", ["plain_vit", "resnet"])
 def test_warm_start_with_mixed_images_equals_naive_loop(tmp_path, name):
     collator = SelfKDDataCollator(collate, mixup_alpha=1.0, cutmix_alpha=1.0, mix_probability=0.7)
-    trainer = check_against_naive(tmp_path, name, {"warm": True}, data_collator=collator, warm_start_history=True)
+    trainer = check_against_naive(tmp_path, name, {"warm": True}, data_collator=collator, warm_start_teacher=True)
     assert trainer.teacher.stored(range(22)).isfinite().all()
 
 
@@ -357,7 +359,7 @@ def test_alpha_of_a_uniform_past_is_label_smoothing(tmp_path):
             )
 
     samples, options = make_samples("images"), SGD | {"num_train_epochs": 1}
-    warm = {"alpha": 0.3, "alpha_schedule": "constant", "warm_start_history": True}
+    warm = {"alpha": 0.3, "alpha_schedule": "constant", "warm_start_teacher": True}
     ours = train(tmp_path, Uniform(), samples, **options, **warm)
 
     def smoothed_loss(outputs, labels, num_items_in_batch):

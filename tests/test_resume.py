@@ -26,7 +26,8 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import Trainer, TrainerCallback, set_seed
 
 from hf_selfkd import SelfKDDataCollator
-from hf_selfkd.teachers import EMATeacher, HistoryTeacher, SnapshotTeacher
+from hf_selfkd.teachers.history import HistoryTeacher
+from hf_selfkd.teachers.weights import EMATeacher, SnapshotTeacher
 
 
 TEACHERS = {"history": HistoryTeacher, "snapshot": SnapshotTeacher, "ema": EMATeacher}
@@ -35,7 +36,7 @@ LOGGED = ("loss", "grad_norm", "learning_rate", "alpha", "hard_loss", "soft_loss
 
 def everything(trainer, after):
     """What must not depend on an interruption at step `after`."""
-    teacher = trainer.teacher.state()[0]
+    teacher = dict(trainer.teacher.states())["teacher"][0]
     if trainer.teacher.kind == "history":
         teacher |= {"stored": trainer.teacher.stored(range(len(trainer.train_dataset)))}
     optimizer = trainer.optimizer.state_dict()["state"]
@@ -105,8 +106,8 @@ def test_resume_depends_on_the_state_of_the_teacher(tmp_path, teacher, monkeypat
 @pytest.mark.parametrize(
     "name, options",
     [
-        ("vit", {"warm_start_history": True}),
-        ("vit", {"warm_start_history": True, "teacher": "snapshot"}),
+        ("vit", {"warm_start_teacher": True}),
+        ("vit", {"warm_start_teacher": True, "teacher": "snapshot"}),
         ("vit", {"history_device": "disk"}),
         ("bert_tokens", {"history_device": "disk"}),
         ("vit", {"history_device": "cpu"}),
@@ -132,9 +133,9 @@ def test_resume_with_option_is_exact(tmp_path, name, options):
     check_resume(tmp_path, name, make_samples(name), [options["save_steps"], 2 * options["save_steps"]], **options)
 
 
-@pytest.mark.parametrize("place", ["model", "cpu", "disk"])
+@pytest.mark.parametrize("place", ["accelerator", "cpu", "disk"])
 def test_resume_with_history_in_another_place_is_exact(tmp_path, place):
-    options = saves(4) | {"history_device": "disk" if place != "disk" else "model"}
+    options = saves(4) | {"history_device": "disk" if place != "disk" else "accelerator"}
     check_resume(tmp_path, "vit", make_samples("vit"), [4, 8], {"history_device": place}, **options)
 
 
@@ -275,6 +276,12 @@ def test_shuffled_dataset_is_refused_at_the_first_batch_that_shows_it(tmp_path):
     folder = checkpoint(tmp_path)
     samples = make_samples("vit")
     samples.items = samples.items[1:] + samples.items[:1]
+    refused_resume(folder, "holds other inputs", str(folder), "same dataset", samples=samples)
+    for item in samples.items:
+        item["pixel_values"] = torch.zeros(3, 16, 16)  # which a few samples do not tell apart
+    others = make_samples("vit")
+    others.items = [item | {"labels": 0} for item in samples.items[:4]] + samples.items[4:]
+    folder = checkpoint(tmp_path / "same", samples=others)
     refused_resume(folder, "labels of sample_id=", "shuffled", "sample_id_column", samples=samples)
 
 
@@ -412,28 +419,30 @@ class FakeHub:
     """Notes which files an upload would read, when it reads them: at the end, as uploads are asynchronous."""
 
     def __init__(self):
-        self.pending, self.uploaded = [], {}
+        self.pending, self.uploaded, self.later = [], {}, []
 
     def create_repo(self, name, **keywords):
         return SimpleNamespace(repo_id=f"me/{name}")
 
     def upload_folder(self, folder_path, path_in_repo="", ignore_patterns=None, run_as_future=False, **keywords):
         self.pending.append((folder_path, path_in_repo, ignore_patterns))
+        self.later.append(Future())
         if not run_as_future:
             self.read()
-        done = Future()
-        done.set_result(None)
-        return done
+        return self.later[-1]
 
     def read(self):
         for folder, target, ignored in self.pending:
             files = [str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()]
             self.uploaded.setdefault(target, set()).update(filter_repo_objects(files, ignore_patterns=ignored))
         self.pending = []
+        for future in self.later:
+            if not future.done():
+                future.set_result(None)
 
 
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
-@pytest.mark.parametrize("place", ["model", "disk"])
+@pytest.mark.parametrize("place", ["accelerator", "disk"])
 def test_stored_predictions_never_reach_the_hub(tmp_path, monkeypatch, strategy, place):
     hub = FakeHub()
     monkeypatch.setattr("transformers.trainer.hf_api", lambda *arguments, **keywords: hub)
@@ -445,6 +454,7 @@ def test_stored_predictions_never_reach_the_hub(tmp_path, monkeypatch, strategy,
 
     monkeypatch.setattr(Trainer, "_finish_current_push", finish)
     options = saves(8) | {"push_to_hub": True, "hub_strategy": strategy, "hub_model_id": "run"}
+    options |= {"hub_always_push": True}
     trainer = train(tmp_path, "vit", make_samples("vit"), history_device=place, **options)
     trainer.push_to_hub()
     hub.read()

@@ -6,16 +6,8 @@ import transformers as tf
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hf_selfkd.rows import (
-    SUPPORTED,
-    adapter_for,
-    base_model,
-    causal_rows,
-    check_labels,
-    logits_of,
-    sample_rows,
-    token_rows,
-)
+from hf_selfkd.models import base_model, logits_of
+from hf_selfkd.tasks.rows import SUPPORTED, adapter_for, causal_rows, check_labels, sample_rows, token_rows
 
 
 TEXT = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}

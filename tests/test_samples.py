@@ -18,12 +18,12 @@ from hf_selfkd.samples import (
     MIX_LAMBDA,
     MIX_PARTNER,
     SAMPLE_ID,
-    SAMPLE_KEYS,
+    SAMPLE_INDEX,
     BatchIdDataset,
     SampleIdDataset,
     checked_ids,
     is_hf_dataset,
-    sample_keys,
+    sample_index,
     seeded,
 )
 
@@ -187,7 +187,7 @@ def test_ids_that_travel_beside_the_items(workers):
             dataset, batch_size=3, sampler=[3, 1, 4], collate_fn=SelfKDDataCollator(inner), num_workers=workers
         )
         (batch,) = loader
-        assert batch["own"] and batch[SAMPLE_ID].tolist() == batch[SAMPLE_KEYS].ids.tolist() == ids
+        assert batch["own"] and batch[SAMPLE_ID].tolist() == batch[SAMPLE_INDEX].ids.tolist() == ids
         assert batch["x"].tolist() == [3, 1, 4]
     assert BatchIdDataset(plain)[5][SAMPLE_ID] == 5  # one by one, the items carry their ids
 
@@ -425,34 +425,36 @@ def test_the_epoch_survives_a_copy_in_another_process():
 # Keys
 
 
-def padded(sequences, side, width):
-    rows = [s + [-100] * (width - len(s)) if side == "right" else [-100] * (width - len(s)) + s for s in sequences]
+def padded(sequences, target, width):
+    rows = [s + [-100] * (width - len(s)) if target == "right" else [-100] * (width - len(s)) + s for s in sequences]
     return torch.tensor(rows)
 
 
 def hashes(labels):
-    return sample_keys(torch.arange(len(labels)), labels).label_hash.tolist()
+    return sample_index(torch.arange(len(labels)), labels).label_hash.tolist()
 
 
 def test_keys_of_samples():
     """One label each: the hash is the label, row b is sample b."""
-    keys = sample_keys(torch.tensor([7, 3, 9]), torch.tensor([2, -100, 0]))
-    assert keys.ids.tolist() == [7, 3, 9] and keys.ids.dtype == np.int64
-    assert keys.label_hash.tolist() == [2, -100, 0] and keys.total == 2 and keys.counts is keys.rows is None
+    samples = sample_index(torch.tensor([7, 3, 9]), torch.tensor([2, -100, 0]))
+    assert samples.ids.tolist() == [7, 3, 9] and samples.ids.dtype == np.int64
+    assert (
+        samples.label_hash.tolist() == [2, -100, 0] and samples.total == 2 and samples.counts is samples.rows is None
+    )
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (1, 1)])
 def test_keys_of_sequences_of_one_token(shape):
     """A length of 1 does not make a sequence a sample."""
-    keys = sample_keys(torch.arange(shape[0]), torch.ones(shape, dtype=torch.int64))
-    assert keys.rows.tolist() == list(range(shape[0])) and keys.counts.tolist() == [1] * shape[0]
+    samples = sample_index(torch.arange(shape[0]), torch.ones(shape, dtype=torch.int64))
+    assert samples.rows.tolist() == list(range(shape[0])) and samples.counts.tolist() == [1] * shape[0]
 
 
 def test_keys_of_tokens():
     """Where the labelled positions stand among the flattened rows."""
     labels = torch.tensor([[-100, 4, -100, 2], [-100, -100, -100, -100], [1, 1, 0, -100]])
-    keys = sample_keys(torch.tensor([5, 6, 7]), labels)
-    assert keys.counts.tolist() == [2, 0, 3] and keys.rows.tolist() == [1, 3, 8, 9, 10]
+    samples = sample_index(torch.tensor([5, 6, 7]), labels)
+    assert samples.counts.tolist() == [2, 0, 3] and samples.rows.tolist() == [1, 3, 8, 9, 10]
 
 
 SEQUENCES = [[1, 2, 3], [4], [], [0, 0], [3, 2, 1, 0]]
@@ -500,7 +502,7 @@ def test_the_inner_collator_does_not_see_the_ids():
     batch = SelfKDDataCollator(inner)(given)
     assert all(SAMPLE_ID not in item for item in seen) and all(SAMPLE_ID in item for item in given)
     assert batch[SAMPLE_ID].tolist() == [10, 11, 12, 13] and batch[SAMPLE_ID].dtype == torch.int64
-    assert batch[SAMPLE_KEYS].ids.tolist() == [10, 11, 12, 13] and batch[SAMPLE_KEYS].label_hash.tolist() == [
+    assert batch[SAMPLE_INDEX].ids.tolist() == [10, 11, 12, 13] and batch[SAMPLE_INDEX].label_hash.tolist() == [
         0,
         1,
         2,
@@ -515,13 +517,13 @@ def test_collators_that_drop_columns():
         batch = SelfKDDataCollator(lambda items, kind=kind: kind({"x": torch.tensor([i["x"] for i in items])}))(
             features()
         )
-        assert batch[SAMPLE_ID].tolist() == [10, 11, 12, 13] and SAMPLE_KEYS not in batch
+        assert batch[SAMPLE_ID].tolist() == [10, 11, 12, 13] and SAMPLE_INDEX not in batch
 
 
 def test_default_collator():
     batch = SelfKDDataCollator()(features())
     expected = default_data_collator([{k: v for k, v in f.items() if k != SAMPLE_ID} for f in features()])
-    assert batch.keys() - expected.keys() == {SAMPLE_ID, SAMPLE_KEYS}
+    assert batch.keys() - expected.keys() == {SAMPLE_ID, SAMPLE_INDEX}
     assert all(torch.equal(batch[key], expected[key]) for key in expected)
 
 
@@ -547,7 +549,7 @@ def test_tensors_only():
     """Where batches travel between processes."""
     collator = SelfKDDataCollator()
     collator.host_keys = False
-    assert SAMPLE_KEYS not in collator(features())
+    assert SAMPLE_INDEX not in collator(features())
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,15 @@ import torch
 from test_history import Processes
 from torch import nn
 
-from hf_selfkd import SelfKDConfig, teachers
-from hf_selfkd.history import NEVER, WARM_START
-from hf_selfkd.rows import Rows
-from hf_selfkd.samples import sample_keys
-from hf_selfkd.teachers import EMATeacher, HistoryTeacher, SnapshotTeacher, Teacher
+from hf_selfkd import teachers
+from hf_selfkd.batch import Batch, Mixing
+from hf_selfkd.config import MethodArguments
+from hf_selfkd.history.table import NEVER, WARM_START
+from hf_selfkd.samples import sample_index
+from hf_selfkd.tasks.rows import Rows
+from hf_selfkd.teachers.base import Taught, Teacher
+from hf_selfkd.teachers.history import HistoryStore, HistoryTeacher
+from hf_selfkd.teachers.weights import EMATeacher, SnapshotTeacher
 
 
 CPU = torch.device("cpu")
@@ -56,8 +60,17 @@ def train_step(model, seed, lr=0.5):
             parameter -= lr * gradient
 
 
-def logits_of(outputs):
-    return [outputs["logits"]]
+def logits_of(run, batch):
+    return [run(batch.inputs)["logits"]]
+
+
+def state_of(teacher):
+    """The tensors and metadata of the one file that these teachers write."""
+    return dict(teacher.states())["teacher"]
+
+
+def journal_of(teacher):
+    return dict(teacher.process_states()).get("teacher", {})
 
 
 def log_probs(model, x):
@@ -66,7 +79,7 @@ def log_probs(model, x):
 
 
 def targets(teacher, x):
-    return teacher.targets(None, {"pixel_values": x}, None)
+    return teacher.targets(Batch({"pixel_values": x}, torch.zeros(len(x), dtype=torch.long))).model
 
 
 def flags_and_state(model):
@@ -91,10 +104,11 @@ def test_the_silent_teacher():
     """Says nothing, keeps nothing, and says so."""
     teacher = Teacher()
     teacher.begin_epoch(3)
-    teacher.observe(None, None)
+    batch = Batch({}, torch.zeros(1, dtype=torch.long))
+    teacher.observe(batch, None, [])
     teacher.after_step()
-    assert teacher.epoch == 3 and teacher.targets(None, {}, None) is None
-    assert teacher.state() == ({}, {}) and teacher.process_state() == {} and not teacher.needs_ids
+    assert teacher.epoch == 3 and teacher.targets(batch) == Taught()
+    assert state_of(teacher) == ({}, {}) and journal_of(teacher) == {} and not teacher.needs_ids
     with pytest.raises(ValueError, match="teacher='none' stores no rows: use teacher='history'"):
         teacher.stored([0])
 
@@ -114,11 +128,17 @@ def test_snapshot_equals_a_copy_of_the_model():
         teacher.begin_epoch(epoch)
         for step in range(2):
             train_step(model, 10 * epoch + step)
-            past = targets(teacher, data(100 + step))
-            assert torch.equal(past.log_probs, log_probs(frozen, data(100 + step))) and past.mask.all()
-            assert past.log_probs.dtype == torch.float32 and past.index is None and not past.log_probs.requires_grad
-        assert not torch.allclose(past.log_probs, log_probs(copy.deepcopy(model).eval(), data(101)), atol=1e-2)
-        assert not torch.allclose(past.log_probs, log_probs(copy.deepcopy(frozen).train(), data(101)), atol=1e-2)
+            soft_targets = targets(teacher, data(100 + step))
+            assert torch.equal(soft_targets.log_probs, log_probs(frozen, data(100 + step))) and soft_targets.mask.all()
+            assert (
+                soft_targets.log_probs.dtype == torch.float32
+                and soft_targets.index is None
+                and not soft_targets.log_probs.requires_grad
+            )
+        assert not torch.allclose(soft_targets.log_probs, log_probs(copy.deepcopy(model).eval(), data(101)), atol=1e-2)
+        assert not torch.allclose(
+            soft_targets.log_probs, log_probs(copy.deepcopy(frozen).train(), data(101)), atol=1e-2
+        )
 
 
 @pytest.mark.parametrize("kind", ["snapshot", "ema"])
@@ -140,9 +160,9 @@ def test_dropout_of_a_teacher_leaves_statistics_alone(kind):
     expected = log_probs(frozen, data(3))
     before = {name: tensor.clone() for name, tensor in model.named_buffers()}
     torch.manual_seed(5)
-    past = targets(teacher, data(3))
-    assert torch.equal(past.log_probs, expected)
-    assert not torch.allclose(past.log_probs, log_probs(copy.deepcopy(model).eval(), data(3)), atol=1e-3)
+    soft_targets = targets(teacher, data(3))
+    assert torch.equal(soft_targets.log_probs, expected)
+    assert not torch.allclose(soft_targets.log_probs, log_probs(copy.deepcopy(model).eval(), data(3)), atol=1e-3)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_buffers())
     assert all(module.training for module in model.modules())
 
@@ -151,16 +171,21 @@ def test_heads_are_asked_in_the_same_pass():
     model = net()
     calls = []
 
-    def predict(outputs):
+    def predict(run, batch):
+        outputs = run(batch.inputs)
         calls.append(1)
         return [outputs["logits"], 2 * outputs["logits"]]
 
     teacher = SnapshotTeacher(model, predict, warm_start=True)
     teacher.begin_epoch(0)
-    past = targets(teacher, data(4))
-    expected = torch.log_softmax(2 * past.log_probs, -1)
-    torch.testing.assert_close(teacher.of_heads[0].log_probs, expected)
-    assert len(calls) == 1 and len(teacher.of_heads) == 1
+    batch = Batch({"pixel_values": data(4)}, torch.zeros(8, dtype=torch.long))
+    assert teacher.targets(batch).heads == []  # in the first epoch, even a warm start has untrained heads
+    teacher.begin_epoch(1)
+    calls.clear()
+    taught = teacher.targets(batch)
+    expected = torch.log_softmax(2 * taught.model.log_probs, -1)
+    torch.testing.assert_close(taught.heads[0].log_probs, expected)
+    assert len(calls) == 1 and len(taught.heads) == 1
 
 
 def test_snapshot_is_taken_once_an_epoch():
@@ -255,19 +280,21 @@ def test_rows_that_are_not_finite_teach_nothing():
     teacher.begin_epoch(0)
     x = data(5)
     x[2] = float("nan")
-    past = targets(teacher, x)
-    assert past.mask.tolist() == [True, True, False] + [True] * 5 and torch.isfinite(past.log_probs).all()
+    soft_targets = targets(teacher, x)
+    assert (
+        soft_targets.mask.tolist() == [True, True, False] + [True] * 5 and torch.isfinite(soft_targets.log_probs).all()
+    )
 
 
 def test_half_precision_models_teach_in_float32():
     model = net().bfloat16().eval()
     teacher = SnapshotTeacher(model, logits_of, warm_start=True)
     teacher.begin_epoch(0)
-    past = targets(teacher, data(5).bfloat16())
-    assert past.log_probs.dtype == torch.float32
-    assert (past.log_probs.exp().sum(-1) - 1).abs().max() < 1e-5
+    soft_targets = targets(teacher, data(5).bfloat16())
+    assert soft_targets.log_probs.dtype == torch.float32
+    assert (soft_targets.log_probs.exp().sum(-1) - 1).abs().max() < 1e-5
     with torch.no_grad():
-        assert torch.equal(past.log_probs, model(data(5).bfloat16())["logits"].float().log_softmax(-1))
+        assert torch.equal(soft_targets.log_probs, model(data(5).bfloat16())["logits"].float().log_softmax(-1))
 
 
 def test_processes_share_the_statistics_of_the_first():
@@ -295,16 +322,16 @@ def test_state_of_weights(kind):
 
     model = net()
     teacher = make(model)
-    assert teacher.state()[0] == {} and teacher.process_state() == {}
+    assert state_of(teacher)[0] == {} and journal_of(teacher) == {}
     teacher.begin_epoch(0)
     for step in range(3):
         train_step(model, step)
         teacher.after_step()
     teacher.begin_epoch(1)
-    tensors, metadata = teacher.state()
+    tensors, metadata = state_of(teacher)
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     other = make(copy.deepcopy(model))
-    other.load(tensors, metadata | {"teacher": kind}, [])
+    other.load("teacher", (tensors, metadata | {"teacher": kind}), [])
     other.epoch = 1
     other.begin_epoch(1)
     for step in range(3, 6):
@@ -316,10 +343,10 @@ def test_state_of_weights(kind):
     assert not torch.allclose(targets(teacher, data(5)).log_probs, log_probs(copy.deepcopy(model).eval(), data(5)))
     wide = nn.Sequential(nn.Linear(6, 9))
     with pytest.raises(ValueError, match=f"the checkpoint's {kind} has no 0.weight of shape \\[9, 6\\]"):
-        make(wide).load(tensors, metadata, [])
+        make(wide).load("teacher", (tensors, metadata), [])
     tensors["weights.head.bias"] = torch.zeros(9)
     with pytest.raises(ValueError, match=f"the checkpoint's {kind} has no head.bias of shape \\[4\\]: resume with"):
-        make(net()).load(tensors, metadata, [])
+        make(net()).load("teacher", (tensors, metadata), [])
 
 
 @pytest.mark.parametrize("kind", ["snapshot", "ema"])
@@ -327,9 +354,9 @@ def test_state_before_the_teacher_has_acted(kind):
     def make():
         return SnapshotTeacher(net(), logits_of) if kind == "snapshot" else EMATeacher(net(), logits_of, 0.9)
 
-    tensors, metadata = make().state()
+    tensors, metadata = state_of(make())
     other = make()
-    other.load(tensors, metadata, [])
+    other.load("teacher", (tensors, metadata), [])
     other.begin_epoch(1 if kind == "ema" else 0)
     assert targets(other, data(1)) is None
 
@@ -386,51 +413,61 @@ def test_ema_acts_from_the_second_epoch():
 
 
 def history_teacher(tmp_path, size=6, ids=None, gather=None, rank=0, **fields):
-    config = SelfKDConfig(str(tmp_path / "out"), report_to="none", **fields)
-    return HistoryTeacher(config, size, ids, CPU, tmp_path / "history", 3, gather, rank, rank == 0)
+    store = HistoryStore(MethodArguments(**fields), size, ids, CPU, tmp_path / "history", 3, gather, rank, rank == 0)
+    return HistoryTeacher(store)
+
+
+def asked(teacher, samples, rows):
+    """The soft targets of a teacher for these rows."""
+    return teacher.targets(Batch({}, rows.labels, samples=samples)).model
+
+
+def observe(teacher, samples, rows, mixed=False):
+    mixing = Mixing(torch.arange(len(rows.labels)), torch.tensor(0.5)) if mixed else None
+    teacher.observe(Batch({}, rows.labels, samples=samples, mixing=mixing), rows, [])
 
 
 def batch(ids, seed, classes=CLASSES):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.tensor([i % classes for i in ids])
     rows = Rows(torch.randn(len(ids), classes, generator=generator).requires_grad_(), labels)
-    return sample_keys(torch.tensor(ids), labels), rows
+    return sample_index(torch.tensor(ids), labels), rows
 
 
 def visit(teacher, ids, seed, mixed=False):
     """What a step does; the past it learns from."""
-    keys, rows = batch(ids, seed)
-    past = teacher.targets(keys, {}, rows)
-    teacher.observe(keys, rows, mixed)
-    return past, rows.logits.detach().log_softmax(-1)
+    samples, rows = batch(ids, seed)
+    soft_targets = asked(teacher, samples, rows)
+    observe(teacher, samples, rows, mixed)
+    return soft_targets, rows.logits.detach().log_softmax(-1)
 
 
 def test_history_teacher_reads_what_it_observed_an_epoch_ago(tmp_path):
     """In any order; nothing in the first epoch, and no gradient."""
     teacher = history_teacher(tmp_path)
     teacher.begin_epoch(0)
-    past, first = visit(teacher, [0, 1, 2, 3], 1)
-    assert past is None
+    soft_targets, first = visit(teacher, [0, 1, 2, 3], 1)
+    assert soft_targets is None
     teacher.begin_epoch(0)  # again: changes nothing
     assert visit(teacher, [4, 0], 2)[0] is None
     teacher.begin_epoch(1)
-    past, second = visit(teacher, [3, 5, 1], 3)
-    assert past.mask.tolist() == [True, False, True] and not past.log_probs.requires_grad
-    assert torch.equal(past.log_probs[past.mask], first[[3, 1]])
+    soft_targets, second = visit(teacher, [3, 5, 1], 3)
+    assert soft_targets.mask.tolist() == [True, False, True] and not soft_targets.log_probs.requires_grad
+    assert torch.equal(soft_targets.log_probs[soft_targets.mask], first[[3, 1]])
     teacher.begin_epoch(2)
-    past, _ = visit(teacher, [0, 1, 5], 4)
-    assert torch.equal(past.log_probs, torch.stack((first[0], second[2], second[1])))
+    soft_targets, _ = visit(teacher, [0, 1, 5], 4)
+    assert torch.equal(soft_targets.log_probs, torch.stack((first[0], second[2], second[1])))
     assert teacher.history.stamps.tolist() == [0, 1, 0, 1, 0, 1]
 
 
 def test_half_precision_rows_are_stored_in_float32(tmp_path):
     teacher = history_teacher(tmp_path)
-    keys, rows = batch([0, 1], 1)
+    samples, rows = batch([0, 1], 1)
     rows.logits = rows.logits.detach().bfloat16()
     teacher.begin_epoch(0)
-    teacher.observe(keys, rows)
+    observe(teacher, samples, rows)
     teacher.begin_epoch(1)
-    assert torch.equal(teacher.targets(keys, {}, rows).log_probs, rows.logits.float().log_softmax(-1))
+    assert torch.equal(asked(teacher, samples, rows).log_probs, rows.logits.float().log_softmax(-1))
 
 
 def test_rows_of_mixed_images_are_not_stored(tmp_path):
@@ -440,8 +477,8 @@ def test_rows_of_mixed_images_are_not_stored(tmp_path):
     visit(teacher, [0, 1], 1, mixed=True)
     _, first = visit(teacher, [1, 2], 2)
     teacher.begin_epoch(1)
-    past, _ = visit(teacher, [0, 1, 2], 3, mixed=True)
-    assert past.mask.tolist() == [False, True, True] and torch.equal(past.log_probs[1:], first)
+    soft_targets, _ = visit(teacher, [0, 1, 2], 3, mixed=True)
+    assert soft_targets.mask.tolist() == [False, True, True] and torch.equal(soft_targets.log_probs[1:], first)
     teacher.begin_epoch(2)
     assert torch.equal(visit(teacher, [1, 2], 4)[0].log_probs, first)
 
@@ -449,8 +486,8 @@ def test_rows_of_mixed_images_are_not_stored(tmp_path):
 def test_observations_before_training(tmp_path):
     """A warm start is the past of the first epoch, and has a stamp of its own."""
     teacher = history_teacher(tmp_path)
-    keys, rows = batch([0, 1], 1)
-    teacher.observe(keys, rows)
+    samples, rows = batch([0, 1], 1)
+    observe(teacher, samples, rows)
     teacher.begin_epoch(0)
     assert torch.equal(visit(teacher, [1, 0], 2)[0].log_probs, rows.logits.log_softmax(-1)[[1, 0]])
     assert teacher.history.stamps.tolist() == [WARM_START] * 2 + [NEVER] * 4
@@ -461,8 +498,8 @@ def test_stored(tmp_path):
     teacher = history_teacher(tmp_path, size=3, ids=np.array([90, 7, 30]))
     with pytest.raises(ValueError, match="no predictions are stored yet"):
         teacher.stored([7])
-    keys, rows = batch([30, 90], 1)
-    teacher.observe(keys, rows)
+    samples, rows = batch([30, 90], 1)
+    observe(teacher, samples, rows)
     teacher.begin_epoch(0)
     probabilities = rows.logits.detach().softmax(-1)
     for ids in ([90, 7, 30], np.array([90, 7, 30]), torch.tensor([90, 7, 30])):
@@ -490,15 +527,15 @@ def test_trace(tmp_path):
         _ = without.trace
 
 
-@pytest.mark.parametrize("first", ["targets", "observe"])
-def test_another_number_of_classes(tmp_path, first):
-    """Found before the loss fails on shapes."""
+def test_another_number_of_classes(tmp_path):
+    """Found where rows are kept; where they are read, the distiller compares the classes."""
     teacher = history_teacher(tmp_path)
     visit(teacher, [0, 1], 1)
     teacher.begin_epoch(0)
-    keys, rows = batch([0, 1], 2, classes=7)
+    samples, rows = batch([0, 1], 2, classes=7)
     with pytest.raises(ValueError, match="the model has 7 classes, the stored predictions 4: resume with the model"):
-        teacher.targets(keys, {}, rows) if first == "targets" else teacher.observe(keys, rows)
+        observe(teacher, samples, rows)
+    assert asked(teacher, samples, rows).num_classes == CLASSES
 
 
 def tokens(ids, seed, length=5):
@@ -507,26 +544,26 @@ def tokens(ids, seed, length=5):
     rows = Rows(
         torch.randn(labels.numel(), CLASSES, generator=torch.Generator().manual_seed(seed)), labels.reshape(-1)
     )
-    return sample_keys(torch.tensor(ids), labels), rows
+    return sample_index(torch.tensor(ids), labels), rows
 
 
 def test_size_of_a_history_of_tokens_is_estimated_from_the_first_batch(tmp_path, monkeypatch):
     """Labelled rows per sample, times the samples, rounded up; that of all processes together."""
-    asked, plan_history = [], teachers.plan_history
+    counts, plan_history = [], teachers.history.plan_history
     monkeypatch.setattr(
-        teachers, "plan_history", lambda c, rows, *rest: asked.append(rows) or plan_history(c, rows, *rest)
+        teachers.history, "plan_history", lambda c, rows, *rest: counts.append(rows) or plan_history(c, rows, *rest)
     )
     teacher = history_teacher(tmp_path, size=10)
-    teacher.observe(*tokens([1, 3, 3], 1))  # 7 rows of 3 samples
-    assert asked == [24] and teacher.history.ragged
+    observe(teacher, *tokens([1, 3, 3], 1))  # 7 rows of 3 samples
+    assert counts == [24] and teacher.history.ragged
 
     def process(rank, gather):
         teacher = history_teacher(tmp_path / str(rank), 10, gather=gather, rank=rank)
-        teacher.observe(*tokens([1, 3, 3] if rank == 0 else [1], 1))  # 8 rows of 4 samples
+        observe(teacher, *tokens([1, 3, 3] if rank == 0 else [1], 1))  # 8 rows of 4 samples
         return teacher
 
     Processes(2).run(process)
-    assert asked == [24, 20, 20]
+    assert counts == [24, 20, 20]
 
 
 def test_a_history_that_does_not_fit_is_refused_at_the_first_batch(tmp_path):
@@ -561,23 +598,23 @@ def test_processes_that_mix_different_batches(tmp_path):
 def trained(tmp_path, **arguments):
     teacher = history_teacher(tmp_path, **arguments)
     teacher.begin_epoch(0)
-    ids = [0, 1, 2, 3] if teacher.ids is None else teacher.ids[:4].tolist()
+    ids = [0, 1, 2, 3] if teacher.store.ids is None else teacher.store.ids[:4].tolist()
     visit(teacher, ids, 1)
     teacher.begin_epoch(1)
     visit(teacher, ids[:2], 2)
     return teacher, ids
 
 
-@pytest.mark.parametrize("place", ["model", "disk"])
+@pytest.mark.parametrize("place", ["accelerator", "disk"])
 @pytest.mark.parametrize("top_k", [None, 2, CLASSES])
 @pytest.mark.parametrize("ids", [None, np.array([50, 3, 20, 9, 44, 1])])
 def test_a_loaded_history_goes_on_as_the_old_one(tmp_path, place, top_k, ids):
     """In the middle of an epoch, with rows read and rows still in the journal."""
     arguments = {"history_device": place, "history_top_k": top_k, "ids": ids, "history_trace": True}
     teacher, visited = trained(tmp_path / "a", **arguments)
-    tensors, metadata = teacher.state()
+    tensors, metadata = state_of(teacher)
     other = history_teacher(tmp_path / "b", **arguments)
-    other.load({n: t.clone() for n, t in tensors.items()}, metadata, [teacher.process_state()])
+    other.load("teacher", ({n: t.clone() for n, t in tensors.items()}, metadata), [journal_of(teacher)])
     other.epoch = 1
     for t in (teacher, other):
         t.begin_epoch(1)
@@ -595,9 +632,9 @@ def test_a_loaded_history_goes_on_as_the_old_one(tmp_path, place, top_k, ids):
 
 def test_a_history_saved_before_the_first_batch(tmp_path):
     teacher = history_teacher(tmp_path)
-    assert teacher.state() == ({}, {}) and teacher.process_state() == {}
+    assert state_of(teacher) == ({}, {}) and journal_of(teacher) == {}
     other = history_teacher(tmp_path)
-    other.load({}, {"teacher": "history"}, [])
+    other.load("teacher", ({}, {"teacher": "history"}), [])
     assert other.history is None and visit(other, [0], 1)[0] is None
 
 
@@ -623,9 +660,9 @@ OWN_IDS = np.array([5, 6, 7, 8, 9, 10])
 def test_histories_of_something_else(tmp_path, before, after, message):
     """Both sides are in the message."""
     teacher, _ = trained(tmp_path / "a", **before)
-    tensors, metadata = teacher.state()
+    tensors, metadata = state_of(teacher)
     with pytest.raises(ValueError, match=message):
-        history_teacher(tmp_path / "b", **after).load(tensors, metadata, [teacher.process_state()])
+        history_teacher(tmp_path / "b", **after).load("teacher", (tensors, metadata), [journal_of(teacher)])
 
 
 @pytest.mark.parametrize(
@@ -642,9 +679,9 @@ def test_histories_of_something_else(tmp_path, before, after, message):
 def test_histories_that_are_the_same(tmp_path, before, after):
     """What the checkpoint has wins over what is left open; the order of ids and the place do not matter."""
     teacher, ids = trained(tmp_path / "a", **before)
-    tensors, metadata = teacher.state()
+    tensors, metadata = state_of(teacher)
     other = history_teacher(tmp_path / "b", **after)
-    other.load(tensors, metadata, [])
+    other.load("teacher", (tensors, metadata), [])
     assert other.history.codec == teacher.history.codec
     assert torch.equal(other.stored(ids), teacher.stored(ids)) and other.stored(ids).isfinite().all()
 
@@ -654,4 +691,4 @@ def test_shuffled_data_are_found_at_the_first_batch(tmp_path):
     teacher, _ = trained(tmp_path)
     labels = torch.tensor([1, 0])
     with pytest.raises(ValueError, match="labels of sample_id=0 are not those .*sample_id_column"):
-        teacher.targets(sample_keys(torch.tensor([0, 1]), labels), {}, Rows(torch.zeros(2, CLASSES), labels))
+        asked(teacher, sample_index(torch.tensor([0, 1]), labels), Rows(torch.zeros(2, CLASSES), labels))

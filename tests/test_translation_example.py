@@ -1,4 +1,4 @@
-"""The translation example and its corpus: tiny data made on the spot, tiny models, no network."""
+"""The translation script and its corpus: tiny data made on the spot, tiny models, no network."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, Features, Translation, Value
-from helpers import load_example, results, same_weights
+from helpers import results, same_weights
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -21,6 +21,10 @@ from transformers import (
 )
 
 from hf_selfkd import Seq2SeqSelfKDTrainer
+from hf_selfkd.scripts import cldr_corpus as corpus
+from hf_selfkd.scripts import translation, translation_demo
+from hf_selfkd.scripts.arguments import TranslationDataArguments, TranslationModelArguments
+from hf_selfkd.scripts.common import parse_arguments
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -56,9 +60,6 @@ DEMO_MARIAN = MARIAN | {"max_position_embeddings": 128}
 PAIRS = [{"en": f"{i} days and {i + 1} nights", "de": f"{i} Tage und {i + 1} Nächte"} for i in range(1, 25)]
 
 
-corpus, translation = load_example("cldr_corpus"), load_example("translation")
-
-
 @pytest.fixture
 def run(run_script):
     return partial(run_script, translation)
@@ -92,9 +93,9 @@ def test_corpus_sizes_and_determinism(splits):
         corpus.make_corpus(size=1000)
 
 
-@pytest.mark.parametrize("side", ["en", "de"])
-def test_corpus_does_not_leak(splits, side):
-    sentences = [pair[side] for pairs in splits.values() for pair in pairs]
+@pytest.mark.parametrize("target", ["en", "de"])
+def test_corpus_does_not_leak(splits, target):
+    sentences = [pair[target] for pairs in splits.values() for pair in pairs]
     assert all(text.strip() == text and text for text in sentences)
     bags = [tuple(sorted(text.replace(",", " ").split())) for text in sentences]
     assert len(set(bags)) == len(bags) == 10000  # not even in another order
@@ -132,10 +133,10 @@ def test_from_scratch_on_local_files(run, table, tmp_path):
     test = write(tmp_path / "test.jsonl", [{"en": "3 days"}, {"en": ""}, {"en": "twenty nights and a day"}])
     settings = RUN | {"train_file": table, "test_file": test, "do_predict": True}
     out = run(settings)
-    figures = results(out, "eval")
-    assert {f"eval_{name}" for name in FIGURES} <= figures.keys()
-    assert "nrefs:1" in figures["eval_bleu_signature"] and "nc:6" in figures["eval_chrf_signature"]
-    assert figures["eval_samples"] == 6 and results(out, "train")["train_samples"] == 18
+    metrics = results(out, "eval")
+    assert {f"eval_{name}" for name in FIGURES} <= metrics.keys()
+    assert "nrefs:1" in metrics["eval_bleu_signature"] and "nc:6" in metrics["eval_chrf_signature"]
+    assert metrics["eval_samples"] == 6 and results(out, "train")["train_samples"] == 18
     assert not {"predict_bleu", "predict_loss", "predict_token_nll"} & results(out, "predict").keys()
     lines = (out / "predictions.txt").read_text(encoding="utf-8").split("\n")
     assert len(lines) == 4 and lines[-1] == ""
@@ -240,9 +241,9 @@ def test_languages_of_a_multilingual_model(tmp_path, monkeypatch):
         decoder_ffn_dim=16,
     )
     MBartForConditionalGeneration(config).save_pretrained(tmp_path)
-    monkeypatch.setattr(translation.AutoTokenizer, "from_pretrained", lambda *args, **keywords: tokenizer)
-    model_args = translation.ModelArguments(model_name_or_path=str(tmp_path))
-    data_args = translation.DataArguments(source_lang_code="en_XX", target_lang_code="de_DE")
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **keywords: tokenizer)
+    model_args = TranslationModelArguments(model_name_or_path=str(tmp_path))
+    data_args = TranslationDataArguments(source_lang_code="en_XX", target_lang_code="de_DE")
     assert translation.make_tokenizer(model_args, data_args, None) is tokenizer
     assert (tokenizer.src_lang, tokenizer.tgt_lang) == ("en_XX", "de_DE")
     model = translation.make_model(model_args, data_args, translation.make_config(model_args), tokenizer)
@@ -272,13 +273,13 @@ def test_wmt_style_columns_and_a_dataset_of_the_hub(run, tmp_path, monkeypatch):
 
 def test_pairs():
     rows = [{"en": "a", "de": "b", "id": 1}, {"en": None, "de": "c", "id": 2}, {"en": "d", "de": "", "id": 3}]
-    data_args = translation.DataArguments()
+    data_args = TranslationDataArguments()
     assert translation.as_pairs(Dataset.from_list(rows), "train", data_args, "id").to_list() == [
         {"source": "a", "target": "b", "id": 1}
     ]
     test = translation.as_pairs(Dataset.from_list(rows), "test", data_args, None)
     assert len(test) == 3 and test.column_names == ["source", "target"]
-    named = translation.DataArguments(source_column="target", target_column="source")
+    named = TranslationDataArguments(source_column="target", target_column="source")
     swapped = Dataset.from_list([{"source": "Ziel", "target": "aim"}])
     assert translation.as_pairs(swapped, "train", named, None).to_list() == [{"source": "aim", "target": "Ziel"}]
 
@@ -312,7 +313,7 @@ def test_columns_of_text_only(run, tmp_path):
 
 
 def test_tokenizer_from_scratch(tmp_path):
-    texts = [[pair[side] for pair in PAIRS] for side in ("en", "de")]
+    texts = [[pair[target] for pair in PAIRS] for target in ("en", "de")]
     tokenizer = translation.train_tokenizer(texts, 400)
     tokenizer.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
@@ -328,24 +329,24 @@ def test_tokenizer_from_scratch(tmp_path):
 
 def test_comparison_without_arguments(tmp_path, monkeypatch, capsys):
     small = {"seeds": (1, 2), "train_samples": 64, "test_samples": 8, "epochs": 2}
-    inner = translation.compare
+    inner = translation_demo.compare
     monkeypatch.setattr(
-        translation, "compare", lambda: inner(**small, output_dir=str(tmp_path), config_overrides=DEMO_MARIAN)
+        translation_demo, "compare", lambda: inner(**small, output_dir=str(tmp_path), config_overrides=DEMO_MARIAN)
     )
     monkeypatch.setattr(sys, "argv", ["translation.py"])
     translation.main()
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for m in translation.METHODS for s in (1, 2)]
+    assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for m in translation_demo.METHODS for s in (1, 2)]
     assert all(row.keys() >= {"bleu", "chrf", "token_nll", "token_ece", "seconds"} for row in rows)
     printed = capsys.readouterr().out
-    assert "over 2 seeds" in printed and all(f"\n{method} " in printed for method in translation.METHODS)
-    assert translation.table(rows[:1] + rows[2:3] + rows[4:5]).count("±") == 0
+    assert "over 2 seeds" in printed and all(f"\n{method} " in printed for method in translation_demo.METHODS)
+    assert translation_demo.table(rows[:1] + rows[2:3] + rows[4:5]).count("±") == 0
 
 
 def test_the_ready_run_is_valid(monkeypatch):
     file = EXAMPLES / "configs" / "multi30k_marian.yaml"
     monkeypatch.setattr(sys, "argv", ["script", str(file)])
-    model_args, data_args, training_args = translation.parse_arguments()
+    model_args, data_args, training_args = parse_arguments(translation.make_parser())
     assert (training_args.learning_rate, training_args.predict_with_generate, training_args.alpha) == (2e-3, True, 0.8)
     config = translation.make_config(model_args)
     assert all(getattr(config, name) == value for name, value in model_args.config_overrides.items())

@@ -48,11 +48,11 @@ def test_generated_ids_against_sacrebleu(tokenizer, fill, start):
     compute = compute_translation_metrics(tokenizer)
     assert compute.signatures == {}
     labels = rows(REFERENCES, width=12)
-    figures = compute(EvalPrediction(rows(TRANSLATIONS, start=start, fill=fill), labels))
+    metrics = compute(EvalPrediction(rows(TRANSLATIONS, start=start, fill=fill), labels))
     expected = expected_scores()
-    assert {name: figures[name] for name in expected} == pytest.approx(expected)
-    assert figures["gen_len"] == (6 + 4 + 3) / 3
-    assert all(type(value) is float for value in figures.values()) and len(figures) == 3
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    assert metrics["gen_len"] == (6 + 4 + 3) / 3
+    assert all(type(value) is float for value in metrics.values()) and len(metrics) == 3
     assert compute.signatures["bleu"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
     assert compute.signatures["chrf"].startswith("nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:")
 
@@ -68,15 +68,15 @@ def test_perfect_and_empty_translations(tokenizer):
 def test_one_bleu_by_hand(tokenizer):
     # As long as the reference, so no brevity penalty; all but the n-grams across the last two words are in it.
     compute = compute_translation_metrics(tokenizer)
-    figures = compute((rows(["cat sat on the mat the"]), rows(["the cat sat on the mat"])))
-    assert figures["bleu"] == pytest.approx(100 * (6 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25)
+    metrics = compute((rows(["cat sat on the mat the"]), rows(["the cat sat on the mat"])))
+    assert metrics["bleu"] == pytest.approx(100 * (6 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25)
 
 
 def test_one_row_and_one_without_a_word(tokenizer):
     compute = compute_translation_metrics(tokenizer)
     assert compute((np.array([[-100, -100]]), rows(["the cat"])))["gen_len"] == 0
-    figures = compute((rows(["", "a dog ran far"]), rows(["cat", "a dog ran far"])))
-    assert figures["bleu"] == pytest.approx(
+    metrics = compute((rows(["", "a dog ran far"]), rows(["cat", "a dog ran far"])))
+    assert metrics["bleu"] == pytest.approx(
         sacrebleu.corpus_bleu(["", "a dog ran far"], [["cat", "a dog ran far"]]).score
     )
 
@@ -113,22 +113,22 @@ def logits_and_labels(seed=0):
 
 def test_token_figures_against_torchmetrics(tokenizer):
     logits, labels = logits_and_labels()
-    figures = compute_translation_metrics(tokenizer)(((logits, np.zeros((40, 3, 2))), labels))
+    metrics = compute_translation_metrics(tokenizer)(((logits, np.zeros((40, 3, 2))), labels))
     kept = torch.tensor(labels.reshape(-1) != -100)
     flat, targets = torch.tensor(logits.reshape(-1, 7))[kept], torch.tensor(labels.reshape(-1))[kept]
     ece = multiclass_calibration_error(flat.softmax(-1), targets, 7, 10, "l1").item()
-    assert list(figures) == ["token_nll", "token_ece", "token_accuracy"]
-    assert figures["token_ece"] == pytest.approx(100 * ece, abs=1e-3)
-    assert figures["token_nll"] == pytest.approx(torch.nn.functional.cross_entropy(flat, targets).item(), rel=1e-5)
-    assert figures["token_accuracy"] == pytest.approx((flat.argmax(-1) == targets).float().mean().item())
+    assert list(metrics) == ["token_nll", "token_ece", "token_accuracy"]
+    assert metrics["token_ece"] == pytest.approx(100 * ece, abs=1e-3)
+    assert metrics["token_nll"] == pytest.approx(torch.nn.functional.cross_entropy(flat, targets).item(), rel=1e-5)
+    assert metrics["token_accuracy"] == pytest.approx((flat.argmax(-1) == targets).float().mean().item())
 
 
 def test_token_figures_in_closed_form(tokenizer):
     # Every token has confidence 0.7; 3 of the 4 labelled ones are right.
     logits = np.log(np.tile([0.7, 0.2, 0.1], (1, 5, 1)))
-    figures = compute_translation_metrics(tokenizer)((logits, np.array([[0, 0, 0, 1, -100]])))
-    assert figures["token_nll"] == pytest.approx(-(3 * np.log(0.7) + np.log(0.2)) / 4)
-    assert figures["token_ece"] == pytest.approx(5) and figures["token_accuracy"] == 0.75
+    metrics = compute_translation_metrics(tokenizer)((logits, np.array([[0, 0, 0, 1, -100]])))
+    assert metrics["token_nll"] == pytest.approx(-(3 * np.log(0.7) + np.log(0.2)) / 4)
+    assert metrics["token_ece"] == pytest.approx(5) and metrics["token_accuracy"] == 0.75
 
 
 @pytest.mark.parametrize("kind", ["ids", "logits"])
@@ -138,11 +138,11 @@ def test_batches_equal_one_call(tokenizer, kind):
     for _ in range(2):  # the second evaluation must not see the first
         assert compute((predictions[:1], labels[:1]), compute_result=False) == {}
         assert compute((predictions[1:2], labels[1:2]), compute_result=False) == {}
-        figures = compute((predictions[2:], labels[2:]), compute_result=True)
-        assert figures == compute_translation_metrics(tokenizer)((predictions, labels))
+        metrics = compute((predictions[2:], labels[2:]), compute_result=True)
+        assert metrics == compute_translation_metrics(tokenizer)((predictions, labels))
     compute((predictions[:1], labels[:1]), compute_result=False)
     compute.reset()
-    assert compute((predictions, labels), compute_result=True) == figures
+    assert compute((predictions, labels), compute_result=True) == metrics
 
 
 def test_batches_of_two_kinds_are_refused(tokenizer):

@@ -1,0 +1,136 @@
+"""All checks of a trainer that need no data: what it is asked for, and what it runs on."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from .config import MethodArguments
+from .heads import AuxiliaryHeads, heads_of
+
+
+def check_launch(args: TrainingArguments, distils: bool) -> None:
+    """
+    Raises:
+        ValueError: if processes or devices are used in a way that cannot train one model together.
+    """
+    if distils and args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process (nn.DataParallel) are not supported: start with `torchrun` or "
+            "`accelerate launch`, or make one GPU visible with CUDA_VISIBLE_DEVICES."
+        )
+    launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    if launched > 1 and args.world_size == 1:
+        raise ValueError(
+            f"the launcher started {launched} processes, but without an accelerator each of them would train "
+            "alone, into the same output_dir: set use_cpu=True to train on the CPU together."
+        )
+
+
+def sharded_by(trainer: Trainer) -> str | None:
+    """What splits the weights or the batches of a model between devices, if anything does."""
+    if trainer.is_fsdp_enabled:
+        return "FSDP"
+    if trainer.is_deepspeed_enabled:
+        return "DeepSpeed"
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):
+        return "sharding at load time"
+    sizes = {"tensor": trainer.get_tp_size(), "context": trainer.get_cp_size(), "sequence": trainer.get_sp_size()}
+    return next((f"{name} parallelism" for name, size in sizes.items() if size > 1), None)
+
+
+def check_engine(trainer: Trainer, method: MethodArguments, kind: str) -> None:
+    """
+    Raises:
+        ValueError: if the way in which a model is spread over devices does not go together with what is asked.
+    """
+    sharded = sharded_by(trainer)
+    if sharded is not None and "parallelism" in sharded:
+        raise ValueError(
+            f"{sharded} splits samples between processes, whose rows self-distillation must see whole: turn it off, "
+            "or set alpha=0 without auxiliary_heads."
+        )
+    if sharded is not None and kind in ("snapshot", "ema"):
+        raise ValueError(f"teacher={kind!r} keeps whole weights, which {sharded} shards: use teacher='history'.")
+    if trainer.args.use_liger_kernel:
+        raise ValueError("use_liger_kernel=True hides the logits that self-distillation needs: set it to False.")
+    heads = heads_of(trainer.model)
+    if heads is not None and sharded is not None:
+        raise ValueError(
+            "auxiliary_heads do not work with weights sharded by FSDP or DeepSpeed: train with one or several "
+            "whole copies of the model (torchrun, accelerate launch)."
+        )
+
+
+def check_heads(trainer: Trainer, method: MethodArguments, heads: AuxiliaryHeads | None) -> None:
+    """
+    Raises:
+        ValueError: if auxiliary heads and what is asked do not go together.
+    """
+    if heads is None:
+        if method.evaluate_heads:
+            raise ValueError("evaluate_heads=True, but the model has no heads: set auxiliary_heads.")
+        return
+    if method.chunked_logits:
+        raise ValueError("chunked_logits=True with auxiliary_heads: heads need whole logits, set it to False.")
+    if trainer.optimizer is not None and heads.config.trains:
+        groups = getattr(trainer.optimizer, "param_groups", [])
+        held = {id(p) for group in groups for p in group["params"]}
+        if not held.issuperset(map(id, heads.parameters())):
+            raise ValueError(
+                "the optimizer given does not hold the weights of the auxiliary heads: call "
+                "attach_auxiliary_heads(model, config) before you build it."
+            )
+
+
+def check_compute_loss(trainer: Trainer, mixin: type) -> None:
+    """
+    Raises:
+        ValueError: if a class of the user's has a `compute_loss` that self-distillation would never be part of.
+    """
+    classes = type(trainer).__mro__
+    place = classes.index(mixin)
+    for owner in classes[:place]:
+        function = vars(owner).get("compute_loss")
+        names = getattr(getattr(function, "__code__", None), "co_names", ("super",))
+        if "super" not in names and "compute_loss" not in names and not {"step", "distiller"} & set(names):
+            raise ValueError(never_called(owner.__name__))
+    for owner in classes[place + 1 : classes.index(Trainer)]:
+        if "compute_loss" in vars(owner):
+            raise ValueError(
+                f"{owner.__name__}.compute_loss would never be called in training: pass its loss as "
+                f"compute_loss_func or, if it calls super().compute_loss, put {owner.__name__} before SelfKDMixin."
+            )
+
+
+def never_called(name: str) -> str:
+    """What to say where a step was trained without the method."""
+    return (
+        f"{name}.compute_loss does not call super().compute_loss, so nothing would be distilled: give its loss as "
+        "compute_loss_func=..., call super().compute_loss, or set alpha=0 without auxiliary_heads."
+    )
+
+
+def check_even(trainer: Trainer, model: nn.Module, dataset: Any) -> None:
+    """
+    Raises:
+        ValueError: if processes would get different numbers of batches, and wait for one another for ever.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    if (
+        args.world_size == 1
+        or accelerator.even_batches
+        or args.dataloader_drop_last
+        or not hasattr(dataset, "__len__")
+    ):
+        return
+    together = args.world_size * args.train_batch_size
+    if not isinstance(dataset, torch.utils.data.IterableDataset) and len(dataset) % together:
+        raise ValueError(
+            f"even_batches=False with {len(dataset)} samples in batches of {together} over all processes: some would "
+            "wait for the others for ever. Set even_batches=True or dataloader_drop_last=True."
+        )

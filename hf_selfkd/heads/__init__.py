@@ -1,0 +1,17 @@
+"""Auxiliary heads: layered self-distillation."""
+
+from .attach import attach_auxiliary_heads, strip_auxiliary_heads
+from .auxiliary import AuxiliaryHeads, HeadResults, head_names, heads_of, split_auxiliary
+from .config import AuxiliaryHeadsConfig
+
+
+__all__ = [
+    "AuxiliaryHeads",
+    "AuxiliaryHeadsConfig",
+    "HeadResults",
+    "attach_auxiliary_heads",
+    "head_names",
+    "heads_of",
+    "split_auxiliary",
+    "strip_auxiliary_heads",
+]

@@ -1,0 +1,235 @@
+"""What the auxiliary heads of a model say in its forward pass."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, make_dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+from ..models import base_model, is_encoder_decoder
+from .config import ROTATIONS, AuxiliaryHeadsConfig
+from .kinds import Context, Head, pool
+from .taps import Layout, Recorder
+
+
+ATTRIBUTE = "selfkd_heads"  # under which a model holds its heads
+
+AUXILIARY = "auxiliary"  # the field of a model's outputs, in training, that holds what its heads say
+
+
+@dataclass
+class HeadResults:
+    """
+    What the heads say of a batch, from shallow to deep.
+
+    Args:
+        logits (`list` of `torch.FloatTensor`): `[B, outputs]` or `[B, L, outputs]` of each head.
+        features (`list` of `torch.FloatTensor`): adapted features of each head, `None` where they are not compared.
+        deep (`torch.FloatTensor`, *optional*): features of the last layer, without a gradient.
+    """
+
+    logits: list[torch.Tensor]
+    features: list[torch.Tensor | None]
+    deep: torch.Tensor | None
+
+
+class AuxiliaryHeads(nn.Module):
+    """
+    The heads of a model, as [`attach_auxiliary_heads`] makes them; the model holds them as `selfkd_heads`.
+
+    They run within the model's own forward, in training: their predictions come back in the field `auxiliary` of its
+    outputs, so that `DistributedDataParallel` sees them. In evaluation they are off.
+
+    Args:
+        config ([`AuxiliaryHeadsConfig`]): with everything decided.
+        names (`list[str]`): the modules that the heads are on.
+        layout ([`~hf_selfkd.taps.Layout`]): what those return.
+        recorder ([`~hf_selfkd.taps.Recorder`]): listens to them.
+        heads (`list[Head]`): one a module.
+    """
+
+    def __init__(
+        self, config: AuxiliaryHeadsConfig, names: list[str], layout: Layout, recorder: Recorder, heads: list[Head]
+    ):
+        super().__init__()
+        self.config, self.names, self.layout, self.recorder = config, names, layout, recorder
+        self.heads = nn.ModuleList(heads)
+        self.adapters = nn.ModuleDict()
+        self.deepest = layout.deepest or names[-1]
+        if config.feature_weight > 0:
+            for index, (name, head) in enumerate(zip(names, heads, strict=True)):
+                if name != self.deepest:
+                    width = head.classifier.in_features if head.classifier is not None else layout.width(name)
+                    self.adapters[str(index)] = nn.Linear(width, layout.width(self.deepest))
+        self.enabled = config.trains  # in training
+        self.watching = False  # whether what the heads say is kept in `results`, and not returned
+        self.results: HeadResults | None = None
+        self.handles: list[Any] = []
+
+    def register(self, model: nn.Module) -> None:
+        """Listen to a model and run within its forward."""
+        self.recorder.register(model)
+        self.handles.append(model.register_forward_pre_hook(self._begin))
+        self.handles.append(model.register_forward_hook(self._end, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        self.recorder.remove()
+        for handle in self.handles:
+            handle.remove()
+
+    @contextmanager
+    def watched(self, on: bool = True) -> Iterator[None]:
+        """Keep what the heads say in `results`, in any mode, or (`on=False`) run none; the outputs are the model's."""
+        enabled, self.enabled, self.watching = self.enabled, False, on
+        try:
+            yield
+        finally:
+            self.enabled, self.watching = enabled, False
+
+    def _begin(self, model: nn.Module, args: tuple) -> None:
+        if self.watching or (self.enabled and model.training):
+            self.recorder.start()
+
+    def _end(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> Any:
+        if not self.recorder.on:
+            return None
+        self.recorder.on = False  # a head may call what it listens to
+        autocast = self.recorder.autocast  # of the model's forward, which is over
+        try:
+            with nullcontext() if autocast is None else torch.autocast(autocast[0], autocast[1]):
+                results = None if self.recorder.silent else self._run(model, _arguments(model, args, kwargs))
+        finally:
+            self.recorder.clear()
+        if not self.watching:
+            return with_auxiliary(outputs, results)
+        self.results = results
+        return None
+
+    def _run(self, model: nn.Module, arguments: dict[str, Any]) -> HeadResults:
+        features = [self._features(name) for name in self.names]
+        images = arguments.get("pixel_values")
+        size = None if images is None else tuple(images.shape[-2:])
+        context = Context(None, self.recorder.calls, _embedding_of(model), size)
+        results = []
+        for head, part in zip(self.heads, features, strict=True):
+            context.mask = self._mask(model, arguments, part)
+            results.append(head(part, context))
+        logits, adapted, deep = [result[0] for result in results], [None] * len(results), None
+        if self.adapters and torch.is_grad_enabled():
+            deep = self._features(self.deepest).detach()
+            deep = pool(deep, self._mask(model, arguments, deep)) if self.layout.pooled else deep
+            for index, adapter in self.adapters.items():
+                adapted[int(index)] = adapter(results[int(index)][1])
+        return HeadResults(logits, adapted, deep)
+
+    def _features(self, name: str) -> torch.Tensor:
+        features = self.recorder.features(name)
+        return features.permute(0, 3, 1, 2) if name in self.layout.channels_last else features
+
+    def _mask(self, model: nn.Module, arguments: dict[str, Any], features: torch.Tensor) -> torch.Tensor | None:
+        """Which positions of features `[B, L, D]` are no padding; `None` if all count or it does not matter."""
+        base, mask = base_model(model), arguments.get("attention_mask")
+        if is_encoder_decoder(base):
+            mask = arguments.get("decoder_attention_mask", mask if self.layout.pooled else None)
+        matters = self.layout.pooled or self.config.head == "transformer"
+        if mask is None or mask.dim() != 2 or features.dim() != 3 or not matters:
+            return None
+        have, need = mask.shape[1], features.shape[1]
+        if have == need:
+            return mask
+        if hasattr(base, "_get_feature_vector_attention_mask"):  # of audio models
+            lengths = base._get_feat_extract_output_lengths(torch.tensor(have))
+            if int(lengths) == need:
+                return base._get_feature_vector_attention_mask(need, mask)
+        if need < have:  # downsampled: a position counts if anything of it does
+            return nn.functional.adaptive_max_pool1d(mask.float().unsqueeze(1), need).squeeze(1)
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            return torch.cat((mask.new_ones(len(mask), need - have), mask), dim=1)  # virtual tokens stand first
+        raise ValueError(
+            f"attention_mask has {have} positions and the features of a layer have {need}: a head cannot tell which "
+            "of them are padding. Choose other layers."
+        )
+
+    def class_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """Scores of the classes alone, `[..., N]`: rotations are summed over as probabilities, not as scores."""
+        if self.config.views != "rotation":
+            return logits
+        return torch.logsumexp(logits.float().unflatten(-1, (-1, ROTATIONS)), dim=-1)
+
+
+@lru_cache
+def _with_field(kind: type) -> type:
+    return make_dataclass(f"{kind.__name__}WithHeads", [(AUXILIARY, tuple | None, None)], bases=(kind,))
+
+
+def with_auxiliary(outputs: Any, results: HeadResults | None) -> Any:
+    """
+    A model's outputs with one field more: everything of the heads that has a gradient, in one tuple. It is empty in a
+    step that has skipped all layers (LayerDrop).
+
+    Raises:
+        ValueError: if the outputs are no dictionary.
+    """
+    parts = ()
+    if results is not None:
+        compared = [part for part in results.features if part is not None]
+        parts = (*results.logits, *compared, *([] if results.deep is None else [results.deep]))
+    if isinstance(outputs, ModelOutput):
+        return _with_field(type(outputs))(**outputs, **{AUXILIARY: parts})
+    if isinstance(outputs, dict):
+        return {**outputs, AUXILIARY: parts}
+    raise ValueError(
+        f"auxiliary_heads need a model that returns a dictionary, not a {type(outputs).__name__}: set "
+        "return_dict=True."
+    )
+
+
+def split_auxiliary(heads: AuxiliaryHeads, outputs: Any) -> tuple[Any, HeadResults | None]:
+    """Take the field of the heads off a model's outputs again; `None` if they said nothing."""
+    parts = list(outputs[AUXILIARY])
+    rest = {name: value for name, value in outputs.items() if name != AUXILIARY}
+    kind = type(outputs).__base__
+    rest = kind(**rest) if isinstance(outputs, ModelOutput) else rest
+    if not parts:
+        return rest, None
+    count = len(heads.heads)
+    features: list[torch.Tensor | None] = [None] * count
+    for index, part in zip(heads.adapters, parts[count:], strict=False):
+        features[int(index)] = part
+    return rest, HeadResults(parts[:count], features, parts[-1] if heads.adapters else None)
+
+
+def _arguments(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a model was called with, by name."""
+    if not args:
+        return kwargs
+    return inspect.signature(base_model(model).forward).bind_partial(*args, **kwargs).arguments
+
+
+def _embedding_of(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """From normalised features to words, as the model itself does it."""
+    base = base_model(model)
+    embedding = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if embedding is None:
+        return None
+    bias = getattr(base, "final_logits_bias", None)
+    return embedding if bias is None else lambda features: embedding(features) + bias
+
+
+def heads_of(model: nn.Module) -> AuxiliaryHeads | None:
+    """The heads that a model has, if any."""
+    found = getattr(model, ATTRIBUTE, None)
+    return found if isinstance(found, AuxiliaryHeads) else None
+
+
+def head_names(model: nn.Module) -> set[str]:
+    """The names in a model's state that belong to its heads."""
+    return {name for name in model.state_dict() if name.startswith(f"{ATTRIBUTE}.")}

@@ -1,0 +1,331 @@
+"""
+Layered self-distillation in a training step: rotated views, the rows of the heads, their losses and metrics.
+
+A model without heads that learn has [`NoHeads`], which answers to the same calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..batch import Batch
+from ..losses.cross_entropy import cross_entropy_sum
+from ..losses.hard import row_losses
+from ..losses.soft import divergence
+from ..losses.soft_targets import Target, labelled, make_targets, weighted, where_mask
+from ..metrics.tokens import TokenMetrics
+from ..samples import IGNORE_INDEX, SampleIndex
+from ..tasks.base import Task
+from ..tasks.rows import Rows
+from ..teachers.base import Taught
+from .auxiliary import AuxiliaryHeads, HeadResults, heads_of, split_auxiliary
+from .config import ROTATIONS, AuxiliaryHeadsConfig
+from .rotation import choose_rotations, rotate
+
+
+class NoHeads:
+    """
+    What heads add to a training step, where none learns: nothing.
+
+    Args:
+        task ([`~hf_selfkd.tasks.Task`]): of the model, which may have heads that do not learn.
+    """
+
+    uses_past = False
+    learns = False
+    views = 1
+    count = 0
+
+    def __init__(self, task: Task):
+        self.task, self.heads = task, heads_of(task.wrapped)
+
+    def with_views(self, batch: Batch, epoch: int, step: int) -> Batch:
+        """The batch as the model is to see it."""
+        return batch
+
+    def split(self, outputs: Any) -> tuple[Any, HeadResults | None]:
+        """The outputs of the model itself for the upright views, and what its heads say."""
+        return outputs, None
+
+    def rows(self, results: HeadResults | None, batch: Batch) -> list[Rows]:
+        """The rows of each head."""
+        return []
+
+    def join(
+        self,
+        loss: torch.Tensor,
+        results: HeadResults | None,
+        head_rows: list[Rows],
+        rows: Rows,
+        batch: Batch,
+        taught: Taught,
+        alpha: float,
+        num_items: Any,
+    ) -> torch.Tensor:
+        """The loss of the model with that of its heads."""
+        return loss
+
+    def predictions(self, run: Callable[[dict[str, Any]], Any], batch: Batch) -> list[torch.Tensor]:
+        """What a teacher that is a copy of the model says of a batch: logits `[R, C]`, of the model, then of heads."""
+        inputs = batch.inputs if batch.upright is None else batch.upright
+        shown = Batch(inputs, batch.labels, batch.label_name)
+        if self.heads is None:
+            outputs = run(self.task.inputs_without_labels(shown))
+        else:
+            with self.heads.watched(False):
+                outputs = run(self.task.inputs_without_labels(shown))
+        return [self.task.rows(self.task.logits(outputs, has_loss=False), batch.labels).logits]
+
+    def take_metrics(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """What is logged of the heads since the last call, of all processes."""
+        return {}
+
+
+class Layered(NoHeads):
+    """
+    What the heads of a model add to a training step.
+
+    Args:
+        task ([`~hf_selfkd.tasks.Task`]): of the model that is trained, which has heads.
+        distils (`bool`): whether there is a teacher.
+        seed (`int`): chooses the rotations of each sample.
+        temperature (`float`): of the soft part of the heads' labels.
+    """
+
+    learns = True
+
+    def __init__(self, task: Task, distils: bool = True, seed: int = 0, temperature: float = 1.0):
+        super().__init__(task)
+        self.seed, self.temperature = seed, temperature
+        self.uses_past = distils and self.config.uses_past
+        self.sums: torch.Tensor | float = 0.0
+
+    @property
+    def config(self) -> AuxiliaryHeadsConfig:
+        """[`AuxiliaryHeadsConfig`]: with everything decided."""
+        return self.heads.config
+
+    @property
+    def count(self) -> int:
+        """`int`: number of heads."""
+        return len(self.heads.heads)
+
+    @property
+    def rotates(self) -> bool:
+        """`bool`: whether the heads tell rotations too."""
+        return self.config.views == "rotation"
+
+    @property
+    def views(self) -> int:
+        """`int`: views of a sample in a step, the upright one included."""
+        return 1 + self.config.views_per_step if self.rotates else 1
+
+    # Views
+
+    def with_views(self, batch: Batch, epoch: int, step: int) -> Batch:
+        if not self.rotates:
+            return batch
+        size = len(batch.labels)
+        # The samples of a stream without ids are told apart by their place.
+        ids = size * step + np.arange(size) if batch.ids is None else batch.ids
+        batch.rotations = choose_rotations(ids, self.config.views_per_step, epoch, self.seed)
+        batch.labels = batch.labels.reshape(-1)
+        batch.upright, batch.inputs = batch.inputs, self.expand(batch.inputs, batch.rotations)
+        return batch
+
+    def expand(self, inputs: dict[str, Any], rotations: np.ndarray) -> dict[str, Any]:
+        """The inputs `[B, ...]` of a batch for all of its views, `[B * V, ...]`."""
+        if "pixel_values" not in inputs:
+            raise ValueError(f"views='rotation' needs pixel_values, and the batch has only {', '.join(inputs)}.")
+        size, count = rotations.shape
+        return {
+            name: rotate(value, rotations)
+            if name == "pixel_values"
+            else value.repeat_interleave(count, dim=0)
+            if isinstance(value, torch.Tensor) and value.dim() and len(value) == size
+            else value
+            for name, value in inputs.items()
+        }
+
+    def split(self, outputs: Any) -> tuple[Any, HeadResults | None]:
+        outputs, results = split_auxiliary(self.heads, outputs)
+        if self.views > 1:
+            rows = len(outputs["logits"])
+            for name, value in list(outputs.items()):
+                if isinstance(value, torch.Tensor) and value.dim() and len(value) == rows:
+                    outputs[name] = value[:: self.views]
+        return outputs, results
+
+    def joint_labels(self, labels: torch.Tensor, rotations: np.ndarray) -> torch.Tensor:
+        """
+        What the heads have to tell: `4 * label + quarter turns`, `[B * V]`, of labels `[B]`; -100 stays.
+        """
+        rotations = torch.from_numpy(rotations).to(labels.device, non_blocking=True)
+        labels = labels.reshape(-1, 1)
+        return torch.where(labelled(labels), ROTATIONS * labels + rotations, IGNORE_INDEX).reshape(-1)
+
+    def samples(self, batch: Batch) -> SampleIndex:
+        """Where the predictions of the views are kept: as samples `4 * id + quarter turns`."""
+        samples, rotations = batch.samples, batch.rotations
+        if rotations is None:
+            return samples
+        labels = samples.label_hash[:, None]  # images have one row each, whose hash is its label
+        labels = np.where(labels != IGNORE_INDEX, ROTATIONS * labels + rotations, IGNORE_INDEX)
+        ids = ROTATIONS * samples.ids[:, None] + rotations
+        return SampleIndex(ids.reshape(-1), labels.reshape(-1), rotations.shape[1] * samples.total)
+
+    def size_and_ids(self, size: int, ids: np.ndarray | None) -> tuple[int, np.ndarray | None]:
+        """The number and the ids of all views of all samples."""
+        if not self.rotates:
+            return size, ids
+        every = None if ids is None else (ROTATIONS * ids[:, None] + np.arange(ROTATIONS)).reshape(-1)
+        return ROTATIONS * size, every
+
+    def predictions(self, run: Callable[[dict[str, Any]], Any], batch: Batch) -> list[torch.Tensor]:
+        if not self.uses_past:  # then the rotated views would be run for nothing
+            return super().predictions(run, batch)
+        with self.heads.watched():
+            outputs = run(self.task.inputs_without_labels(batch))
+        results, self.heads.results = self.heads.results, None
+        logits = self.task.logits(outputs, has_loss=False)[:: self.views]
+        return [part.logits for part in (self.task.rows(logits, batch.labels), *self.rows(results, batch))]
+
+    # Losses
+
+    def rows(self, results: HeadResults | None, batch: Batch) -> list[Rows]:
+        if results is None:  # a step that has skipped all layers (LayerDrop)
+            return []
+        if batch.rotations is None:
+            made = [self.task.rows(logits, batch.labels) for logits in results.logits]
+        else:
+            joint = self.joint_labels(batch.labels, batch.rotations)
+            made = [Rows(logits, joint) for logits in results.logits]
+        for rows in made:
+            rows.storage = batch.storage if self.uses_past else None
+        return made
+
+    def join(
+        self,
+        loss: torch.Tensor,
+        results: HeadResults | None,
+        head_rows: list[Rows],
+        rows: Rows,
+        batch: Batch,
+        taught: Taught,
+        alpha: float,
+        num_items: Any,
+    ) -> torch.Tensor:
+        if results is None:
+            return loss
+        partner = None
+        if batch.mixing is not None and batch.rotations is not None:
+            partner = self.joint_labels(batch.labels[batch.mixing.partner], batch.rotations)
+        soft = taught.heads or [None] * len(head_rows)
+        addressed = batch.storage is not None
+        targets = [
+            make_targets(part.labels, own, batch.mixing, addressed, partner)
+            for part, own in zip(head_rows, soft, strict=True)
+        ]
+        return loss + self.loss(results, head_rows, targets, rows.logits, alpha) / num_items
+
+    def loss(
+        self,
+        results: HeadResults,
+        rows: list[Rows],
+        targets: list[list[Target]],
+        logits: torch.Tensor,
+        alpha: float,
+    ) -> torch.Tensor:
+        """
+        Sum of the losses of all heads over the rows of a batch, averaged over the views of a sample.
+
+        Args:
+            results ([`~hf_selfkd.heads.HeadResults`]): of the batch.
+            rows (`list[Rows]`): of each head.
+            targets (`list[list[Target]]`): of each head, the labels and soft targets to learn from.
+            logits (`torch.FloatTensor` of shape `[R, C]`): of the model itself, the deepest classifier if it tells
+                the same classes as the heads.
+            alpha (`float`): the weight of the past for the model itself.
+
+        Returns:
+            `torch.FloatTensor`: a scalar.
+        """
+        config, total, metrics = self.config, 0.0, []
+        teacher = rows[-1].logits if self.rotates else logits
+        mask = labelled(rows[0].labels)
+        for index, (part, own) in enumerate(zip(rows, targets, strict=True)):
+            loss = torch.zeros((), device=mask.device)
+            if config.hard_weight > 0:
+                loss = loss + config.hard_weight * self._label_loss(part, own, config.past_weight * alpha)
+            if config.deep_to_shallow_weight > 0 and not (self.rotates and index == len(rows) - 1):
+                away = divergence(part.logits, teacher, config.temperature)
+                loss = loss + config.deep_to_shallow_weight * where_mask(away, mask).sum()
+            if results.features[index] is not None:
+                loss = loss + config.feature_weight * self._feature_loss(results, index, mask)
+            total = total + loss
+            metrics += [loss.detach(), ((part.logits.detach().argmax(dim=-1) == part.labels) & mask).sum()]
+        self.sums = self.sums + torch.stack([mask.sum(), *metrics]).float()
+        return total / self.views
+
+    def _label_loss(self, rows: Rows, targets: list[Target], alpha: float) -> torch.Tensor:
+        if targets[0].soft_targets is None or alpha == 0:
+            return weighted([cross_entropy_sum(rows.logits, target.labels) for target in targets], targets)
+        losses = [row_losses(rows, target, alpha, self.temperature) for target in targets]
+        return weighted([part.total.sum() for part in losses], targets)
+
+    @staticmethod
+    def _feature_loss(results: HeadResults, index: int, mask: torch.Tensor) -> torch.Tensor:
+        adapted, deep = results.features[index].float(), results.deep.float()
+        distance = (adapted - deep).square().mean(dim=-1).reshape(-1)
+        # Rows of a causal model stand where their predictions do, so the mask fits the positions as it is.
+        return where_mask(distance, mask).sum()
+
+    def take_metrics(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """
+        Mean loss per row and accuracy of each head since the last call, of all processes; this waits for the device.
+        With rotated views a head is right when it tells class and rotation of a view.
+        """
+        if isinstance(self.sums, float):
+            return {}
+        rows, *metrics = reduce(self.sums).tolist()
+        self.sums = 0.0
+        names = [f"head{index}_{name}" for index in range(self.count) for name in ("loss", "accuracy")]
+        return {name: value / rows for name, value in zip(names, metrics, strict=True)} if rows else {}
+
+
+class HeadMetrics:
+    """
+    How well each head tells the classes of an evaluation's samples.
+
+    Args:
+        heads ([`~hf_selfkd.heads.AuxiliaryHeads`]): of the model that is evaluated.
+        task ([`~hf_selfkd.tasks.Task`]): of that model.
+        gather (`Callable`): as for [`~hf_selfkd.metrics.tokens.TokenMetrics`].
+    """
+
+    def __init__(self, heads: AuxiliaryHeads, task: Task, gather: Callable[[torch.Tensor], torch.Tensor]):
+        self.heads, self.task = heads, task
+        self.metrics = [TokenMetrics(gather) for _ in heads.heads]
+
+    def update(self, labels: torch.Tensor | None) -> None:
+        """Take note of what the heads said of the last batch, with its labels `[B]` or `[B, L]`."""
+        results, self.heads.results = self.heads.results, None
+        if results is None or labels is None:
+            return
+        for metrics, logits in zip(self.metrics, results.logits, strict=True):
+            rows = self.task.rows(self.heads.class_logits(logits), labels)
+            shape = (len(labels), -1)
+            metrics.update(rows.logits.view(*shape, rows.logits.shape[-1]), rows.labels.view(shape))
+            metrics.gather()
+
+    def compute(self, prefix: str) -> dict[str, float]:
+        """`{prefix}_head0_accuracy` (a fraction), `_nll` and `_ece` (per cent, 10 bins), and so on for every head."""
+        return {
+            f"{prefix}_head{index}_{name.removeprefix('token_')}": value
+            for index, metrics in enumerate(self.metrics)
+            for name, value in metrics.compute().items()
+        }

@@ -1,0 +1,8 @@
+"""The prediction history: past predictions of every sample, stored, exchanged and saved."""
+
+from .codec import Codec
+from .plan import Plan, plan_history
+from .table import NEVER, WARM_START, PredictionHistory
+
+
+__all__ = ["NEVER", "WARM_START", "Codec", "Plan", "PredictionHistory", "plan_history"]

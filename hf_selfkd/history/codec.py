@@ -1,0 +1,62 @@
+"""How a row of log-probabilities is stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..losses.soft_targets import SoftTargets, Tail
+
+
+@dataclass
+class Codec:
+    """
+    How a row of log-probabilities is stored.
+
+    Args:
+        num_classes (`int`): C.
+        dtype (`torch.dtype`): of the stored log-probabilities.
+        top_k (`int`, *optional*): entries kept; `None` keeps all.
+        tail (`str`, *optional*): where the mass goes that they lack; see [`~hf_selfkd.losses.SoftTargets`].
+    """
+
+    num_classes: int
+    dtype: torch.dtype
+    top_k: int | None = None
+    tail: Tail = "bucket"
+
+    @property
+    def index_dtype(self) -> torch.dtype:
+        """`torch.dtype`: the smallest that holds a class."""
+        return torch.int16 if self.num_classes <= 2**15 else torch.int32
+
+    @property
+    def widths(self) -> dict[str, tuple[int, torch.dtype]]:
+        """`dict`: columns and type of each stored part."""
+        if self.top_k is None:
+            return {"log_probs": (self.num_classes, self.dtype)}
+        return {"log_probs": (self.top_k, self.dtype), "index": (self.top_k, self.index_dtype)}
+
+    @property
+    def row_bytes(self) -> int:
+        """`int`: bytes of a stored row."""
+        return sum(width * dtype.itemsize for width, dtype in self.widths.values())
+
+    def encode(self, log_probs: torch.Tensor, index: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Log-probabilities, `[R, C]` or those of the top entries `[R, k]` with `index`, as stored; NaN stays NaN."""
+        if self.top_k is None:
+            return {"log_probs": log_probs.to(self.dtype)}
+        if index is None:
+            log_probs, index = log_probs.topk(self.top_k, dim=-1)
+        return {"log_probs": log_probs.to(self.dtype), "index": index.to(self.index_dtype)}
+
+    def decode(self, parts: dict[str, torch.Tensor], mask: torch.Tensor) -> SoftTargets:
+        """Stored parts as [`~hf_selfkd.losses.SoftTargets`]; rounding never leaves more than the whole mass."""
+        log_probs = parts["log_probs"]
+        if self.dtype != torch.float32:
+            log_probs = log_probs.float()
+            total = torch.logsumexp(log_probs, dim=-1, keepdim=True)
+            log_probs = log_probs - (total if self.top_k is None else total.clamp_min(0))
+        index = None if self.top_k is None else parts["index"].long()
+        return SoftTargets(log_probs, mask, index, self.tail, classes=self.num_classes)

@@ -1,0 +1,90 @@
+"""How and where a history is kept, or why it does not fit."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from ..config import SelfKDConfig
+from .codec import Codec
+
+
+SMALL = 256 * 2**20  # bytes up to which a history is kept whole, in float32, beside the model
+
+
+@dataclass
+class Plan:
+    """Codec, place and rows of a history; see [`plan_history`]."""
+
+    codec: Codec
+    place: str
+    num_bytes: int
+    num_rows: int
+
+
+def plan_history(
+    config: SelfKDConfig, num_rows: int, num_classes: int, device: torch.device, folder: str | Path
+) -> Plan:
+    """
+    Choose how and where to keep a history, or refuse it.
+
+    Args:
+        config ([`SelfKDConfig`]): its `history_*` fields.
+        num_rows (`int`): rows of all samples together.
+        num_classes (`int`): classes of a row.
+        device (`torch.device`): where the model is.
+        folder (`str` or `Path`): where `history_device="disk"` keeps its files.
+
+    Returns:
+        [`Plan`]: with `num_bytes` for both the table and the journals of one epoch.
+
+    Raises:
+        ValueError: if `history_top_k` exceeds the classes, or more bytes are needed than allowed.
+    """
+    if config.history_top_k is not None and config.history_top_k > num_classes:
+        raise ValueError(
+            f"history_top_k={config.history_top_k} exceeds the {num_classes} classes of the model: set at most "
+            f"{num_classes}, or leave it out."
+        )
+    generations = 2  # the table and the journals
+    small = generations * num_rows * num_classes * 4 <= SMALL
+    top_k = config.history_top_k
+    if top_k is None and (config.chunked_logits or (num_classes > 64 and not small)):
+        top_k = min(32, num_classes)
+    whole = top_k == num_classes and not config.chunked_logits  # whole rows are made from whole logits
+    dtype = config.history_dtype
+    if dtype == "auto":
+        dtype = "float32" if small else "float16"
+    codec = Codec(num_classes, getattr(torch, dtype), None if whole else top_k, config.history_tail)
+    num_bytes = generations * num_rows * codec.row_bytes
+    place = config.history_device
+    if place == "auto":
+        place = "accelerator" if num_bytes <= SMALL else "disk"
+    limit = (
+        config.history_max_bytes if config.history_max_bytes is not None else _free_bytes(place, device, folder) // 2
+    )
+    if num_bytes > limit:
+        fitting = limit // (generations * num_rows * (2 + codec.index_dtype.itemsize))
+        remedy = (
+            f"set history_top_k={min(fitting, num_classes)} with history_dtype='float16'"
+            if fitting >= 1
+            else "use teacher='snapshot', which stores no rows"
+        )
+        raise ValueError(
+            f"the history of {num_rows} rows x {num_classes} classes needs {num_bytes} bytes on {place!r} and may "
+            f"take {limit} (history_max_bytes): {remedy}, or raise history_max_bytes."
+        )
+    return Plan(codec, place, num_bytes, num_rows)
+
+
+def _free_bytes(place: str, device: torch.device, folder: str | Path) -> int:
+    if place == "disk":
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(folder).free
+    if place == "accelerator" and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

@@ -1,0 +1,47 @@
+"""Metrics of a model's predictions. Importing this package needs NumPy only."""
+
+from pathlib import Path
+
+from .calibration import (
+    IGNORED_LABEL,
+    ClassificationMetrics,
+    ReliabilityCurve,
+    RiskCoverageCurve,
+    RowScores,
+    calibration_metrics,
+    compute_classification_metrics,
+    reliability_curve,
+    risk_coverage_curve,
+    row_scores,
+)
+from .translation import TranslationMetrics, compute_translation_metrics
+
+
+__all__ = [
+    "IGNORED_LABEL",
+    "ClassificationMetrics",
+    "ReliabilityCurve",
+    "RiskCoverageCurve",
+    "RowScores",
+    "TranslationMetrics",
+    "calibration_metrics",
+    "compute_classification_metrics",
+    "compute_translation_metrics",
+    "evaluate_module_path",
+    "reliability_curve",
+    "risk_coverage_curve",
+    "row_scores",
+]
+
+
+LOWER_IS_BETTER = ("nll", "brier", "ece", "ece_15", "aurc", "eaurc", "token_nll", "token_ece", "perplexity")
+
+
+def is_lower_better(name: str) -> bool:
+    """Whether a metric of this package is better when lower, whatever stands before its name."""
+    return any(name == own or name.endswith(f"_{own}") for own in LOWER_IS_BETTER)
+
+
+def evaluate_module_path() -> str:
+    """Path for `evaluate.load(...)` of the same metrics as an `evaluate.Metric`; nothing is downloaded."""
+    return str(Path(__file__).with_name("evaluate_module.py"))

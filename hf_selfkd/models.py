@@ -1,0 +1,139 @@
+"""What a model tells of itself, whatever it is wrapped in."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from transformers.models.auto import modeling_auto
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile(model)` returns, or the model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The bare model inside the wrappers of `torch.compile`, of data parallelism and of PEFT, in any order."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, (DistributedDataParallel, DataParallel)):
+            model = model.module
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def forward_owner(model: nn.Module) -> type:
+    """The class that defines the forward of a model."""
+    return next(cls for cls in type(base_model(model)).__mro__ if "forward" in vars(cls))
+
+
+def is_stock(model: nn.Module) -> bool:
+    """Whether the forward of a model, and with it the loss, is that of a class of transformers."""
+    return forward_owner(model).__module__.startswith("transformers.")
+
+
+def classes_of(*tasks: str) -> set[str]:
+    """The names of the classes that transformers has for some tasks (`"CAUSAL_LM"`, ...)."""
+    names: set[str] = set()
+    for task in tasks:
+        for value in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {}).values():
+            names.update((value,) if isinstance(value, str) else value)
+    return names
+
+
+def takes(model: nn.Module, argument: str) -> bool:
+    """Whether the forward of a model has an argument of this name, or any."""
+    parameters = inspect.signature(forward_owner(model).forward).parameters
+    return argument in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def num_classes_of(model: nn.Module) -> int | None:
+    """Classes of a model's rows, as far as the model tells before it has run."""
+    base = base_model(model)
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if head is not None and hasattr(head, "weight") and head.weight.dim() == 2 and head.weight.numel():
+        return head.weight.shape[0]  # no elements: the weights are elsewhere (ZeRO-3)
+    # A configuration has `num_labels`, 2 by default, whether a model of one's own uses the field or not.
+    return getattr(getattr(base, "config", None), "num_labels", None) if is_stock(base) else None
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model has an encoder and a decoder."""
+    return bool(getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False))
+
+
+def drops_cache(model: nn.Module) -> bool:
+    """Whether a model that is given labels keeps no cache of keys and values; without them the model would."""
+    code = inspect.unwrap(forward_owner(model).forward).__code__
+    return any(isinstance(text, str) and "use_cache" in text and "labels" in text for text in code.co_consts[1:])
+
+
+def virtual_tokens_of(model: nn.Module) -> int:
+    """Positions that prompt tuning puts before those of the labels; 0 for any other model."""
+    model = uncompiled(model)
+    config = getattr(model, "active_peft_config", None)
+    if not getattr(config, "is_prompt_learning", False) or getattr(config, "peft_type", None) == "PREFIX_TUNING":
+        return 0
+    return int(config.num_virtual_tokens)
+
+
+def decoder_input_ids(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
+    """
+    What the decoder of a model starts from, made of the labels `[B, L]`.
+
+    Raises:
+        ValueError: if the model does not tell how.
+    """
+    model = base_model(model)
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels=labels)
+    # M2M100 and NLLB have no such method, but a function beside the class that their forward calls.
+    modules = [sys.modules[cls.__module__] for cls in type(model).__mro__]
+    shift = next((module.shift_tokens_right for module in modules if hasattr(module, "shift_tokens_right")), None)
+    if shift is None:
+        raise ValueError(
+            f"the batch has no decoder_input_ids, and {type(model).__name__} cannot make them from the labels: add "
+            "them in your data collator."
+        )
+    return shift(labels, model.config.pad_token_id, model.config.decoder_start_token_id)
+
+
+def logits_of(outputs: Any, has_loss: bool) -> torch.Tensor:
+    """
+    Take the logits out of a model's outputs.
+
+    Args:
+        outputs: a `ModelOutput`, a dictionary or a tuple.
+        has_loss (`bool`): whether a tuple starts with the loss.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if isinstance(outputs, dict):
+        logits = outputs.get("logits")
+    elif isinstance(outputs, (tuple, list)):
+        logits = outputs[int(has_loss)] if len(outputs) > int(has_loss) else None
+    else:
+        logits = getattr(outputs, "logits", None)
+    if not isinstance(logits, torch.Tensor):
+        if isinstance(outputs, dict):
+            found = ", ".join(outputs)
+        else:
+            found = f"a tuple of {len(outputs)}" if isinstance(outputs, (tuple, list)) else type(outputs).__name__
+        raise ValueError(f"the model returned no logits but {found}: self-distillation needs outputs.logits.")
+    return logits
+
+
+def loss_of(outputs: Any) -> torch.Tensor | None:
+    """The loss that a model computed itself from its labels, if the model did."""
+    if isinstance(outputs, dict):
+        return outputs.get("loss")
+    return outputs[0] if isinstance(outputs, (tuple, list)) and outputs else None

@@ -1,0 +1,1 @@
+"""Scripts that train, evaluate and share models: what `hf-selfkd train TASK` runs."""

@@ -1,0 +1,55 @@
+"""Tasks: how a batch and the outputs of a model become rows. One file a task, one line here."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..models import base_model
+from .base import SUPPORTED, Task
+from .by_shape import ByShape
+from .causal_lm import CausalLM
+from .masked_lm import MaskedLM
+from .rows import Rows
+from .sample_classification import SampleClassification
+from .seq2seq_lm import Seq2SeqLM
+from .token_classification import TokenClassification
+
+
+__all__ = ["SUPPORTED", "TASKS", "Rows", "Task", "task_for"]
+
+TASKS: tuple[type[Task], ...] = (Seq2SeqLM, CausalLM, MaskedLM, TokenClassification, SampleClassification)
+
+
+def task_for(model: nn.Module, label_names: tuple[str, ...] = ("labels",)) -> Task:
+    """
+    Choose the task of a model from its class, before any batch is seen.
+
+    Args:
+        model (`nn.Module`): a transformers model in any wrapper, or any module that returns logits.
+        label_names (`tuple[str]`, *optional*): names under which a batch may hold the labels.
+
+    Returns:
+        [`Task`]: [`~tasks.by_shape.ByShape`] for a class that transformers does not know.
+
+    Raises:
+        ValueError: if the task or the problem type is not supported.
+    """
+    base = base_model(model)
+    problem = getattr(getattr(base, "config", None), "problem_type", None)
+    if problem in ("regression", "multi_label_classification"):
+        raise ValueError(
+            f"problem_type={problem!r} is not supported: self-distillation needs one class per row "
+            "(problem_type='single_label_classification')."
+        )
+    found = next((task for task in TASKS if task.matches(base)), None)
+    if found is not None:
+        return found(model, label_names)
+    if type(base).__module__.startswith("transformers.") or any(_has_head(cls) for cls in type(base).__mro__):
+        name = type(base).__name__
+        raise ValueError(f"{name} is of a task that is not supported yet: supported are {SUPPORTED}.")
+    return ByShape(model, label_names)
+
+
+def _has_head(cls: type) -> bool:
+    """Whether this class of transformers is for a certain task (`...ForX`, `...LMHeadModel`), no mere backbone."""
+    return cls.__module__.startswith("transformers.models.") and ("For" in cls.__name__ or "Head" in cls.__name__)

@@ -1,0 +1,141 @@
+"""What every task answers to: how a batch and the outputs of a model become rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..batch import Batch, BatchRecord, Mixing
+from ..models import base_model, logits_of, num_classes_of
+from ..samples import SampleIndex, sample_index
+from .rows import Rows
+
+
+class Task:
+    """
+    A kind of task, for one model. A task keeps nothing of a run: the same batch always gives the same rows.
+
+    A new task is a subclass: [`~Task.matches`] says which models the task is for, [`~Task.rows`] turns logits and
+    labels into rows. Give the class to the trainer (`SelfKDTrainer(..., task=MyTask)`), or add a line to `TASKS`.
+
+    Args:
+        model (`nn.Module`): the model, in any wrapper.
+        label_names (`tuple[str]`, *optional*): names under which a batch may hold the labels.
+
+    Attributes:
+        name (`str`): for messages.
+        shifts_labels (`bool`): whether the prediction at a position is of the label at the next one.
+        per_token (`bool`): whether a sample has a row a position.
+        language_model (`bool`): whether classes are words: evaluation has token metrics, logits can be chunked.
+        rotates (`bool`): whether a rotated image is a view of the same sample.
+    """
+
+    name = "a task"
+    shifts_labels = False
+    per_token = False
+    language_model = False
+    rotates = False
+
+    def __init__(self, model: nn.Module, label_names: tuple[str, ...] = ("labels",)):
+        self.wrapped, self.model, self.label_names = model, base_model(model), label_names
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Whether the task is that of this bare model."""
+        return False
+
+    @property
+    def num_classes(self) -> int | None:
+        """`int`: classes of a row, as far as the model tells before it has run."""
+        return num_classes_of(self.wrapped)
+
+    def split(self, inputs: dict[str, Any], record: BatchRecord | None = None) -> Batch:
+        """
+        Split a batch into what the model sees and its labels.
+
+        Args:
+            inputs (`dict`): as the dataloader gave them; the dictionary is left as it is.
+            record ([`~hf_selfkd.batch.BatchRecord`], *optional*): what came beside them.
+
+        Raises:
+            ValueError: if there are no labels, or other ones than classes.
+        """
+        inputs = dict(inputs)
+        name = next((name for name in self.label_names if name in inputs), None)
+        if name is None:
+            raise ValueError(
+                f"the batch has no {' or '.join(map(repr, self.label_names))}, only {', '.join(inputs)}: name the "
+                "label column 'label' or 'labels', or say its name in label_names."
+            )
+        labels = self.checked_labels(inputs.pop(name))
+        record = BatchRecord() if record is None else record
+        samples = record.samples
+        if samples is None and record.ids is not None:
+            samples = self.sample_index(record.ids, labels.cpu())
+        mixing = None
+        if record.partner is not None:
+            weight = torch.tensor(record.weight, dtype=torch.float32, device=labels.device)
+            mixing = Mixing(record.partner.to(labels.device, non_blocking=True), weight)
+        return Batch(inputs, labels, name, record.ids, samples, mixing)
+
+    def accepts(self, inputs: dict[str, Any]) -> bool:
+        """Whether a batch holds labels that are classes, under one of their names."""
+        found = [inputs[name] for name in self.label_names if name in inputs]
+        return bool(found) and isinstance(found[0], torch.Tensor) and found[0].dtype == torch.int64
+
+    def checked_labels(self, labels: Any) -> torch.Tensor:
+        """
+        The labels as `torch.LongTensor`.
+
+        Raises:
+            ValueError: if they are no integers.
+        """
+        if not isinstance(labels, torch.Tensor):
+            raise ValueError(f"labels are a {type(labels).__name__}: self-distillation needs a tensor of classes.")
+        if labels.is_floating_point() and labels.dim() == 2 and not self.per_token:
+            raise ValueError(
+                f"labels are {labels.dtype} of shape {list(labels.shape)}, as MixUp and CutMix of torchvision or "
+                "multi-label data give them: mix with SelfKDDataCollator(mixup_alpha=..., cutmix_alpha=...), and give "
+                "one integer class for each sample."
+            )
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(
+                f"labels are {labels.dtype}: regression and multi-label targets are not supported, only integer "
+                f"classes ({SUPPORTED})."
+            )
+        return labels.long()
+
+    def sample_index(self, ids: np.ndarray, labels: torch.Tensor) -> SampleIndex:
+        """Where the predictions of samples are kept, from their ids `[B]` and labels on the CPU."""
+        if not self.per_token and labels.numel() == len(ids):
+            labels = labels.reshape(-1)
+        return sample_index(ids, labels, self.shifts_labels)
+
+    def inputs_without_labels(self, batch: Batch) -> dict[str, Any]:
+        """What the model needs to be run without labels."""
+        return batch.inputs
+
+    def logits(self, outputs: Any, has_loss: bool) -> torch.Tensor:
+        """The logits among a model's outputs; `has_loss` says whether a tuple starts with the loss."""
+        return logits_of(outputs, has_loss)
+
+    def rows(self, logits: torch.Tensor, labels: torch.Tensor) -> Rows:
+        """The rows of logits, of the model or of a head, and labels.
+
+        Raises:
+            ValueError: if the shapes do not fit.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.rows")
+
+    def row_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """The labels `[R]` of the rows."""
+        return labels.reshape(-1)
+
+
+SUPPORTED = (
+    "single-label sequence, image, audio and video classification, token classification, and causal, masked and "
+    "encoder-decoder language models"
+)

@@ -1,0 +1,65 @@
+"""Rows: one prediction over the classes with its label, whatever the task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..batch import Storage
+from ..losses.soft_targets import label_entries, log_softmax
+from ..losses.summary import Summary, summarize
+
+
+class lazy:
+    """`functools.cached_property` without its lock, which Python takes before 3.12 and a step notices."""
+
+    def __init__(self, function: Callable[[Any], Any]):
+        self.function, self.__doc__ = function, function.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return self
+        value = instance.__dict__[self.name] = self.function(instance)
+        return value
+
+
+@dataclass
+class Rows:
+    """
+    The predictions of a batch.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `[R, C]`): class scores.
+        labels (`torch.LongTensor` of shape `[R]`): classes, -100 for a row that does not count.
+        storage ([`~hf_selfkd.batch.Storage`], *optional*): what a history will keep of each row.
+    """
+
+    logits: torch.Tensor
+    labels: torch.Tensor
+    storage: Storage | None = None
+
+    @property
+    def top_k(self) -> int | None:
+        """`int`: entries of each row that a history will keep, if not all."""
+        return None if self.storage is None else self.storage.top_k
+
+    @lazy
+    def log_probs(self) -> torch.Tensor:
+        """[`~hf_selfkd.losses.log_softmax`] of the logits, without a gradient; made once for loss and history."""
+        return log_softmax(self.logits.detach())
+
+    @lazy
+    def summary(self) -> Summary:
+        """The [`~hf_selfkd.losses.Summary`] of the logits, without a gradient; made once for loss and history."""
+        return summarize(self.logits.detach(), self.top_k)
+
+    @lazy
+    def label_log_probs(self) -> torch.Tensor:
+        """Log-probabilities of the labels, `[R]`, without a gradient; arbitrary where there is none."""
+        return label_entries(self.logits.detach(), self.labels).float() - self.summary.log_norm

@@ -1,0 +1,8 @@
+"""Teachers: where soft targets come from."""
+
+from .base import Taught, Teacher
+from .history import HistoryStore, HistoryTeacher
+from .weights import EMATeacher, SnapshotTeacher
+
+
+__all__ = ["EMATeacher", "HistoryStore", "HistoryTeacher", "SnapshotTeacher", "Taught", "Teacher"]

@@ -1,0 +1,172 @@
+"""The teachers that are copies of the model: the weights of an earlier epoch, or a moving average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..batch import Batch
+from ..losses.soft_targets import SoftTargets, log_softmax
+from .base import State, Taught, Teacher
+
+
+Predict = Callable[[Callable[[dict[str, Any]], Any], Batch], list[torch.Tensor]]
+
+
+class SnapshotTeacher(Teacher):
+    """
+    The weights at the end of the previous epoch, in evaluation mode, on the very view that is trained on.
+
+    Only what training changes is copied (trainable parameters and buffers), so a PEFT model costs its adapters.
+
+    Args:
+        model (`nn.Module`): the model that is trained, unwrapped.
+        predict (`Callable`):
+            `predict(run, batch)` gives the logits `[R, C]` of the model itself, then those of its heads, if they
+            are to learn from the past; `run(inputs)` gives the outputs of the teacher for inputs of the model.
+        broadcast (`Callable`, *optional*):
+            gives every process the tensor of the first one; `None` for one process. Processes agree on weights but not
+            on batch statistics.
+        warm_start (`bool`): let the initial weights teach the first epoch.
+        dropout (`bool`): whether dropout stays on; statistics of batches are those of evaluation all the same.
+
+    """
+
+    kind = "snapshot"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        predict: Predict,
+        broadcast: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        warm_start: bool = False,
+        dropout: bool = False,
+    ):
+        super().__init__()
+        self.model, self.predict, self.warm_start = model, predict, warm_start
+        self.broadcast, self.dropout = broadcast, dropout
+        persistent = model.state_dict().keys()  # the others are constants such as position ids
+        self.buffers = [name for name, _ in model.named_buffers() if name in persistent]
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def _live(self) -> dict[str, torch.Tensor]:
+        live = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        for name in self.buffers:
+            buffer = self.model.get_buffer(name).detach()
+            live[name] = buffer if self.broadcast is None else self.broadcast(buffer.clone())
+        return live
+
+    def _copy(self) -> None:
+        live = self._live()
+        if self.weights.keys() != live.keys():
+            self.weights = {name: tensor.clone() for name, tensor in live.items()}
+        for name, tensor in live.items():
+            self.weights[name].copy_(tensor)
+
+    def begin_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch and (epoch > 0 or self.warm_start):
+            self._copy()
+        self.epoch = epoch
+
+    @torch.no_grad()
+    def targets(self, batch: Batch) -> Taught:
+        if not self.weights:
+            return Taught()
+        modes = [(module, module.training) for module in self.model.modules()]
+        for module, _ in modes:  # many a forward asks its own module, not a Dropout, whether it is training
+            module.training = self.dropout and not isinstance(module, _BatchNorm)
+        try:
+            predictions = self.predict(self._run, batch)
+        finally:
+            for module, training in modes:
+                module.training = training
+        model, *heads = [_dense_targets(log_softmax(logits)) for logits in predictions]
+        return Taught(model, heads if self.epoch > 0 else [])  # before, even a warm start has untrained heads
+
+    def _run(self, inputs: dict[str, Any]) -> Any:
+        return torch.func.functional_call(self.model, self.weights, kwargs=inputs)
+
+    def states(self) -> Iterator[tuple[str, State]]:
+        yield "teacher", (self._tensors(), {})
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {f"weights.{name}": tensor for name, tensor in self.weights.items()}
+
+    def load(self, name: str, state: State, journals: list[dict[str, torch.Tensor]]) -> None:
+        tensors, _ = state
+        live = self._live()
+        stored = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
+        if not stored:
+            return  # saved before the teacher had acted
+        for name, tensor in live.items():
+            if name not in stored or stored[name].shape != tensor.shape:
+                raise ValueError(
+                    f"the checkpoint's {self.kind} has no {name} of shape {list(tensor.shape)}: resume with the model "
+                    "that made it."
+                )
+        # Into memory of its own, laid out as the live weights are: what is read from a file is not aligned, and some
+        # kernels then round otherwise.
+        self.weights = {name: torch.empty_like(tensor).copy_(stored[name]) for name, tensor in live.items()}
+
+
+def _dense_targets(log_probs: torch.Tensor) -> SoftTargets:
+    mask = torch.isfinite(log_probs).all(dim=-1)
+    return SoftTargets(log_probs.nan_to_num_(nan=0.0), mask)
+
+
+class EMATeacher(SnapshotTeacher):
+    """
+    A moving average of the weights, in evaluation mode, from the second epoch on; buffers are copied.
+
+    Args:
+        model (`nn.Module`): the model that is trained, unwrapped.
+        predict (`Callable`): as in [`SnapshotTeacher`].
+        decay (`float`):
+            of the average, at most `(1 + t) / (10 + t)` after `t` steps: with the full decay from the start the random
+            initial weights would rule for 1 / (1 - decay) steps.
+        broadcast (`Callable`, *optional*): as in [`SnapshotTeacher`].
+        dropout (`bool`): as in [`SnapshotTeacher`].
+    """
+
+    kind = "ema"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        predict: Predict,
+        decay: float,
+        broadcast: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        dropout: bool = False,
+    ):
+        super().__init__(model, predict, broadcast, dropout=dropout)
+        self.decay, self.updates = decay, 0
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        if not self.weights:
+            self._copy()
+        else:
+            live = self._live()
+            weight = max(1 - self.decay, 9 / (10 + self.updates))
+            names = live.keys() - set(self.buffers)
+            torch._foreach_lerp_([self.weights[name] for name in names], [live[name] for name in names], weight)
+            for name in self.buffers:
+                self.weights[name].copy_(live[name])
+        self.updates += 1
+
+    def targets(self, batch: Batch) -> Taught:
+        return super().targets(batch) if self.epoch > 0 else Taught()
+
+    def states(self) -> Iterator[tuple[str, State]]:
+        yield "teacher", (self._tensors(), {"updates": str(self.updates)})
+
+    def load(self, name: str, state: State, journals: list[dict[str, torch.Tensor]]) -> None:
+        super().load(name, state, journals)
+        self.updates = int(state[1]["updates"])
