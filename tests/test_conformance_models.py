@@ -43,9 +43,8 @@ def test_encoder_decoder_models(case, name, tmp_path):
     def script(case, folder):
         options = {"trainer": case.seq2seq, "config": case.seq2seq_config}
         options |= {"eval_strategy": "epoch", "predict_with_generate": True, "generation_max_length": 8}
-        samples = make_samples(
-            name, 8
-        )  # whole batches: ours weights a short one by its size, the stock class does not
+        # Full batches only: the stock class gives a short one the weight of a full one.
+        samples = make_samples(name, 8)
         return case.train(
             folder, make_model(name), samples, data_collator=with_decoder_inputs(), eval_dataset=samples, **options
         )
