@@ -34,7 +34,8 @@ class Checkpoints:
             heads = head_names(self.model)
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in heads}
         super()._save(output_dir, state_dict)
-        self._save_readable_args(self.args.output_dir if output_dir is None else output_dir)
+        if self.args.should_save:
+            self._save_readable_args(self.args.output_dir if output_dir is None else output_dir)
 
     def _save_readable_args(self, folder: str) -> None:
         """Write the arguments as an object that can be read where this package is not installed; no field is lost."""
