@@ -230,8 +230,8 @@ class HistoryTeacher(Teacher):
                 store.end_epoch(self.epoch)
         self.epoch = epoch
 
-    def prepare(self, batch: Batch, num_classes: int) -> None:
-        if batch.samples is not None:
+    def prepare(self, batch: Batch, num_classes: int | None) -> None:
+        if batch.samples is not None and num_classes is not None:
             self.store.prepare(batch.samples, num_classes)
 
     def targets(self, batch: Batch) -> Taught:
