@@ -28,7 +28,7 @@ class SnapshotTeacher(Teacher):
             learn from the past.
         broadcast (`Callable`, *optional*):
             gives every process the tensor of the first one; `None` for one process. Processes agree on weights but not
-            on batch statistics.
+            on batch statistics: those of the first one count. One call serves all buffers of a type.
         warm_start (`bool`): let the initial weights teach the first epoch.
         dropout (`bool`): whether dropout stays on; statistics of batches are those of evaluation all the same.
 
@@ -55,11 +55,10 @@ class SnapshotTeacher(Teacher):
         self.of_heads: list[SoftTargets] = []
 
     def _live(self) -> dict[str, torch.Tensor]:
+        """The trainable weights of the model, which processes share, and the buffers of the first process."""
         live = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
-        for name in self.buffers:
-            buffer = self.model.get_buffer(name).detach()
-            live[name] = buffer if self.broadcast is None else self.broadcast(buffer.clone())
-        return live
+        buffers = {name: self.model.get_buffer(name).detach() for name in self.buffers}
+        return live | (buffers if self.broadcast is None else _broadcast_together(buffers, self.broadcast))
 
     def _copy(self) -> None:
         live = self._live()
@@ -110,6 +109,19 @@ class SnapshotTeacher(Teacher):
         self.weights = {name: torch.empty_like(tensor).copy_(stored[name]) for name, tensor in live.items()}
 
 
+def _broadcast_together(
+    tensors: dict[str, torch.Tensor], broadcast: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The tensors of the first process, sent as one for each type: a network may have a hundred small buffers."""
+    result = {}
+    for dtype in sorted({tensor.dtype for tensor in tensors.values()}, key=str):
+        group = {name: tensor for name, tensor in tensors.items() if tensor.dtype == dtype}
+        flat = broadcast(torch.cat([tensor.reshape(-1) for tensor in group.values()]))
+        pieces = flat.split([tensor.numel() for tensor in group.values()])
+        result |= {name: piece.view(group[name].shape) for name, piece in zip(group, pieces, strict=True)}
+    return result
+
+
 def _dense_targets(log_probs: torch.Tensor) -> SoftTargets:
     mask = torch.isfinite(log_probs).all(dim=-1)
     return SoftTargets(log_probs.nan_to_num_(nan=0.0), mask)
@@ -118,6 +130,9 @@ def _dense_targets(log_probs: torch.Tensor) -> SoftTargets:
 class EMATeacher(SnapshotTeacher):
     """
     A moving average of the weights, in evaluation mode, from the second epoch on; buffers are copied.
+
+    The average of half-precision weights is kept in float32 and rounded where it is used: a step of it is smaller than
+    what half precision can tell.
 
     Args:
         model (`nn.Module`): the model that is trained, unwrapped.
@@ -141,6 +156,7 @@ class EMATeacher(SnapshotTeacher):
     ):
         super().__init__(model, predict, broadcast, dropout=dropout)
         self.decay, self.updates = decay, 0
+        self.masters: dict[str, torch.Tensor] = {}  # float32 averages of half-precision weights
 
     def begin_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -152,20 +168,40 @@ class EMATeacher(SnapshotTeacher):
         else:
             live = self._live()
             weight = max(1 - self.decay, 9 / (10 + self.updates))
-            names = live.keys() - set(self.buffers)
-            torch._foreach_lerp_([self.weights[name] for name in names], [live[name] for name in names], weight)
+            averages = {name: tensor for name, tensor in self.weights.items() if name not in self.buffers}
+            averages |= self.masters
+            now = [live[name].to(average.dtype) for name, average in averages.items()]
+            torch._foreach_lerp_(list(averages.values()), now, weight)
             for name in self.buffers:
                 self.weights[name].copy_(live[name])
+            self._round()
         self.updates += 1
+
+    def _copy(self) -> None:
+        super()._copy()
+        self.masters = {name: self.weights[name].float() for name in self._half_precision()}
+
+    def _half_precision(self) -> list[str]:
+        averages = {name: tensor for name, tensor in self.weights.items() if name not in self.buffers}
+        return [name for name, tensor in averages.items() if tensor.is_floating_point() and tensor.element_size() < 4]
+
+    def _round(self) -> None:
+        for name, master in self.masters.items():
+            self.weights[name].copy_(master)
 
     def targets(self, samples: SampleIndex | None, inputs: dict[str, Any], rows: Rows) -> SoftTargets | None:
         return super().targets(samples, inputs, rows) if self.epoch > 0 else None
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        return super().state()[0], {"updates": str(self.updates)}
+        averages = {f"weights.{name}": tensor for name, tensor in self.masters.items()}
+        return super().state()[0] | averages, {"updates": str(self.updates)}
 
     def load(
         self, tensors: dict[str, torch.Tensor], metadata: dict[str, str], journals: list[dict[str, torch.Tensor]]
     ) -> None:
         super().load(tensors, metadata, journals)
+        self.masters = {
+            name: torch.empty_like(self.weights[name], dtype=torch.float32).copy_(tensors[f"weights.{name}"])
+            for name in self._half_precision()
+        }
         self.updates = int(metadata["updates"])
