@@ -1004,3 +1004,14 @@ def test_half_of_what_is_free_is_the_default_limit(tmp_path, monkeypatch, place)
         plan(tmp_path, 1000, 100, history_device=place)
     free["disk" if place == "disk" else "memory"] = 1_600_000
     assert plan(tmp_path, 1000, 100, history_device=place).place == place
+
+
+@pytest.mark.parametrize(("place", "expected"), [("cpu", 5), ("accelerator", 5), ("disk", 2)])
+def test_every_process_of_a_node_has_a_table_in_memory(tmp_path, place, expected):
+    """On disk they share one; all journals are one epoch. On an accelerator each has its own memory."""
+    config = SelfKDConfig(str(tmp_path), report_to="none", history_device=place, history_max_bytes=10**7)
+    made = plan_history(config, 1000, 100, CPU, tmp_path / "history", local_processes=4)
+    assert (made.num_bytes, made.max_bytes) == (expected * 1000 * 400, 10**7)
+    if place == "accelerator":
+        made = plan_history(config, 1000, 100, torch.device("cuda"), tmp_path / "history", local_processes=4)
+        assert made.num_bytes == 2 * 1000 * 400

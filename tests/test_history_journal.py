@@ -201,6 +201,14 @@ def test_a_small_epoch_has_a_small_buffer(tmp_path):
     assert [len(buffer["log_probs"]) for buffer in table.journal.buffers] == [12, 12]
 
 
+def test_a_guess_that_is_far_too_low_makes_few_buffers(tmp_path):
+    """The first batch may hold the shortest samples."""
+    table = make(tmp_path, size=400, ragged=True, expected_rows=2)
+    token_epoch(table, LENGTHS[::-1])
+    table.journal.encode()
+    assert len(table.journal.buffers) == 1
+
+
 def test_more_rows_than_fit(tmp_path, monkeypatch):
     """Known at the end of the first epoch, or earlier where even the journal of this process takes more."""
     total = sum(LENGTHS)

@@ -20,6 +20,7 @@ from .storage import full_disk
 
 
 BUFFER_BYTES = 2**24  # of the rows in one buffer, at most
+LEAST_BYTES = 2**20  # at least, where the number of rows is a guess
 
 
 class Journal:
@@ -57,9 +58,13 @@ class Journal:
         self.columns = codec.widths | ({"true_probs": (1, torch.float16)} if traced else {})
         self.max_bytes = max_bytes
         self.row_bytes = sum(width * dtype.itemsize for width, dtype in self.columns.values())
-        self.buffer_rows = max(1, BUFFER_BYTES // self.row_bytes)
-        if expected_rows:
-            self.buffer_rows = min(self.buffer_rows, expected_rows)
+        self.buffer_rows = BUFFER_BYTES // self.row_bytes
+        if (
+            expected_rows
+        ):  # which is a guess where samples have several rows: one far too low must not make many buffers
+            least = LEAST_BYTES // self.row_bytes if ragged else 0
+            self.buffer_rows = min(self.buffer_rows, max(expected_rows, least))
+        self.buffer_rows = max(1, self.buffer_rows)
         self.in_background = device.type == "cpu" and copies_in_background(source)
         # (slots, order, label hashes, rows of each) of batches, once an epoch put into one array.
         self.samples: list[tuple[np.ndarray | int, ...]] = []
