@@ -302,6 +302,7 @@ class SelfKDMixin(DataLoading, Checkpoints, Evaluation):
             "rank": args.process_index,
             "writes": args.local_process_index == 0,
             "rows_per_sample": self._rows_per_sample,
+            "local_processes": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         }
         store = HistoryStore(method, size, ids, args.device, node, self.state.num_train_epochs, **run)
         if not heads.uses_past:
