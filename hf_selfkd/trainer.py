@@ -40,6 +40,7 @@ from .checks import (
 )
 from .config import MethodArguments, SelfKDConfig
 from .dataloading import DataLoading
+from .devices import to_device
 from .distiller import SelfDistiller
 from .evaluation import Evaluation
 from .fixes import stream_position
@@ -389,7 +390,7 @@ class SelfKDMixin(DataLoading, Checkpoints, Evaluation):
             count = max(sum(samples.total for samples in known), 1)
             if distiller.hard_loss.plain and device.type == "cpu":
                 return count  # only our loss sees it; an accelerator gets a tensor, as its division rounds otherwise
-            return torch.tensor(count).to(device, non_blocking=True)
+            return to_device(torch.tensor(count), device)
         task = distiller.task
         names = [next((name for name in task.label_names if name in batch), None) for batch in batch_samples]
         if None in names:

@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
 from ..models import base_model, is_encoder_decoder
@@ -97,5 +98,11 @@ class HeadFactory:
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         if isinstance(self.base, PreTrainedModel):
-            copies.apply(self.base._init_weights)
+            copies.apply(self._init_weights)
         return copies
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # Norms start neutral, as they have just been made: EfficientNet draws their weights around 0, and a copy of
+        # several blocks would pass no gradient on.
+        if not isinstance(module, (_BatchNorm, nn.LayerNorm, nn.GroupNorm)):
+            self.base._init_weights(module)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..batch import Batch
+from ..devices import to_device
 from ..losses.cross_entropy import cross_entropy_sum
 from ..losses.hard import row_losses
 from ..losses.soft import divergence
@@ -164,7 +165,7 @@ class Layered(NoHeads):
         """
         What the heads have to tell: `4 * label + quarter turns`, `[B * V]`, of labels `[B]`; -100 stays.
         """
-        rotations = torch.from_numpy(rotations).to(labels.device, non_blocking=True)
+        rotations = to_device(torch.from_numpy(rotations), labels.device)
         labels = labels.reshape(-1, 1)
         return torch.where(labelled(labels), ROTATIONS * labels + rotations, IGNORE_INDEX).reshape(-1)
 

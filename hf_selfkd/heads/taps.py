@@ -83,11 +83,13 @@ def _images(model: nn.Module, base: nn.Module, config: Any) -> torch.Tensor:
 
 def _words(config: Any) -> torch.Tensor:
     special = {getattr(config, f"{kind}_token_id", None) for kind in ("pad", "eos", "bos", "decoder_start")}
-    word = next(number for number in range(100) if number not in special)
+    size = getattr(config, "vocab_size", None) or 100
+    word = next((number for number in range(min(size, 100)) if number not in special), 0)
     # Without padding, models that classify by the last word take one sample only.
     words = torch.full((1 if getattr(config, "pad_token_id", None) is None else 2, 8), word)
-    if isinstance(getattr(config, "eos_token_id", None), int):
-        words[:, -1] = config.eos_token_id  # by which BART classifies
+    end = getattr(config, "eos_token_id", None)
+    if isinstance(end, int) and 0 <= end < size:
+        words[:, -1] = end  # by which BART classifies
     return words
 
 
@@ -305,6 +307,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def training_once(model: nn.Module) -> Iterator[None]:
+    """Training mode with gradients, for one forward; modes, batch statistics and other buffers are put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    model.train()
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 def _watch(model: nn.Module, names: list[str], others: list[str], inputs: dict[str, Any]) -> tuple[Any, Recorder]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..batch import Batch, BatchRecord, Mixing
+from ..devices import to_device
 from ..models import base_model, logits_of, num_classes_of
 from ..samples import SampleIndex, sample_index
 from .rows import Rows
@@ -78,7 +79,7 @@ class Task:
         mixing = None
         if record.partner is not None:
             weight = torch.tensor(record.weight, dtype=torch.float32, device=labels.device)
-            mixing = Mixing(record.partner.to(labels.device, non_blocking=True), weight)
+            mixing = Mixing(to_device(record.partner, labels.device), weight)
         return Batch(inputs, labels, name, record.ids, samples, mixing)
 
     def accepts(self, inputs: dict[str, Any]) -> bool:
