@@ -64,7 +64,7 @@ class SelfDistiller:
         self.teacher = Teacher() if teacher is None else teacher
         self.heads = NoHeads(task) if heads is None else heads
         self.alpha, self.schedule, self.num_epochs = alpha, schedule, num_epochs
-        self.metrics = RunningMeans()
+        self.metrics = RunningMeans(self.heads.terms)
         self.epoch, self.next_epoch, self.alpha_reached = -1, 0, 0.0
         self.steps = 0  # calls of `step`
         self.strict = True  # whether a batch that no history can address is an error
@@ -120,9 +120,9 @@ class SelfDistiller:
         targets = make_targets(rows.labels, taught.model, batch.mixing, self.teacher.needs_ids)
         num_items = labelled(rows.labels).sum().clamp_min(1) if num_items is None else num_items
         losses = self.hard_loss(outputs, rows, targets, alpha, num_items)
-        loss = self.heads.join(losses.loss, results, head_rows, rows, batch, taught, alpha, num_items)
+        loss, terms = self.heads.join(losses.loss, results, head_rows, rows, batch, taught, alpha, num_items)
         self.teacher.observe(batch, rows, head_rows)
-        self.metrics.update(targets, losses.parts, alpha, losses.hard)
+        self.metrics.update(targets, losses.parts, alpha, losses.hard, terms)
         return loss, outputs
 
     def _alpha(self, progress: Progress) -> float:
@@ -167,7 +167,7 @@ class SelfDistiller:
     def take_metrics(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """What is logged since the last call, of all processes; this waits for the device."""
         distils = self.alpha > 0 and self.teacher.kind != "none"
-        return self.metrics.take(reduce, distils) | self.heads.take_metrics(reduce)
+        return self.metrics.take(reduce, distils)
 
     # What a checkpoint holds
 

@@ -177,8 +177,10 @@ def test_terms_of_others_are_summed_and_divided_by_their_weight():
     means = RunningMeans()
     for loss, right in ((6.0, 1), (2.0, 3)):
         add(means, make_batch(0))
-        means.add_terms(torch.tensor(4), {"head0_loss": torch.tensor(loss), "head0_accuracy": torch.tensor(right)})
-    means.add_terms(2.0, {"head1_loss": torch.tensor(5.0)})
+        means._add(
+            {n: (torch.tensor(v), torch.tensor(4)) for n, v in (("head0_loss", loss), ("head0_accuracy", right))}
+        )
+    means._add({"head1_loss": (torch.tensor(5.0), torch.tensor(2.0))})
     values = means.take(alone, distils=True)
     assert values == pytest.approx(
         expected([make_batch(0)]) | {"head0_loss": 1.0, "head0_accuracy": 0.5, "head1_loss": 2.5}, rel=1e-5
@@ -190,8 +192,8 @@ def test_terms_of_others_are_summed_and_divided_by_their_weight():
 def test_a_name_in_several_groups_is_one_mean():
     means = RunningMeans()
     add(means, make_batch(0))
-    means.add_terms(3.0, {"head0_loss": torch.tensor(3.0), "head1_loss": torch.tensor(1.0)})
-    means.add_terms(1.0, {"head0_loss": torch.tensor(5.0)})
+    means._add({n: (torch.tensor(v), torch.tensor(3.0)) for n, v in (("head0_loss", 3.0), ("head1_loss", 1.0))})
+    means._add({"head0_loss": (torch.tensor(5.0), torch.tensor(1.0))})
     values = means.take(alone, distils=True)
     assert values["head0_loss"] == 2 and values["head1_loss"] == pytest.approx(1 / 3)
 
@@ -203,7 +205,7 @@ def test_processes_reduce_the_same_vector_once():
         means = RunningMeans(terms=names)
         add(means, make_batch(process))
         if process:
-            means.add_terms(torch.tensor(4.0), {name: torch.tensor(2.0) for name in names})
+            means._add({name: (torch.tensor(2.0), torch.tensor(4.0)) for name in names})
         means.take(lambda values: sums.append(values.clone()) or values, distils=True)
     assert len(sums) == 2 and len(sums[0]) == len(sums[1])
     means = RunningMeans(terms=names)

@@ -107,10 +107,10 @@ def _check_gradients(model: nn.Module, heads: AuxiliaryHeads, inputs: dict[str, 
                 if not _reaches(logits, tensor_of(taken.get(name))):
                     spread = float(tensor_of(taken[name]).std())
                     raise ValueError(
-                        f"head={heads.config.head!r} on {name} of {type(base_model(model)).__name__} passes no gradient "
-                        f"to its layer, whose features have a standard deviation of {spread:.1g}: load pretrained "
-                        "weights or give the norms weights around 1 if that is next to nothing, else choose another "
-                        "head or other layers."
+                        f"head={heads.config.head!r} on {name} of {type(base_model(model)).__name__} passes no "
+                        f"gradient to its layer, whose features have a standard deviation of {spread:.1g}: load "
+                        "pretrained weights or give the norms weights around 1 if that is next to nothing, else "
+                        "choose another head or other layers."
                     )
     finally:
         for handle in handles:

@@ -40,7 +40,11 @@ def lists_of_layers(model: nn.Module) -> list[dict[str, nn.Module]]:
 
 def _blocks(module: nn.Module) -> dict[str, nn.Module]:
     children = dict(module.named_children())
-    if isinstance(module, (nn.ModuleList, nn.Sequential)):
+    lists = isinstance(module, (nn.ModuleList, nn.Sequential))
+    if lists and children and all(isinstance(child, nn.ModuleList) for child in children.values()):
+        # Stages that are lists themselves, which nobody calls: their blocks, one after the other.
+        return {f"{i}.{j}": block for i, child in children.items() for j, block in _blocks(child).items()}
+    if lists:
         whole = all(any(True for _ in child.children()) for child in children.values())
         return children if children and whole else {}
     numbered = {name: child for name, child in children.items() if _NUMBERED.fullmatch(name)}
@@ -98,7 +102,7 @@ def _sound(name: str | None, config: Any) -> tuple[int, ...] | None:
         return config.max_length, config.num_mel_bins
     if name == "input_values":
         return (16000,)
-    if name == "input_features" and getattr(config, "max_source_positions", None):
+    if name == "input_features" and getattr(config, "max_source_positions", None) and hasattr(config, "num_mel_bins"):
         return config.num_mel_bins, 2 * config.max_source_positions
     if name == "input_features" and getattr(config, "feature_projection_input_dim", None):
         return 64, config.feature_projection_input_dim
@@ -394,12 +398,15 @@ def _evenly(called: list[str], layout: Layout, last: bool) -> list[str]:
 
 def _stage_ends(names: list[str], shapes: list[tuple[int, ...]]) -> list[str] | None:
     """The last layer of each stage of a hierarchical model; `None` if all layers are alike."""
+    parents = [name.rpartition(".")[0] for name in names]
+    if len(set(parents)) > 1:  # a list for each stage
+        return [name for i, name in enumerate(names) if parents[i] not in parents[i + 1 :]]
     if len(set(shapes)) == 1:
         return None
     if len(names) <= MANY:
         return names
-    targets = [shape[2:] if len(shape) == 4 else shape[1:-1] for shape in shapes]
-    return [name for i, name in enumerate(names) if i + 1 == len(names) or targets[i] != targets[i + 1]]
+    sides = [shape[2:] if len(shape) == 4 else shape[1:-1] for shape in shapes]
+    return [name for i, name in enumerate(names) if i + 1 == len(names) or sides[i] != sides[i + 1]]
 
 
 def named(layer: int | str, names: list[str], model: nn.Module) -> str:

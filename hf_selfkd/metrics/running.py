@@ -122,14 +122,14 @@ class RunningMeans:
       batches before the entry only: all of them while these hold at most `MAX_HELD` elements of soft targets together
       and else the latest, with about that many elements or more. Of a batch that is larger by itself, they are means
       over a sample of every n-th row (`MAX_HELD` elements, at least `MIN_SAMPLE` rows).
-    - Others may add terms of their own, see `add_terms`.
+    - Others may add terms of their own, such as the loss of a head.
 
     Small batches wait and are measured several at a time: on a small batch, fetching code that has not just run into
     the processor's cache takes longer than running it.
 
     Args:
         terms (`Iterable[str]`, *optional*):
-            names that [`~RunningMeans.add_terms`] will be given together. They are reduced over the processes even
+            names of further terms that `update` will be given together. They are reduced over the processes even
             where this process had none of them, which keeps the processes in step.
     """
 
@@ -146,7 +146,12 @@ class RunningMeans:
 
     @torch.no_grad()
     def update(
-        self, targets: list[Target], losses: list[RowLosses], alpha: float, hard: torch.Tensor | None = None
+        self,
+        targets: list[Target],
+        losses: list[RowLosses],
+        alpha: float,
+        hard: torch.Tensor | None = None,
+        terms: Terms | None = None,
     ) -> None:
         """
         Add a batch; this does not wait for the device.
@@ -158,7 +163,10 @@ class RunningMeans:
             losses (`list` of [`~hf_selfkd.losses.RowLosses`]): of each target; empty without soft targets.
             alpha (`float`): the weight of the soft targets.
             hard (`torch.Tensor`, *optional*): sum of the hard losses of the rows, where `losses` do not tell.
+            terms (`dict`, *optional*): further sums with their weights, scalars on the device, by the name in the log.
         """
+        if terms:
+            self._add(terms)
         own, taught = targets[0], bool(losses)
         batch = _Batch(
             own.labels,
@@ -177,20 +185,6 @@ class RunningMeans:
         if self._held > MAX_HELD:
             waited = self._add_waiting()
             self._recent = self._latest(waited)
-
-    @torch.no_grad()
-    def add_terms(self, weight: torch.Tensor | float, terms: dict[str, torch.Tensor]) -> None:
-        """
-        Add to means that others compute, such as the loss of a head; this does not wait for the device.
-
-        Args:
-            weight (`torch.Tensor` or `float`): what the sums are to be divided by: a number of rows, a scalar.
-            terms (`dict[str, torch.Tensor]`): sums, scalars on the device, by the name that is logged.
-        """
-        if not isinstance(weight, torch.Tensor):
-            first = next(iter(terms.values()))
-            weight = torch.full((), weight, dtype=torch.float32, device=first.device)
-        self._add({name: (value, weight) for name, value in terms.items()})
 
     def _add(self, terms: Terms) -> torch.Tensor:
         columns = torch.stack([column for pair in terms.values() for column in pair])
