@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,8 @@ class DataProbe:
     What a few samples of a training set told.
 
     Args:
-        content (`str`, *optional*): a checksum of their inputs; `None` if reading them twice gives other ones.
+        content (`str`, *optional*):
+            a checksum of them, for any size of batches; `None` if reading them twice gives other ones.
         labels_stay (`bool`): whether their labels are the same whatever random numbers a collator draws.
         rows_fit (`bool`): whether the collator gives a row of labels for each sample.
         rows_per_sample (`float`, *optional*): labelled rows of a sample, on average.
@@ -42,7 +43,7 @@ def probe_data(
     batch_size: int = SAMPLES,
 ) -> DataProbe:
     """
-    Read a few samples, three times, with other random numbers at the third. The generators are put back.
+    Read a few samples, some of them with other random numbers too. The generators are put back.
 
     Args:
         dataset ([`~hf_selfkd.samples.SampleIdDataset`]): the training set.
@@ -51,28 +52,39 @@ def probe_data(
         row_labels (`Callable`): from the labels of a batch to those of its rows.
         batch_size (`int`, *optional*): samples that the collator gets in training.
     """
-    count = min(SAMPLES, len(dataset), batch_size)
-    if count == 0:
+    if len(dataset) == 0:
         return DataProbe()
-    places = sorted({round(i * (len(dataset) - 1) / max(count - 1, 1)) for i in range(count)})
+    places = _places(dataset, batch_size)
 
-    def read(seed: int) -> tuple[Any, Any]:
+    def read(seed: int) -> Any:
         with seeded(seed):
             batch = collator(list(dataset.items(places)))
         if not isinstance(batch, Mapping):
-            return None, batch
-        labels = next((batch[name] for name in label_names if name in batch), None)
-        return labels, {name: value for name, value in batch.items() if value is not labels}
+            return None
+        return next((batch[name] for name in label_names if name in batch), None)
 
-    (labels, inputs), (_, again), (others, _) = read(0), read(0), read(1)
+    probe, labels, others = DataProbe(_content(dataset)), read(0), read(1)
     if not isinstance(labels, torch.Tensor) or labels.dim() == 0:
-        return DataProbe()
-    probe = DataProbe(labels_stay=checksum(labels) == checksum(others), rows_fit=len(labels) == len(places))
-    probe.content = checksum(inputs) if checksum(inputs) == checksum(again) else None
+        return probe
+    probe.labels_stay, probe.rows_fit = checksum(labels) == checksum(others), len(labels) == len(places)
     integers = not labels.is_floating_point()
     if integers and labels.dim() > 1 and probe.rows_fit:
         probe.rows_per_sample = int((row_labels(labels) != IGNORE_INDEX).sum()) / len(places)
     return probe
+
+
+def _places(dataset: SampleIdDataset, limit: int = SAMPLES) -> list[int]:
+    count = min(SAMPLES, len(dataset), limit)
+    return sorted({round(i * (len(dataset) - 1) / max(count - 1, 1)) for i in range(count)})
+
+
+def _content(dataset: SampleIdDataset) -> str | None:
+    """A checksum of a few items as the dataset gives them: no collator pads them to the length of their batch."""
+    found = set()
+    for _ in range(2):
+        with seeded(0):
+            found.add(checksum(dataset.items(_places(dataset))))
+    return found.pop() if len(found) == 1 else None
 
 
 def checksum(value: Any) -> str:
@@ -92,9 +104,13 @@ def _crc(value: Any, start: int) -> int:
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-    if isinstance(value, np.ndarray) and value.dtype != object:
+    if hasattr(value, "__array_interface__") and not isinstance(value, (np.ndarray, np.generic)):
+        value = np.asarray(value)  # such as an image of PIL
+    if isinstance(value, (np.ndarray, np.generic)) and value.dtype != object:
         start = zlib.crc32(f"{value.dtype} {value.shape}".encode(), start)
         return zlib.crc32(np.ascontiguousarray(value).tobytes(), start)
     if isinstance(value, (str, bytes, bool, int, float, type(None))):
         return zlib.crc32(value if isinstance(value, bytes) else repr(value).encode(), start)
+    if is_dataclass(value):
+        return _crc({spec.name: getattr(value, spec.name) for spec in fields(value)}, start)
     return start  # of a make that may differ from run to run: not looked at
