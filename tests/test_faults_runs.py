@@ -281,7 +281,7 @@ def test_each_trial_of_a_search_trains_its_own_heads(tmp_path, monkeypatch):
     options = {"model_init": lambda: make_model("vit"), "num_train_epochs": 2}
     trainer = make_trainer(tmp_path, None, make_samples("vit", 8), **options)
     trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, dict
-    for asked in ("byot", None, "joint", "byot"):
+    for asked in (None, "byot", "joint", "byot"):
         trainer.train(trial=Trial(auxiliary_heads=asked))
         heads = heads_of(trainer.model)
         assert bool(logged(trainer, "head0_loss")) == (heads is not None) == (asked is not None)
