@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
-from transformers.trainer_utils import has_length
+from transformers import TrainingArguments
+from transformers.trainer_utils import TrainOutput, has_length
 
 from .collator import SelfKDDataCollator, TrainingCollator
 from .config import MethodArguments
@@ -116,9 +117,16 @@ class DataLoading:
 
     # The training dataloader
 
-    def _inner_training_loop(self, batch_size: int | None = None, **named: Any):
+    def _inner_training_loop(
+        self,
+        batch_size: int | None = None,
+        args: TrainingArguments | None = None,
+        resume_from_checkpoint: str | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         self._in_loop, self._train_samples, self._probe = True, None, DataProbe()
-        return super()._inner_training_loop(batch_size, **named)
+        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def get_train_dataloader(self) -> DataLoader:
         """

@@ -110,8 +110,7 @@ class SelfDistiller:
         self.steps += 1
         batch = self.heads.with_views(self.task.split(inputs, record), self.epoch, progress.step)
         self._check(batch, self.task.num_classes)
-        if self.hard_loss.num_classes is not None:
-            self.teacher.prepare(batch, self.hard_loss.num_classes)
+        self.teacher.prepare(batch, self.hard_loss.num_classes)
         alpha, batch.storage = self._alpha(progress), self.teacher.storage
         taught = self.teacher.targets(batch) if alpha > 0 else Taught()
         outputs = self.hard_loss.forward(model, batch, taught.model, alpha)

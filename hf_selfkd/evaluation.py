@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -132,7 +133,16 @@ class Evaluation:
             self._hp_search_setup(trial)
         return super().call_model_init(trial)
 
-    def hyperparameter_search(self, hp_space=None, compute_objective=None, n_trials=20, direction="minimize", **named):
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, float]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] = "minimize",
+        backend: Any = None,
+        hp_name: Callable[[Any], str] | None = None,
+        **kwargs: Any,
+    ):
         """
         As in [`~transformers.Trainer`]; without a `compute_objective` the evaluation loss is minimized. The default of
         the stock class adds all metrics up, of which some are better when lower.
@@ -147,7 +157,9 @@ class Evaluation:
                     "compute_objective=lambda metrics: metrics['eval_accuracy']."
                 )
             compute_objective = _evaluation_loss_of
-        return super().hyperparameter_search(hp_space, compute_objective, n_trials, direction, **named)
+        return super().hyperparameter_search(
+            hp_space, compute_objective, n_trials, direction, backend, hp_name, **kwargs
+        )
 
 
 def _evaluation_loss_of(metrics: dict[str, float]) -> float:

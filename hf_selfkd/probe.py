@@ -22,8 +22,7 @@ class DataProbe:
     What a few samples of a training set told.
 
     Args:
-        content (`str`, *optional*):
-            a checksum of them, for any size of batches; `None` if reading them twice gives other ones.
+        content (`str`, *optional*): a checksum of them without labels; `None` if reading them twice gives another one.
         labels_stay (`bool`): whether their labels are the same whatever random numbers a collator draws.
         rows_fit (`bool`): whether the collator gives a row of labels for each sample.
         rows_per_sample (`float`, *optional*): labelled rows of a sample, on average.
@@ -43,7 +42,7 @@ def probe_data(
     batch_size: int = SAMPLES,
 ) -> DataProbe:
     """
-    Read a few samples, some of them with other random numbers too. The generators are put back.
+    Read a few samples, three times, with other random numbers at the third. The generators are put back.
 
     Args:
         dataset ([`~hf_selfkd.samples.SampleIdDataset`]): the training set.
@@ -54,37 +53,39 @@ def probe_data(
     """
     if len(dataset) == 0:
         return DataProbe()
-    places = _places(dataset, batch_size)
+    last = len(dataset) - 1
+    places = sorted({round(i * last / (SAMPLES - 1)) for i in range(SAMPLES)})
+    given = {*label_names, "label", "label_ids"}
 
-    def read(seed: int) -> Any:
+    def read(seed: int) -> tuple[str, list[Any]]:
+        dataset.set_epoch(seed)  # which seeds transforms, if anything does
         with seeded(seed):
-            batch = collator(list(dataset.items(places)))
-        if not isinstance(batch, Mapping):
-            return None
-        return next((batch[name] for name in label_names if name in batch), None)
+            items = list(dataset.items(places))
+            labels = _labels(items, collator, label_names, batch_size)
+        return checksum([_without(item, given) for item in items]), labels
 
-    probe, labels, others = DataProbe(_content(dataset)), read(0), read(1)
-    if not isinstance(labels, torch.Tensor) or labels.dim() == 0:
+    (_, others), (content, labels), (again, _) = read(1), read(0), read(0)
+    probe = DataProbe(content if content == again else None)
+    if not all(isinstance(part, torch.Tensor) and part.dim() for part in labels):
         return probe
-    probe.labels_stay, probe.rows_fit = checksum(labels) == checksum(others), len(labels) == len(places)
-    integers = not labels.is_floating_point()
-    if integers and labels.dim() > 1 and probe.rows_fit:
-        probe.rows_per_sample = int((row_labels(labels) != IGNORE_INDEX).sum()) / len(places)
+    probe.labels_stay = checksum(labels) == checksum(others)
+    probe.rows_fit = sum(map(len, labels)) == len(places)
+    if probe.rows_fit and all(part.dim() > 1 and not part.is_floating_point() for part in labels):
+        probe.rows_per_sample = sum(int((row_labels(part) != IGNORE_INDEX).sum()) for part in labels) / len(places)
     return probe
 
 
-def _places(dataset: SampleIdDataset, limit: int = SAMPLES) -> list[int]:
-    count = min(SAMPLES, len(dataset), limit)
-    return sorted({round(i * (len(dataset) - 1) / max(count - 1, 1)) for i in range(count)})
+def _labels(
+    items: list[Any], collator: Callable[[list[Any]], Any], names: tuple[str, ...], batch_size: int
+) -> list[Any]:
+    """The labels of the batches that a collator makes of these items."""
+    batches = [collator(items[start : start + batch_size]) for start in range(0, len(items), batch_size)]
+    found = [next((b[n] for n in names if n in b), None) if isinstance(b, Mapping) else None for b in batches]
+    return found
 
 
-def _content(dataset: SampleIdDataset) -> str | None:
-    """A checksum of a few items as the dataset gives them: no collator pads them to the length of their batch."""
-    found = set()
-    for _ in range(2):
-        with seeded(0):
-            found.add(checksum(dataset.items(_places(dataset))))
-    return found.pop() if len(found) == 1 else None
+def _without(item: Any, names: set[str]) -> Any:
+    return {key: value for key, value in item.items() if key not in names} if isinstance(item, Mapping) else item
 
 
 def checksum(value: Any) -> str:
@@ -97,6 +98,8 @@ def _crc(value: Any, start: int) -> int:
         for key in sorted(value, key=str):
             start = _crc(value[key], zlib.crc32(str(key).encode(), start))
         return start
+    if is_dataclass(value) and not isinstance(value, type):
+        return _crc({spec.name: getattr(value, spec.name) for spec in fields(value)}, start)  # slots have no vars
     if isinstance(value, (list, tuple)):
         for part in value:
             start = _crc(part, start)
@@ -104,13 +107,13 @@ def _crc(value: Any, start: int) -> int:
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-    if hasattr(value, "__array_interface__") and not isinstance(value, (np.ndarray, np.generic)):
-        value = np.asarray(value)  # such as an image of PIL
-    if isinstance(value, (np.ndarray, np.generic)) and value.dtype != object:
+    if hasattr(value, "__array_interface__") and not isinstance(value, np.ndarray):
+        value = np.asarray(value)  # such as an image
+    if isinstance(value, np.ndarray) and value.dtype != object:
         start = zlib.crc32(f"{value.dtype} {value.shape}".encode(), start)
         return zlib.crc32(np.ascontiguousarray(value).tobytes(), start)
     if isinstance(value, (str, bytes, bool, int, float, type(None))):
         return zlib.crc32(value if isinstance(value, bytes) else repr(value).encode(), start)
-    if is_dataclass(value):
-        return _crc({spec.name: getattr(value, spec.name) for spec in fields(value)}, start)
+    if hasattr(value, "tobytes") and hasattr(value, "size"):  # an image of PIL
+        return zlib.crc32(value.tobytes(), zlib.crc32(str(value.size).encode(), start))
     return start  # of a make that may differ from run to run: not looked at

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast
 from torch.utils.data import IterableDataset
@@ -146,6 +147,15 @@ class SelfKDMixin(DataLoading, Checkpoints, Evaluation):
     def teacher(self) -> Teacher:
         """[`~hf_selfkd.teachers.Teacher`]: of the present or last training."""
         return _NotTrained() if self.distiller is None else self.distiller.teacher
+
+    @property
+    def sample_ids(self) -> np.ndarray | None:
+        """
+        `np.ndarray` of `int64`, shape `[B]`: the ids of the samples of the present micro-batch, for a `training_step`
+        or `compute_loss` of your own; `None` between steps and where samples have none.
+        """
+        record = None if self._batches is None else self._batches.present
+        return None if record is None else record.ids
 
     def _heads_asked(self, args: TrainingArguments) -> AuxiliaryHeadsConfig | None:
         named = AuxiliaryHeadsConfig.resolve(MethodArguments.read(args).auxiliary_heads)
@@ -292,6 +302,7 @@ class SelfKDMixin(DataLoading, Checkpoints, Evaluation):
             "rank": args.process_index,
             "writes": args.local_process_index == 0,
             "rows_per_sample": self._rows_per_sample,
+            "local_processes": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         }
         store = HistoryStore(method, size, ids, args.device, node, self.state.num_train_epochs, **run)
         if not heads.uses_past:

@@ -4,10 +4,11 @@ from dataclasses import fields
 
 import pytest
 import torch
-from conformance import Linear, Points, classes, with_each_class
+from conformance import Linear, Points, classes, lines_of, with_each_class
 from helpers import collate, make_model, make_samples, same_weights
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments, get_linear_schedule_with_warmup
+from transformers.utils import logging
 
 
 def points(case, folder, **options):
@@ -284,5 +285,21 @@ def test_reduce_on_plateau(case, tmp_path):
         options = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1}
         options |= {"metric_for_best_model": "score", "lr_scheduler_kwargs": {"patience": 0}}
         return points(case, folder, eval_dataset=Points(6), compute_metrics=lambda _: {"score": 1.0}, **options)
+
+    case.check(script, tmp_path)
+
+
+# What is said
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "bert_tokens"])
+@with_each_class("history")
+def test_no_warning_that_the_stock_class_does_not_give(case, name, tmp_path):
+    def script(case, folder):
+        logging.warning_once.cache_clear()  # which transformers says once in a process
+        with lines_of("transformers", level="WARNING") as lines:
+            options = {"eval_dataset": make_samples(name, 4), "eval_strategy": "epoch", "save_strategy": "epoch"}
+            trainer = texts(case, folder, name, **options)
+        return trainer, sorted(set(lines))
 
     case.check(script, tmp_path)

@@ -7,7 +7,9 @@ to three epochs.
 
 import ast
 import copy
+import inspect
 import re
+import textwrap
 from pathlib import Path
 
 import datasets
@@ -16,6 +18,8 @@ import torch
 from helpers import collate, difference, make_model, make_samples, state_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from hf_selfkd.distiller import SelfDistiller
 
 
 ROOT = Path(__file__).parents[1]
@@ -148,3 +152,12 @@ def test_links_within_the_documentation_lead_somewhere():
                 titles = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
                 anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
                 assert anchor in anchors, f"{page} links to {target}#{anchor}"
+
+
+def test_the_step_on_the_page_is_that_of_the_package():
+    page = (ROOT / "docs/how_it_works.md").read_text()
+    shown = ast.parse(re.search(r"```python\n(def step\(.*?)```", page, re.DOTALL).group(1)).body[0]
+    step = ast.parse(textwrap.dedent(inspect.getsource(SelfDistiller.step))).body[0]
+    assert ast.dump(ast.Module(shown.body, [])) == ast.dump(ast.Module(step.body[1:], []))
+    branches = [node for node in ast.walk(step) if isinstance(node, (ast.If, ast.For, ast.While, ast.Try))]
+    assert not branches and len(step.body) - 1 <= 20

@@ -402,7 +402,7 @@ def test_history_is_kept_by_head_and_view(tmp_path):
 
     class Watching(Recording):
         def compute_loss(self, model, inputs, *arguments, **keywords):
-            ids = self._batches.present.ids.tolist()
+            ids = self.sample_ids.tolist()
             handle = heads_of(model).register_forward_hook(lambda *_: None)
             run = heads_of(model)._run
 

@@ -89,7 +89,7 @@ def settle_masking(
     if training_args.teacher == "auto" and not training_args.history_trace:
         training_args.teacher = "snapshot"
         logger.info("Masks change from epoch to epoch: teacher=snapshot. For the history, give --fixed_masking.")
-    elif training_args.teacher_kind == "history":
+    elif training_args.teacher in ("history", "auto"):
         raise ValueError(
             "--teacher history stores predictions of tokens that are not masked in the next epoch: give "
             "--fixed_masking, or --teacher snapshot."

@@ -39,6 +39,7 @@ class HistoryStore:
         rank (`int`): of this process.
         writes (`bool`): whether this process writes the files of its node.
         rows_per_sample (`float`, *optional*): labelled rows of a sample, on average; the first batch tells by default.
+        local_processes (`int`, *optional*): processes of this node.
     """
 
     def __init__(
@@ -53,11 +54,12 @@ class HistoryStore:
         rank: int = 0,
         writes: bool = True,
         rows_per_sample: float | None = None,
+        local_processes: int = 1,
     ):
         self.config, self.size, self.device, self.folder = config, size, device, folder
         self.ids = None if ids is None else np.sort(ids)
         self.num_epochs, self.gather, self.rank, self.writes = num_epochs, gather, rank, writes
-        self.rows_per_sample = rows_per_sample
+        self.rows_per_sample, self.local_processes = rows_per_sample, local_processes
         self.history: PredictionHistory | None = None
 
     @property
@@ -106,7 +108,7 @@ class HistoryStore:
     def _make_history(self, samples: SampleIndex, num_classes: int) -> None:
         ragged = samples.rows is not None
         num_rows = self._num_rows(samples, ragged)
-        plan = plan_history(self.config, num_rows, num_classes, self.device, self.folder)
+        plan = self._plan(self.config, num_rows, num_classes)
         self.history = self._new_history(plan, ragged)
         logger.info(
             f"Prediction history: about {plan.num_bytes} bytes on {plan.place!r} for {self.size} samples, "
@@ -137,6 +139,7 @@ class HistoryStore:
             trace_epochs=self.num_epochs if self.config.history_trace else 0,
             writes=self.writes,
             expected_rows=plan.num_rows * 17 // (16 * processes),  # some are replayed to fill the last batch
+            max_bytes=plan.max_bytes,
         )
 
     def load(self, state: State, journals: list[dict[str, torch.Tensor]]) -> None:
@@ -150,7 +153,7 @@ class HistoryStore:
         if not metadata.get("num_classes"):
             return  # saved before the first batch
         num_classes, ragged = int(metadata["num_classes"]), metadata["ragged"] == "True"
-        self._check_samples(tensors, metadata)
+        grown = self._has_grown(tensors, metadata)
         top_k = None if metadata["top_k"] == "None" else int(metadata["top_k"])
         for name, value in (("history_top_k", top_k), ("history_dtype", metadata["dtype"])):
             asked = getattr(self.config, name)
@@ -161,24 +164,45 @@ class HistoryStore:
         rows = int(tensors["counts"].sum()) if ragged else self.size
         # What is stored decides, not what would be chosen for a new history.
         config = replace(self.config, history_top_k=top_k or num_classes, history_dtype=metadata["dtype"])
-        plan = plan_history(config, max(rows, 1), num_classes, self.device, self.folder)
+        plan = self._plan(config, max(rows, 1), num_classes)
         self.history = self._new_history(plan, ragged)
-        self.history.load_state(tensors, self.gather)
+        moved = self.history.load_state(tensors, self.gather, keep_known=grown)
         for journal in journals:
-            self.history.add_journal(journal)
+            self.history.add_journal(journal, moved)
 
-    def _check_samples(self, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    def _plan(self, config: MethodArguments, num_rows: int, num_classes: int) -> Plan:
+        return plan_history(config, num_rows, num_classes, self.device, self.folder, self.local_processes)
+
+    def _has_grown(self, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bool:
+        """
+        Whether samples have come since, to those that the history was made for.
+
+        Raises:
+            ValueError: if it was made for others.
+        """
         stored_ids = tensors["ids"].numpy() if "ids" in tensors else None
-        same_ids = (stored_ids is None) == (self.ids is None) and (
-            stored_ids is None or np.array_equal(stored_ids, self.ids)
-        )
+        same_kind = (stored_ids is None) == (self.ids is None)
+        if (
+            same_kind
+            and stored_ids is not None
+            and len(stored_ids) < self.size
+            and np.isin(stored_ids, self.ids).all()
+        ):
+            logger.warning(
+                f"The training set has {self.size - len(stored_ids)} samples more than the checkpoint's history: the "
+                "rows of known ids are kept, new samples have no past yet."
+            )
+            return True
+        same_ids = same_kind and (stored_ids is None or np.array_equal(stored_ids, self.ids))
         if int(metadata["size"]) != self.size or not same_ids:
             raise ValueError(
                 f"the checkpoint's history was made for {metadata['size']} samples "
                 f"({'ids of their own' if stored_ids is not None else 'row numbers as ids'}), the training set has "
                 f"{self.size} ({'ids of their own' if self.ids is not None else 'row numbers as ids'}): give the same "
-                "dataset and sample_id_column as before, or start a new run from these weights with from_pretrained."
+                "dataset and sample_id_column as before, or start a new run from these weights with from_pretrained "
+                "(with a sample_id_column, data may grow: the rows of known ids are kept)."
             )
+        return False
 
 
 class HistoryTeacher(Teacher):
@@ -230,8 +254,8 @@ class HistoryTeacher(Teacher):
                 store.end_epoch(self.epoch)
         self.epoch = epoch
 
-    def prepare(self, batch: Batch, num_classes: int) -> None:
-        if batch.samples is not None:
+    def prepare(self, batch: Batch, num_classes: int | None) -> None:
+        if batch.samples is not None and num_classes is not None:
             self.store.prepare(batch.samples, num_classes)
 
     def targets(self, batch: Batch) -> Taught:
