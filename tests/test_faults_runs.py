@@ -1,6 +1,7 @@
 """Faults of the worst kind: whole runs that choose, resume, schedule or share the wrong thing in silence."""
 
 import copy
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from helpers import (
     refused,
     train,
 )
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HPSearchBackend
 
 from hf_selfkd import AuxiliaryHeadsConfig, SelfKDConfig, SelfKDTrainer, Seq2SeqSelfKDConfig
@@ -68,10 +69,12 @@ def test_a_search_without_an_objective_minimizes_the_loss_of_the_evaluation(tmp_
     """The stock default adds all metrics up, of which some are better when lower."""
     asked = {}
 
-    def search(self, hp_space, compute_objective, n_trials, direction, **others):
-        asked.update(objective=compute_objective, direction=direction)
+    def search(self, *arguments, **named):
+        given = inspect.signature(stock).bind(self, *arguments, **named).arguments
+        asked.update(objective=given["compute_objective"], direction=given["direction"])
 
-    monkeypatch.setattr("transformers.Trainer.hyperparameter_search", search)
+    stock = Trainer.hyperparameter_search
+    monkeypatch.setattr(Trainer, "hyperparameter_search", search)
     trainer = make_trainer(tmp_path, None, make_samples("vit"), model_init=lambda: make_model("vit"))
     trainer.hyperparameter_search()
     assert asked["direction"] == "minimize"
