@@ -11,7 +11,12 @@ def dispatched(out, name, **options):
     """The main process reads map-style data and sends batches to the others."""
     accelerator = {"dispatch_batches": True, "split_batches": False, "even_batches": True}
     options |= {"per_device_train_batch_size": 4, "accelerator_config": accelerator}
-    trainer = make_trainer(out, name, make_samples(name, 16), **options)
+    samples = make_samples(name, 16)
+    if name == "plain_gpt2":  # batches that are sent must be of equal length
+        samples.items = [{key: value[:3] for key, value in item.items()} for item in samples.items]
+        for item in samples.items:
+            item["labels"] = item["input_ids"]
+    trainer = make_trainer(out, name, samples, **options)
     trainer.train()
     found = {name: logged(trainer, name) for name in ("loss", "rows_with_history", "alpha")}
     return found | {"kind": trainer.teacher.kind, "weights": state_of(trainer)}
