@@ -162,6 +162,11 @@ def test_soft_labels_of_torchvision_are_refused_by_their_name(tmp_path):
     trainer = make_trainer(tmp_path, "vit", make_samples("vit", 8), data_collator=mixes)
     message = refused(trainer.train, "MixUp", "CutMix", "SelfKDDataCollator")
     assert "regression" not in message and trainer.state.global_step == 0
+    plain = [
+        train(tmp_path, "vit", make_samples("vit", 8), data_collator=mixes, trainer=trainer, **options)
+        for trainer, options in ((Trainer, {}), (SelfKDTrainer, {"alpha": 0.0}), (SelfKDTrainer, {"teacher": "none"}))
+    ]
+    assert all(same_weights(one.model, plain[0].model) for one in plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8, torch.int64])

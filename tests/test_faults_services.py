@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import logged, make_model, make_samples, make_trainer, refused, same_weights, train
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_selfkd import SelfKDConfig, Seq2SeqSelfKDTrainer
+from hf_selfkd import SelfKDConfig, SelfKDTrainer, Seq2SeqSelfKDTrainer
+from hf_selfkd.batch import BatchRecord, attach_record, pop_record
 from hf_selfkd.checks import check_even
 from hf_selfkd.trainer import SelfKDMixin
 
@@ -190,6 +193,51 @@ def test_a_sequence_trainer_evaluates_a_classifier(tmp_path):
     stock = make_trainer(tmp_path, "bert", samples, trainer=Trainer, eval_dataset=samples)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(stock.evaluate()["eval_loss"], rel=1e-6)
     trainer.train()
+    assert logged(trainer, "soft_loss")[-1] > 0
+
+
+# Devices without doubles
+
+
+def test_batches_that_are_sent_hold_no_doubles():
+    batch, record = {}, BatchRecord(np.arange(4), None, torch.arange(4), 0.3)
+    attach_record(batch, record, as_tensors=True)
+    assert {value.dtype for value in batch.values()} == {torch.int64, torch.float32}
+    found = pop_record(batch)
+    assert found.weight == pytest.approx(0.3) and found.ids.tolist() == [0, 1, 2, 3] and batch == {}
+
+
+class NoDoubles(TorchDispatchMode):
+    """Refuses every operation on tensors that gives a float64 of more than one element."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        made = result if isinstance(result, (tuple, list)) else [result]
+        wide = [
+            one for one in made if isinstance(one, torch.Tensor) and one.dtype == torch.float64 and one.numel() > 1
+        ]
+        assert not wide, f"{function} gave float64"
+        return result
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit", {"teacher": "history"}),
+        ("vit", {"auxiliary_heads": "joint", "temperature": 2.0}),
+        ("resnet", {"auxiliary_heads": "lsskd"}),
+        ("gpt2", {"history_top_k": 4}),
+        ("gpt2", {"chunked_logits": True, "history_top_k": 4}),
+        ("bert_tokens", {"teacher": "ema"}),
+    ],
+)
+def test_a_step_makes_no_doubles(tmp_path, name, options):
+    class Watched(SelfKDTrainer):
+        def training_step(self, *arguments, **named):
+            with NoDoubles():
+                return super().training_step(*arguments, **named)
+
+    trainer = train(tmp_path, name, make_samples(name, 8), trainer=Watched, **options)
     assert logged(trainer, "soft_loss")[-1] > 0
 
 
