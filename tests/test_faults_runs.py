@@ -2,8 +2,10 @@
 
 import copy
 import inspect
+from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -16,6 +18,7 @@ from helpers import (
     refused,
     train,
 )
+from PIL import Image
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HPSearchBackend
 
@@ -112,6 +115,33 @@ def test_other_inputs_with_the_same_labels_are_refused_on_resume(tmp_path, kind,
         "from_pretrained",
     )
     train(tmp_path, "bert", samples, resume=step, teacher="history")
+
+
+@dataclass(slots=True)
+class Slotted:
+    """An item with fields and no dictionary of them."""
+
+    image: Image.Image
+    label: int
+
+
+def pictures(seed):
+    """Images as files give them, with the labels of every seed."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(256, size=(8, 16, 16, 3), dtype=np.uint8)
+    return [Slotted(Image.fromarray(image), number % 5) for number, image in enumerate(pixels)]
+
+
+def as_tensors(items):
+    images = torch.stack([torch.from_numpy(np.array(item.image)).permute(2, 0, 1) / 255 for item in items])
+    return {"pixel_values": images, "labels": torch.tensor([item.label for item in items])}
+
+
+def test_other_images_in_items_of_any_make_are_refused_on_resume(tmp_path):
+    options = {"data_collator": as_tensors, "teacher": "history", "remove_unused_columns": False}
+    train(tmp_path, "vit", pictures(0), save_strategy="epoch", **options)
+    refused(lambda: train(tmp_path, "vit", pictures(1), resume=4, **options), "other inputs", "checkpoint-4")
+    assert train(tmp_path, "vit", pictures(0), resume=4, **options).state.global_step == 6
 
 
 def test_random_augmentation_is_not_taken_for_other_inputs(tmp_path):
