@@ -45,11 +45,17 @@ class Checkpoints:
             plain.__class__ = kind
             torch.save(plain, os.path.join(folder, TRAINING_ARGS_NAME))
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in [`~transformers.Trainer`]: the bare model. A checkpoint has the heads beside the model."""
+        super().save_model(output_dir, _internal_call)
+        heads = heads_of(self.model)
+        if _internal_call and output_dir is not None and heads is not None and self.args.should_save:
+            config = {"config": json.dumps(heads.config.to_dict())}
+            save_tensors(Path(output_dir) / STATE_FOLDER / HEADS_FILE, heads.state_dict(), config)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        folder, distiller, heads = Path(output_dir) / STATE_FOLDER, self.distiller, heads_of(self.model)
-        if self.args.should_save and heads is not None:
-            save_tensors(folder / HEADS_FILE, heads.state_dict(), {"config": json.dumps(heads.config.to_dict())})
+        folder, distiller = Path(output_dir) / STATE_FOLDER, self.distiller
         if distiller is None:
             return
         if self.args.should_save:

@@ -127,6 +127,12 @@ class Evaluation:
         rows = task.rows(task.logits(outputs, has_loss=named.get("labels") is not None), labels)
         self._token_metrics.update(rows.logits.view(*labels.shape, -1), rows.labels.view_as(labels))
 
+    def call_model_init(self, trial: Any = None) -> torch.nn.Module:
+        """As in [`~transformers.Trainer`]; the arguments are those of the trial before the model is made of them."""
+        if trial is not None and self.hp_search_backend is not None:
+            self._hp_search_setup(trial)
+        return super().call_model_init(trial)
+
     def hyperparameter_search(
         self,
         hp_space: Callable[[Any], dict[str, float]] | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -99,7 +99,7 @@ def _crc(value: Any, start: int) -> int:
             start = _crc(value[key], zlib.crc32(str(key).encode(), start))
         return start
     if is_dataclass(value) and not isinstance(value, type):
-        return _crc(vars(value), start)
+        return _crc({spec.name: getattr(value, spec.name) for spec in fields(value)}, start)  # slots have no vars
     if isinstance(value, (list, tuple)):
         for part in value:
             start = _crc(part, start)
@@ -107,6 +107,8 @@ def _crc(value: Any, start: int) -> int:
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    if hasattr(value, "__array_interface__") and not isinstance(value, np.ndarray):
+        value = np.asarray(value)  # such as an image
     if isinstance(value, np.ndarray) and value.dtype != object:
         start = zlib.crc32(f"{value.dtype} {value.shape}".encode(), start)
         return zlib.crc32(np.ascontiguousarray(value).tobytes(), start)
