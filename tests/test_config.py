@@ -7,13 +7,15 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_selfkd import SelfKDConfig
-from hf_selfkd.config import alpha_at
+from hf_selfkd.config import MethodArguments
+from hf_selfkd.schedule import alpha_at
 
 
 DEFAULTS = {
     "alpha": 0.8,
     "alpha_schedule": "linear",
     "teacher": "auto",
+    "hard_loss": "auto",
     "temperature": 1.0,
     "warm_start_teacher": False,
     "seed_transforms": False,
@@ -34,6 +36,7 @@ OTHERS = {
     "alpha": 0.5,
     "alpha_schedule": "linear_step",
     "teacher": "history",
+    "hard_loss": "additive",
     "temperature": 2.0,
     "warm_start_teacher": True,
     "seed_transforms": True,
@@ -158,41 +161,43 @@ PLAIN = {
 
 @pytest.mark.parametrize("arguments", [{}, PLAIN], ids=["defaults", "many"])
 def test_plain_arguments_keep_every_field(tmp_path, arguments):
-    """Tokens included, and everything derived from fields when they were built; the argument does not change."""
+    """They are read and never changed: the method has its defaults."""
     plain = TrainingArguments(str(tmp_path), use_cpu=True, **arguments)
     before = {name: repr(value) for name, value in plain.__dict__.items()}
-    upcast = SelfKDConfig.from_training_arguments(plain)
-    assert type(upcast) is SelfKDConfig and type(plain) is TrainingArguments and upcast is not plain
-    for name, value in plain.__dict__.items():
-        assert getattr(upcast, name) == value, name
-    assert own(upcast) == DEFAULTS
-    assert upcast.device == plain.device and upcast.train_batch_size == plain.train_batch_size
-    upcast.alpha, upcast.learning_rate, upcast.hub_token = 0.1, 9.0, "other"
+    assert dataclasses.asdict(MethodArguments.read(plain)) == DEFAULTS
     assert {name: repr(value) for name, value in plain.__dict__.items()} == before and not hasattr(plain, "alpha")
-    if arguments:
-        assert plain.hub_token == "hf_not_a_token" and plain.to_dict()["hub_token"] != "hf_not_a_token"
+    plain.alpha = 0.3  # as a search may set it
+    assert MethodArguments.read(plain).alpha == 0.3
 
 
-def test_a_selfkd_config_is_taken_as_it_is(tmp_path):
+def test_a_selfkd_config_is_read_as_it_stands_now(tmp_path):
     args = config(tmp_path, alpha=0.3)
-    assert SelfKDConfig.from_training_arguments(args) is args and args.alpha == 0.3
+    assert MethodArguments.read(args).alpha == 0.3
+    args.alpha = 0.4
+    assert MethodArguments.read(args).alpha == 0.4
 
 
-def test_a_subclass_loses_no_field(tmp_path):
-    """Arguments of the user's own."""
+def test_a_subclass_of_the_users_own(tmp_path):
+    """Fields, methods and checks of both classes."""
 
     @dataclasses.dataclass
-    class Mine(TrainingArguments):
+    class Mine(SelfKDConfig):
         margin: float = 0.5
 
-    upcast = SelfKDConfig.from_training_arguments(Mine(str(tmp_path), margin=0.7))
-    assert upcast.margin == 0.7 and own(upcast) == DEFAULTS
+        def __post_init__(self):
+            super().__post_init__()
+            assert self.margin < 1
+
+    mine = Mine(str(tmp_path), margin=0.7, alpha=0.2, report_to="none")
+    assert mine.margin == 0.7 and MethodArguments.read(mine).alpha == 0.2
+    with pytest.raises(AssertionError):
+        Mine(str(tmp_path), margin=2.0, report_to="none")
 
 
-def test_plain_label_smoothing_is_refused_when_upcast(tmp_path):
+def test_plain_label_smoothing_is_refused(tmp_path):
     """The defaults distil, so smoothing contradicts them."""
     with pytest.raises(ValueError, match="label_smoothing_factor=0.1 with alpha=0.8"):
-        SelfKDConfig.from_training_arguments(TrainingArguments(str(tmp_path), label_smoothing_factor=0.1))
+        MethodArguments.read(TrainingArguments(str(tmp_path), label_smoothing_factor=0.1))
 
 
 # Refusals
@@ -237,7 +242,7 @@ def test_refusals_name_the_field_and_the_value(tmp_path, fields, message):
     for name, value in fields.items():
         setattr(args, name, value)
     with pytest.raises(ValueError, match=message):
-        args.validate()
+        MethodArguments.read(args)
 
 
 @pytest.mark.parametrize(
@@ -263,28 +268,30 @@ def test_accepted(tmp_path, fields):
 
 
 def test_values_set_later_are_accepted_too(tmp_path):
-    """Hyperparameter search: setattr, then validate()."""
+    """Hyperparameter search sets fields, which are read at the next training."""
     args = config(tmp_path)
     for name, value in OTHERS.items():
         setattr(args, name, value)
-    args.validate()
+    MethodArguments.read(args)
     assert own(args) == OTHERS
 
 
 @pytest.mark.parametrize(
-    ("teacher", "alpha", "kind", "distils"),
-    [
-        ("auto", 0.8, "history", True),
-        ("history", 0.8, "history", True),
-        ("snapshot", 0.1, "snapshot", True),
-        ("ema", 0.1, "ema", True),
-        ("none", 0.8, "none", False),
-        ("auto", 0.0, "history", False),
-    ],
+    ("teacher", "alpha", "distils"),
+    [("auto", 0.8, True), ("ema", 0.1, True), ("none", 0.8, False), ("auto", 0.0, False)],
 )
-def test_what_the_teacher_stands_for(tmp_path, teacher, alpha, kind, distils):
-    args = config(tmp_path, teacher=teacher, alpha=alpha)
-    assert args.teacher_kind == kind and args.distils is distils
+def test_what_distils(tmp_path, teacher, alpha, distils):
+    assert config(tmp_path, teacher=teacher, alpha=alpha).distils is distils
+
+
+@pytest.mark.parametrize("name", ["ece", "eval_nll", "eval_aurc", "token_nll", "eval_valid_ece", "perplexity"])
+def test_metrics_that_are_better_when_lower(tmp_path, name):
+    assert config(tmp_path, metric_for_best_model=name).greater_is_better is False
+    with pytest.raises(
+        ValueError, match=f"metric_for_best_model='{name}' is better when lower.*greater_is_better=False"
+    ):
+        config(tmp_path, metric_for_best_model=name, greater_is_better=True)
+    assert config(tmp_path, metric_for_best_model="accuracy").greater_is_better is True
 
 
 # Schedules

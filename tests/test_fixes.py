@@ -1,6 +1,8 @@
 """Faults of the stock Trainer: ours is right; a canary in the stock Trainer's name reports when upstream is, too."""
 
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, set_seed
 
 from hf_selfkd import SelfKDTrainer
-from hf_selfkd.fixes import EpochLengthGroupedSampler, hub_copy, load_renamed_weights, stream_position
+from hf_selfkd.fixes import EpochLengthGroupedSampler, load_renamed_weights, pushed_folder, stream_position
 
 
 def resumed_difference(folder, trainer, name, samples, step, **options):
@@ -348,14 +350,28 @@ def test_upstream_still_counts_the_first_label_of_gpt2(tmp_path):
 # The copy for the Hub
 
 
-def test_hub_copy_leaves_out_what_is_private(tmp_path):
-    checkpoint = tmp_path / "checkpoint-3"
+@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints", "every_save", "end"])
+def test_what_an_upload_reads_leaves_out_what_is_private(tmp_path, strategy):
+    """A copy where the strategy uploads the folder, gone when the upload is done; else the checkpoint itself."""
+    checkpoint, jobs = tmp_path / "checkpoint-3", []
     for name in ("model.bin", "_selfkd/teacher.bin", "nested/kept.bin"):
         (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
         (checkpoint / name).write_text(name)
-    for _ in range(2):  # again, over an older copy
-        copy = hub_copy(checkpoint, tmp_path, "_selfkd")
-        assert copy.name == checkpoint.name
-        assert sorted(p.relative_to(copy).as_posix() for p in copy.rglob("*.bin")) == ["model.bin", "nested/kept.bin"]
-        assert (copy / "model.bin").read_text() == "model.bin"
-    assert (checkpoint / "_selfkd/teacher.bin").is_file()
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(hub_strategy=strategy, output_dir=str(tmp_path)),
+        is_world_process_zero=lambda: True,
+        push_in_progress=SimpleNamespace(jobs=jobs),
+    )
+    with pushed_folder(trainer, checkpoint, "_selfkd") as folder:
+        jobs += [Future(), Future()]  # the model, then the folder
+    if strategy in ("every_save", "end"):
+        assert folder == str(checkpoint)
+        return
+    copy = Path(folder)
+    assert copy.name == checkpoint.name
+    assert sorted(p.relative_to(copy).as_posix() for p in copy.rglob("*.bin")) == ["model.bin", "nested/kept.bin"]
+    assert (copy / "model.bin").read_text() == "model.bin" and (checkpoint / "_selfkd/teacher.bin").is_file()
+    jobs[0].set_result(None)
+    assert copy.is_dir()
+    jobs[1].set_result(None)
+    assert not copy.parent.exists()

@@ -14,18 +14,49 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from transformers import BatchFeature, default_data_collator
 
 from hf_selfkd import SelfKDDataCollator, with_sample_ids
+from hf_selfkd.batch import pop_record
+from hf_selfkd.collator import TrainingCollator
 from hf_selfkd.samples import (
-    MIX_LAMBDA,
-    MIX_PARTNER,
     SAMPLE_ID,
-    SAMPLE_INDEX,
     BatchIdDataset,
+    IdentifiedItems,
     SampleIdDataset,
     checked_ids,
     is_hf_dataset,
     sample_index,
     seeded,
 )
+
+
+SAMPLE_INDEX, MIX_PARTNER, MIX_LAMBDA = "sample_index", "mix_partner", "mix_lambda"
+
+
+class Training:
+    """What the trainer collates with; its batches show what travels beside them under the names above."""
+
+    def __init__(self, collator=None, seed=0, epoch=None, **options):
+        mixer = collator if isinstance(collator, SelfKDDataCollator) else None
+        inner = mixer.collator if mixer else collator or default_data_collator
+        self.collator = TrainingCollator(inner, mixer, index=sample_index, seed=seed, epoch=epoch, **options)
+
+    def __call__(self, features):
+        if features and isinstance(features, list) and not isinstance(features, IdentifiedItems):
+            if isinstance(features[0], dict) and SAMPLE_ID in features[0] and self.collator.id_column is None:
+                ids = np.array([item[SAMPLE_ID] for item in features])
+                plain = [{key: value for key, value in item.items() if key != SAMPLE_ID} for item in features]
+                features = IdentifiedItems(plain, ids)
+        batch = self.collator(features)
+        record = pop_record(batch)
+        if record is None:
+            return batch
+        if record.ids is not None:
+            batch[SAMPLE_ID] = torch.from_numpy(record.ids)
+        if record.samples is not None:
+            batch[SAMPLE_INDEX] = record.samples
+        if record.partner is not None:
+            batch[MIX_PARTNER] = record.partner
+            batch[MIX_LAMBDA] = torch.full((len(record.partner),), record.weight, dtype=torch.float32)
+        return batch
 
 
 def table(rows=6):
@@ -183,9 +214,7 @@ def test_ids_that_travel_beside_the_items(workers):
         return {"own": all(own)} | default_data_collator(items)
 
     for dataset, ids in ((BatchIdDataset(plain), [3, 1, 4]), (BatchIdDataset(plain, np.arange(6) + 7), [10, 8, 11])):
-        loader = DataLoader(
-            dataset, batch_size=3, sampler=[3, 1, 4], collate_fn=SelfKDDataCollator(inner), num_workers=workers
-        )
+        loader = DataLoader(dataset, batch_size=3, sampler=[3, 1, 4], collate_fn=Training(inner), num_workers=workers)
         (batch,) = loader
         assert batch["own"] and batch[SAMPLE_ID].tolist() == batch[SAMPLE_INDEX].ids.tolist() == ids
         assert batch["x"].tolist() == [3, 1, 4]
@@ -193,18 +222,18 @@ def test_ids_that_travel_beside_the_items(workers):
 
 
 def test_ids_beside_items_that_have_a_sample_id():
-    """The collator of the user sees none, and the item keeps its own."""
+    """The collator of the user sees the item as it is, with a sample_id of its own."""
     plain, seen = Plain(own=4), []
     for item in plain.items:
         item[SAMPLE_ID] = item["x"] + 20
-    collator = SelfKDDataCollator(lambda items: seen.extend(items) or default_data_collator(items))
+    collator = Training(lambda items: seen.extend(items) or default_data_collator(items))
     for column, ids in ((None, [2, 5]), (SAMPLE_ID, [22, 25])):
         batch = collator(BatchIdDataset(plain, id_column=column).__getitems__([2, 5]))
         assert batch[SAMPLE_ID].tolist() == ids
-    assert not any(SAMPLE_ID in item for item in seen) and plain.items[2][SAMPLE_ID] == 22
-    with pytest.raises(TypeError, match=r"train_dataset\[4\] is a tuple"):
-        plain.items[4] = (1, 2)
-        BatchIdDataset(plain).__getitems__([3, 4])
+    assert [item[SAMPLE_ID] for item in seen] == [22, 25] * 2 and plain.items[2][SAMPLE_ID] == 22
+    plain.items[4] = (1, 2)
+    items = BatchIdDataset(plain).__getitems__([3, 4])
+    assert items[1] == (1, 2) and items.ids.tolist() == [3, 4]
 
 
 def test_a_dataset_that_gives_too_few_items():
@@ -275,7 +304,7 @@ def test_items_that_are_not_dictionaries(item):
     """The message names the item and its type."""
     plain = Plain()
     plain.items[2] = item
-    with pytest.raises(TypeError, match=rf"train_dataset\[2\] is a {type(item).__name__}: .*dictionaries"):
+    with pytest.raises(TypeError, match=rf"dataset\[2\] is a {type(item).__name__}: .*dictionaries"):
         with_sample_ids(plain)[2]
     assert with_sample_ids(plain)[1][SAMPLE_ID] == 1
 
@@ -499,7 +528,7 @@ def test_the_inner_collator_does_not_see_the_ids():
         return default_data_collator(items)
 
     given = features()
-    batch = SelfKDDataCollator(inner)(given)
+    batch = Training(inner)(given)
     assert all(SAMPLE_ID not in item for item in seen) and all(SAMPLE_ID in item for item in given)
     assert batch[SAMPLE_ID].tolist() == [10, 11, 12, 13] and batch[SAMPLE_ID].dtype == torch.int64
     assert batch[SAMPLE_INDEX].ids.tolist() == [10, 11, 12, 13] and batch[SAMPLE_INDEX].label_hash.tolist() == [
@@ -514,14 +543,12 @@ def test_the_inner_collator_does_not_see_the_ids():
 def test_collators_that_drop_columns():
     """Ids survive; so they do a collator that returns a BatchFeature."""
     for kind in (dict, BatchFeature):
-        batch = SelfKDDataCollator(lambda items, kind=kind: kind({"x": torch.tensor([i["x"] for i in items])}))(
-            features()
-        )
+        batch = Training(lambda items, kind=kind: kind({"x": torch.tensor([i["x"] for i in items])}))(features())
         assert batch[SAMPLE_ID].tolist() == [10, 11, 12, 13] and SAMPLE_INDEX not in batch
 
 
 def test_default_collator():
-    batch = SelfKDDataCollator()(features())
+    batch = Training()(features())
     expected = default_data_collator([{k: v for k, v in f.items() if k != SAMPLE_ID} for f in features()])
     assert batch.keys() - expected.keys() == {SAMPLE_ID, SAMPLE_INDEX}
     assert all(torch.equal(batch[key], expected[key]) for key in expected)
@@ -530,15 +557,15 @@ def test_default_collator():
 def test_features_without_ids():
     """Evaluation: nothing is added; an id here and there is a fault of the data."""
     plain = [{"x": 1, "labels": 0}, {"x": 2, "labels": 1}]
-    assert SelfKDDataCollator()(plain).keys() == {"x", "labels"}
+    assert Training()(plain).keys() == SelfKDDataCollator()(plain).keys() == {"x", "labels"}
     with pytest.raises(ValueError, match="sample_id_column='uid' holds None: ids must be integers"):
-        SelfKDDataCollator(id_column="uid")([{"x": 1, "uid": 4}, {"x": 2}])
-    assert SelfKDDataCollator(lambda items: {"n": len(items)})([(1, 2), (3, 4)]) == {"n": 2}
+        Training(id_column="uid")([{"x": 1, "uid": 4}, {"x": 2}])
+    assert Training(lambda items: {"n": len(items)})([(1, 2), (3, 4)]) == {"n": 2}
 
 
 def test_an_id_column_of_a_stream():
     """Taken from the features, as integers."""
-    collator = SelfKDDataCollator(id_column="uid")
+    collator = Training(id_column="uid")
     batch = collator([{"x": 1, "uid": 7, "labels": 0}, {"x": 2, "uid": np.int32(3), "labels": 1}])
     assert batch[SAMPLE_ID].tolist() == [7, 3] and "uid" not in batch
     with pytest.raises(ValueError, match="sample_id_column='uid' holds 2.5: ids must be integers"):
@@ -547,9 +574,8 @@ def test_an_id_column_of_a_stream():
 
 def test_tensors_only():
     """Where batches travel between processes."""
-    collator = SelfKDDataCollator()
-    collator.host_keys = False
-    assert SAMPLE_INDEX not in collator(features())
+    batch = Training(as_tensors=True)(features())
+    assert SAMPLE_INDEX not in batch and batch[SAMPLE_ID].tolist() == [10, 11, 12, 13]
 
 
 @pytest.mark.parametrize(
@@ -574,7 +600,7 @@ def test_what_mixes():
 
 def test_mixing_needs_images():
     with pytest.raises(ValueError, match="mixup_alpha=0.2, cutmix_alpha=0.0: the batch has no pixel_values .*x"):
-        SelfKDDataCollator(mixup_alpha=0.2)(features())
+        Training(SelfKDDataCollator(mixup_alpha=0.2))(features())
 
 
 # Mixed images
@@ -585,9 +611,9 @@ def images(count, seed=0, height=6, width=8):
     return torch.rand(count, 3, height, width, generator=generator)
 
 
-def mixed(collator, pixels, base=0):
+def mixed(collator, pixels, base=0, **options):
     items = [{"pixel_values": p, "labels": i % 3, SAMPLE_ID: base + i} for i, p in enumerate(pixels)]
-    return collator(items)
+    return Training(collator, **options)(items)
 
 
 def box_of(batch, pixels):
@@ -635,7 +661,7 @@ def test_mixing_does_not_change_the_tensors_of_the_collator(arguments):
     pixels = images(6)
     kept = pixels.clone()
     collator = SelfKDDataCollator(lambda items: {"pixel_values": pixels, "labels": torch.zeros(6).long()}, **arguments)
-    batch = collator([{SAMPLE_ID: i} for i in range(20, 26)])
+    batch = Training(collator)([{SAMPLE_ID: i} for i in range(20, 26)])
     assert torch.equal(pixels, kept) and not torch.equal(batch["pixel_values"], pixels)
 
 
@@ -696,9 +722,8 @@ def test_mixing_is_reproducible_by_seed_epoch_and_ids(arguments):
     """Whatever else was drawn; and leaves the global generators alone."""
 
     def mix(seed=3, epoch=0, base=0):
-        collator = SelfKDDataCollator(**arguments)
-        collator.seed, collator.epoch = seed, torch.tensor(epoch)
-        batch = mixed(collator, images(6, height=32, width=32), base)
+        options = {"seed": seed, "epoch": torch.tensor(epoch)}
+        batch = mixed(SelfKDDataCollator(**arguments), images(6, height=32, width=32), base, **options)
         return batch["pixel_values"], batch[MIX_PARTNER].tolist(), batch[MIX_LAMBDA][0].item()
 
     pixels, partner, lam = mix()
@@ -713,7 +738,7 @@ def test_mixing_is_reproducible_by_seed_epoch_and_ids(arguments):
 
 def test_mixing_without_ids_follows_the_global_generator():
     """There is nothing else that tells two batches apart."""
-    collator, pixels = SelfKDDataCollator(mixup_alpha=1.0), images(6)
+    collator, pixels = Training(SelfKDDataCollator(mixup_alpha=1.0)), images(6)
 
     def mix(seed=None):
         if seed is not None:

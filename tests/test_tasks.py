@@ -7,7 +7,13 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_selfkd.models import base_model, logits_of
-from hf_selfkd.tasks.rows import SUPPORTED, adapter_for, causal_rows, check_labels, sample_rows, token_rows
+from hf_selfkd.samples import sample_index
+from hf_selfkd.tasks import SUPPORTED, task_for
+from hf_selfkd.tasks.causal_lm import CausalLM
+from hf_selfkd.tasks.masked_lm import MaskedLM
+from hf_selfkd.tasks.sample_classification import SampleClassification
+from hf_selfkd.tasks.seq2seq_lm import Seq2SeqLM
+from hf_selfkd.tasks.token_classification import TokenClassification
 
 
 TEXT = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
@@ -129,10 +135,10 @@ def test_sample_models(name):
     """One row per sample, in the order of the batch."""
     cls, config, inputs = SAMPLE_MODELS[name]
     model = build(cls, config())
-    assert adapter_for(model) is sample_rows
+    assert type(task_for(model)) is SampleClassification
     labels = torch.tensor([2, 0])
     with torch.no_grad():
-        rows = adapter_for(model)(logits_of(model(**inputs), has_loss=False), labels)
+        rows = task_for(model).rows(logits_of(model(**inputs), has_loss=False), labels)
         second = model(**{key: value[1:] for key, value in inputs.items()}).logits
     assert rows.logits.shape == (2, 3) and rows.labels.tolist() == [2, 0]
     torch.testing.assert_close(rows.logits[1:], second, atol=1e-5, rtol=1e-4)
@@ -144,11 +150,11 @@ def test_token_models(name):
     """Row b * L + l is position l of sample b."""
     cls, config = TOKEN_MODELS[name]
     model = build(cls, config())
-    assert adapter_for(model) is token_rows
+    assert type(task_for(model)) is TokenClassification
     labels = torch.tensor([[0, 1, 2, -100], [2, -100, 1, 0]])
     with torch.no_grad():
         outputs = model(**IDS, labels=labels)
-    rows = token_rows(logits_of(outputs, has_loss=True), labels)
+    rows = task_for(model).rows(logits_of(outputs, has_loss=True), labels)
     assert rows.logits.shape == (8, 3) and rows.labels.tolist() == [0, 1, 2, -100, 2, -100, 1, 0]
     for sample in range(2):
         for position in range(4):
@@ -163,12 +169,12 @@ def test_peft_models(task):
     """The adapter is that of the model inside."""
     peft = pytest.importorskip("peft")
     cls, expected = {
-        "SEQ_CLS": (tf.BertForSequenceClassification, sample_rows),
-        "TOKEN_CLS": (tf.BertForTokenClassification, token_rows),
+        "SEQ_CLS": (tf.BertForSequenceClassification, SampleClassification),
+        "TOKEN_CLS": (tf.BertForTokenClassification, TokenClassification),
     }[task]
     inner = build(cls, bert())
     wrapped = peft.get_peft_model(inner, peft.LoraConfig(r=2, target_modules=["query"], task_type=task))
-    assert adapter_for(wrapped) is expected
+    assert type(task_for(wrapped)) is expected
     assert type(base_model(wrapped)) is cls and base_model(inner) is inner
 
 
@@ -177,7 +183,7 @@ def test_peft_of_an_unsupported_task():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["query"])
     with pytest.raises(ValueError, match="BertForPreTraining is of a task that is not supported yet"):
-        adapter_for(peft.get_peft_model(build(tf.BertForPreTraining, bert()), config))
+        task_for(peft.get_peft_model(build(tf.BertForPreTraining, bert()), config))
 
 
 class Mine(tf.BertForSequenceClassification):
@@ -198,9 +204,9 @@ class Classifier(tf.BertPreTrainedModel):
 
 def test_models_of_the_user():
     """A subclass is known by its base; an unknown class decides by its shapes."""
-    assert adapter_for(build(Mine, bert())) is sample_rows
+    assert type(task_for(build(Mine, bert()))) is SampleClassification
     for model in (build(Classifier, bert()), nn.Linear(2, 3)):
-        adapter = adapter_for(model)
+        adapter = task_for(model).rows
         assert adapter(torch.zeros(2, 3), torch.tensor([0, 1])).logits.shape == (2, 3)
         assert adapter(torch.zeros(2, 4, 3), torch.zeros(2, 4, dtype=torch.long)).logits.shape == (8, 3)
         with pytest.raises(ValueError, match="needs"):
@@ -210,20 +216,20 @@ def test_models_of_the_user():
 @pytest.mark.parametrize(
     ("name", "config", "expected"),
     [
-        ("BertForMaskedLM", bert, token_rows),
-        ("T5ForConditionalGeneration", t5, token_rows),
-        ("GPT2LMHeadModel", gpt2, causal_rows),
+        ("BertForMaskedLM", bert, MaskedLM),
+        ("T5ForConditionalGeneration", t5, Seq2SeqLM),
+        ("GPT2LMHeadModel", gpt2, CausalLM),
     ],
 )
 def test_language_models(name, config, expected):
     """Masked and encoder-decoder models have a row where its label is, causal ones where the label before it is."""
-    assert adapter_for(build(getattr(tf, name), config())) is expected
+    assert type(task_for(build(getattr(tf, name), config()))) is expected
 
 
 def test_causal_rows_predict_the_next_token():
     """The last position of a sample predicts nothing, nor does one whose next label is -100."""
     logits, labels = torch.randn(2, 4, 7), torch.tensor([[5, 6, -100, 1], [2, 3, 4, -100]])
-    rows = causal_rows(logits, labels)
+    rows = CausalLM(build(tf.GPT2LMHeadModel, gpt2())).rows(logits, labels)
     assert rows.labels.tolist() == [6, -100, 1, -100, 3, 4, -100, -100]
     assert torch.equal(rows.logits.view(2, 4, 7), logits)
 
@@ -260,7 +266,7 @@ def test_tasks_that_are_not_supported(name):
     """One error before any batch, which lists what is."""
     model = build(getattr(tf, name), UNSUPPORTED[name]())
     with pytest.raises(ValueError, match=f"{name} is of a task that is not supported yet") as error:
-        adapter_for(model)
+        task_for(model)
     assert SUPPORTED in str(error.value)
 
 
@@ -276,53 +282,53 @@ class MyDetector(tf.YolosForObjectDetection):
 def test_subclasses_of_unsupported_models(cls):
     """A class of one's own does not make the task a supported one."""
     with pytest.raises(ValueError, match=f"{cls.__name__} is of a task that is not supported yet"):
-        adapter_for(build(cls, UNSUPPORTED[cls.__mro__[1].__name__]()))
+        task_for(build(cls, UNSUPPORTED[cls.__mro__[1].__name__]()))
 
 
 @pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
 @pytest.mark.parametrize("cls", [tf.BertForSequenceClassification, tf.BertForTokenClassification])
 def test_problem_types_that_are_not_supported(problem, cls):
     with pytest.raises(ValueError, match=f"problem_type='{problem}' is not supported.*single_label_classification"):
-        adapter_for(build(cls, bert(problem_type=problem)))
-    assert callable(adapter_for(build(cls, bert(problem_type="single_label_classification"))))
+        task_for(build(cls, bert(problem_type=problem)))
+    assert task_for(build(cls, bert(problem_type="single_label_classification"))).num_classes == 3
 
 
 def test_one_label_is_regression():
     config = bert()
     config.num_labels = 1
     with pytest.raises(ValueError, match="num_labels=1 is regression"):
-        adapter_for(build(tf.BertForSequenceClassification, config))
+        task_for(build(tf.BertForSequenceClassification, config))
 
 
 # Shapes
 
 
 def test_sample_rows_take_labels_with_a_trailing_dimension():
-    rows = sample_rows(torch.zeros(2, 3), torch.tensor([[1], [2]]))
+    rows = SampleClassification(nn.Linear(1, 1)).rows(torch.zeros(2, 3), torch.tensor([[1], [2]]))
     assert rows.labels.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
     ("adapter", "logits", "labels"),
     [
-        (sample_rows, (2, 4, 3), (2,)),
-        (sample_rows, (2, 3), (3,)),
-        (sample_rows, (2, 3), (2, 3)),
-        (token_rows, (2, 3), (2,)),
-        (token_rows, (2, 4, 3), (2, 5)),
-        (token_rows, (2, 4, 3), (8,)),
+        (SampleClassification, (2, 4, 3), (2,)),
+        (SampleClassification, (2, 3), (3,)),
+        (SampleClassification, (2, 3), (2, 3)),
+        (TokenClassification, (2, 3), (2,)),
+        (TokenClassification, (2, 4, 3), (2, 5)),
+        (TokenClassification, (2, 4, 3), (8,)),
     ],
 )
 def test_shapes_that_do_not_fit(adapter, logits, labels):
     """Both shapes are in the message."""
     with pytest.raises(ValueError) as error:
-        adapter(torch.zeros(logits), torch.zeros(labels, dtype=torch.long))
+        adapter(nn.Linear(1, 1)).rows(torch.zeros(logits), torch.zeros(labels, dtype=torch.long))
     assert str(list(logits)) in str(error.value) and str(list(labels)) in str(error.value)
 
 
 def test_rows_carry_the_gradient():
     logits = torch.zeros(2, 4, 3, requires_grad=True)
-    token_rows(logits, torch.zeros(2, 4, dtype=torch.long)).logits[5].sum().backward()
+    TokenClassification(nn.Linear(1, 1)).rows(logits, torch.zeros(2, 4, dtype=torch.long)).logits[5].sum().backward()
     assert logits.grad.nonzero().tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 2]]
 
 
@@ -378,20 +384,35 @@ def test_outputs_without_logits(outputs, has_loss, found):
         (None, "labels are a NoneType"),
         ({"boxes": 1}, "labels are a dict"),
         (torch.tensor([0.5, 1.0]), "labels are torch.float32: regression and multi-label"),
-        (torch.tensor([[1.0, 0.0]], dtype=torch.float16), "labels are torch.float16"),
+        (torch.tensor([[1.0, 0.0]], dtype=torch.float16), "labels are torch.float16 of shape .*SelfKDDataCollator"),
         (torch.tensor([True, False]), "labels are torch.bool"),
-        (torch.tensor([0, 3]), "labels run from 0 to 3 but the model has 3 classes"),
-        (torch.tensor([[-1, 2], [-100, 0]]), "labels run from -1 to 2"),
     ],
 )
 def test_labels_that_are_refused(labels, message):
     with pytest.raises(ValueError, match=message):
-        check_labels(labels, 3)
+        SampleClassification(nn.Linear(1, 1)).checked_labels(labels)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
-def test_labels_that_are_accepted(dtype):
-    check_labels(torch.tensor([0, 2, 1]).to(dtype), 3)
-    check_labels(torch.tensor([[0, 2], [-100, -100]]), 3)
-    check_labels(torch.tensor([-100]), 3)
-    check_labels(torch.tensor([7]))
+def test_labels_of_every_integer_type_are_taken(dtype):
+    labels = SampleClassification(nn.Linear(1, 1)).checked_labels(torch.tensor([0, 2, 1]).to(dtype))
+    assert labels.dtype == torch.int64 and labels.tolist() == [0, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "misfit"),
+    [
+        ([0, 3], 3, (3, 11)),
+        ([[-1, 2], [-100, 0]], 3, (-1, 10)),
+        ([[-100, 2], [5, 0]], 5, (5, 11)),
+        ([0, 2], 3, None),
+        ([-100, -100], 3, None),
+        ([[0, 2], [-100, -100]], 3, None),
+    ],
+)
+def test_labels_that_are_no_classes_are_found_on_the_host(labels, classes, misfit):
+    """With the id of their sample."""
+    samples = sample_index(torch.tensor([10, 11]), torch.tensor(labels))
+    assert samples.fits(classes) is (misfit is None)
+    if misfit is not None:
+        assert samples.misfit(classes) == misfit
