@@ -275,6 +275,8 @@ class SelfKDMixin(DataLoading, Checkpoints, Evaluation):
             return False
         if self.compute_loss_func is not None:
             return False
+        if self._task_given is not None:
+            return hard_loss_kind(task) != "model"
         return self.label_smoother is not None or hard_loss_kind(task) == "cross_entropy"
 
     def _make_teacher(self, method: MethodArguments, task: Task, heads: NoHeads) -> Teacher:

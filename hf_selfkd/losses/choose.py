@@ -68,7 +68,7 @@ def choose_hard_loss(
 def hard_loss_kind(task: Task) -> str:
     """
     What the class of a model tells of its loss: `"cross_entropy"` (a class of transformers for this task),
-    `"unchecked"` (no loss of its own), `"additive"` (cross-entropy and further terms), `"unshifted"` (a causal model
+    `"unchecked"` (no loss of its own, or a task of the user's), `"additive"` (cross-entropy and further terms), `"unshifted"` (a causal model
     that learns to copy) or `"model"` (of unknown make).
     """
     model = task.model
@@ -76,6 +76,8 @@ def hard_loss_kind(task: Task) -> str:
         return "unchecked"
     if not is_stock(model) or hasattr(model, "_loss_function") or _patched(model):
         return "model"
+    if not type(task).__module__.startswith("hf_selfkd."):
+        return "unchecked"  # the task is the user's own, and its rows tell the loss
     if type(model).__name__.startswith(OTHER_LOSSES):
         return "model"
     if type(task).shifts_labels and not _shifts(model):
