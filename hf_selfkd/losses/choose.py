@@ -68,8 +68,8 @@ def choose_hard_loss(
 def hard_loss_kind(task: Task) -> str:
     """
     What the class of a model tells of its loss: `"cross_entropy"` (a class of transformers for this task),
-    `"unchecked"` (no loss of its own, or a task of the user's), `"additive"` (cross-entropy and further terms), `"unshifted"` (a causal model
-    that learns to copy) or `"model"` (of unknown make).
+    `"unchecked"` (no loss of its own, or a task of the user's), `"additive"` (cross-entropy and further terms),
+    `"unshifted"` (a causal model that learns to copy) or `"model"` (of unknown make).
     """
     model = task.model
     if not any(takes(model, name) for name in task.label_names):
