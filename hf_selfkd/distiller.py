@@ -66,6 +66,7 @@ class SelfDistiller:
         self.alpha, self.schedule, self.num_epochs = alpha, schedule, num_epochs
         self.metrics = RunningMeans(self.heads.terms)
         self.epoch, self.next_epoch, self.alpha_reached = -1, 0, 0.0
+        self.num_classes = task.num_classes  # looked up once: a model must be searched for them
         self.steps = 0  # calls of `step`
         self.strict = True  # whether a batch that no history can address is an error
 
@@ -109,7 +110,7 @@ class SelfDistiller:
         """
         self.steps += 1
         batch = self.heads.with_views(self.task.split(inputs, record), self.epoch, progress.step)
-        self._check(batch, self.task.num_classes)
+        self._check(batch, self.num_classes)
         self.teacher.prepare(batch, self.hard_loss.num_classes)
         alpha, batch.storage = self._alpha(progress), self.teacher.storage
         taught = self.teacher.targets(batch) if alpha > 0 else Taught()

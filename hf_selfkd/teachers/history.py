@@ -61,11 +61,12 @@ class HistoryStore:
         self.num_epochs, self.gather, self.rank, self.writes = num_epochs, gather, rank, writes
         self.rows_per_sample, self.local_processes = rows_per_sample, local_processes
         self.history: PredictionHistory | None = None
+        self._storage: Storage | None = None
 
     @property
     def storage(self) -> Storage | None:
         """[`~hf_selfkd.batch.Storage`]: what is kept of each row, once that is known."""
-        return None if self.history is None else Storage(self.history.codec.top_k)
+        return self._storage
 
     def end_epoch(self, epoch: int) -> None:
         """Let the predictions of an epoch be read from now on. Every process must call this."""
@@ -127,6 +128,7 @@ class HistoryStore:
         return -(-self.size * num_rows // of_samples)
 
     def _new_history(self, plan: Plan, ragged: bool) -> PredictionHistory:
+        self._storage = Storage(plan.codec.top_k)
         processes = 1 if self.gather is None else len(self.gather(torch.zeros(1)))
         return PredictionHistory(
             self.size,
