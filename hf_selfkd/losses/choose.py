@@ -93,9 +93,12 @@ def _shifts(model: nn.Module) -> bool:
 
 def _patched(model: nn.Module) -> bool:
     """Whether somebody has replaced the forward of this very object by a function of another make."""
-    own = vars(base_model(model)).get("forward")
-    original = inspect.unwrap(own) if own is not None else None
-    return original is not None and getattr(original, "__func__", original) is not forward_owner(model).forward
+    held = vars(base_model(model))
+    # Accelerate wraps the forward for autocast and for models that are spread over devices, and keeps the original.
+    own = held.get("_original_forward", held.get("_old_forward", held.get("forward")))
+    if own is None:
+        return False
+    return inspect.unwrap(getattr(own, "__func__", own)) is not inspect.unwrap(forward_owner(model).forward)
 
 
 def _balances_experts(model: nn.Module) -> bool:
