@@ -75,16 +75,15 @@ def attach_auxiliary_heads(
 def _save_without_heads(model: nn.Module, heads: AuxiliaryHeads) -> None:
     """Leave the heads out of what a model of transformers saves."""
     if isinstance(model, PreTrainedModel):
-        if _IGNORED in vars(model):  # not of the class, but of this model alone
-            heads.ignored_before = (getattr(model, _IGNORED),)
+        heads.ignored_before = [vars(model)[_IGNORED]] if _IGNORED in vars(model) else []
         setattr(model, _IGNORED, set(getattr(model, _IGNORED) or ()) | head_names(model))
 
 
 def _save_as_before(model: nn.Module, heads: AuxiliaryHeads) -> None:
-    if isinstance(model, PreTrainedModel):
-        vars(model).pop(_IGNORED, None)
-        if heads.ignored_before is not None:
-            setattr(model, _IGNORED, heads.ignored_before[0])
+    if heads.ignored_before is not None:
+        vars(model).pop(_IGNORED, None)  # what the class says counts again
+        for value in heads.ignored_before:
+            setattr(model, _IGNORED, value)
 
 
 def _check_run(model: nn.Module, heads: AuxiliaryHeads, inputs: dict[str, Any]) -> None:

@@ -74,7 +74,7 @@ class AuxiliaryHeads(nn.Module):
         self.watching = False  # whether what the heads say is kept in `results`, and not returned
         self.results: HeadResults | None = None
         self.gradients: list[tuple[float, bool]] | None = None  # see [`measured`]
-        self.ignored_before: tuple | None = None  # what the model itself did not save, if it had a list of its own
+        self.ignored_before: list | None = None  # the list that the model had of what is not saved, if it had one
         self.handles: list[Any] = []
 
     def register(self, model: nn.Module) -> None:

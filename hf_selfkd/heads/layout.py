@@ -137,9 +137,9 @@ def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
 
 def _watch(model: nn.Module, names: list[str], others: list[str], inputs: dict[str, Any]) -> tuple[Any, Recorder]:
     recorder = Recorder(names, others)
-    recorder.register(model)
-    recorder.start()
     try:
+        recorder.register(model)
+        recorder.start()
         with evaluating(model):
             return model(**inputs), recorder
     except Exception as error:
