@@ -14,6 +14,12 @@ def base_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def main_parameter(model: nn.Module) -> nn.Parameter:
+    """The first parameter of numbers that a model calculates with; its type and device are those of the model."""
+    floating = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    return next((parameter for parameter in floating if not parameter.is_meta), floating[0])  # meta: kept elsewhere
+
+
 def num_classes_of(model: nn.Module) -> int | None:
     """Classes of a model's rows, as far as it tells before it has run."""
     model = base_model(model)

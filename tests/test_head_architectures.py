@@ -326,6 +326,26 @@ def test_heads_of_a_model_that_pads_say_as_much_as_the_model(kind, preset):
     assert all(part.shape[1] == 6 for part in outputs["auxiliary"])
 
 
+@pytest.mark.parametrize("kind", ["BigBirdForSequenceClassification", "BigBirdForTokenClassification"])
+def test_made_up_words_do_not_change_how_a_model_attends(kind):
+    """BigBird gives up its sparse attention for good when it sees a short sentence."""
+    options = {"block_size": 2, "num_random_blocks": 1, "max_position_embeddings": 64} | WORDS
+    model = hub("BigBirdConfig", kind, **options)
+    words = torch.randint(3, VOCABULARY, (2, 33))
+    torch.manual_seed(0)
+    attach_auxiliary_heads(model, "deep_supervision")
+    assert model.bert.attention_type == "block_sparse"
+    outputs = model.train()(input_ids=words, attention_mask=torch.ones_like(words))
+    assert model.bert.attention_type == "block_sparse"
+    assert outputs["auxiliary"][0].shape == outputs.logits.shape
+
+
+def test_features_are_compared_with_those_of_as_many_positions():
+    model = attach_auxiliary_heads(MODELS["funnel_tokens"](), "lsskd").train()
+    adapted, deep = model(input_ids=torch.randint(3, VOCABULARY, (2, 9)))["auxiliary"][1:]
+    assert adapted.shape == deep.shape == (2, 9, 16)
+
+
 def test_layers_that_run_without_gradients_are_refused():
     """Reformer runs its reversible layers without a graph."""
     model = hub(

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..models import base_model, logits_of
 from ..samples import seeded
-from .auxiliary import ATTRIBUTE, AuxiliaryHeads, _embedding_of, head_names, heads_of
+from .auxiliary import ATTRIBUTE, AuxiliaryHeads, head_names, heads_of, output_embedding_of
 from .config import AuxiliaryHeadsConfig
 from .factory import HeadFactory
 from .inputs import example_inputs
@@ -107,9 +107,10 @@ def _check_run(model: nn.Module, heads: AuxiliaryHeads, inputs: dict[str, Any]) 
     for name, (size, passed_on) in zip(heads.names, gradients, strict=True):
         frozen = not any(parameter.requires_grad for parameter in model.get_submodule(name).parameters())
         if not size > NO_GRADIENT or not (passed_on or frozen):
+            where = f"gets lost in the head ({size:.0e})" if passed_on or frozen else "stops at its features"
             raise ValueError(
-                f"head={heads.config.head!r} on {name!r} of {kind} would teach the layers below it nothing: no "
-                f"gradient of its loss reaches them ({size:.0e} at the features); {remedy}"
+                f"head={heads.config.head!r} on {name!r} of {kind} would teach the layers below it nothing: the "
+                f"gradient of its loss {where}; {remedy}"
             )
 
 
@@ -144,13 +145,13 @@ def _build(model: nn.Module, config: AuxiliaryHeadsConfig, inputs: dict[str, Any
     others = [name for name in others if name not in layout.chain]
     images = inputs.get("pixel_values")
     size = tuple(images.shape[-2:]) if images is not None and images.dim() == 4 and layout.pooled else None
-    words = not layout.pooled and _embedding_of(model) is not None
+    words = not layout.pooled and output_embedding_of(model) is not None
     views = config.views if config.views != "auto" else "rotation" if size is not None else "none"
     taps = choose_layers(config.layers, layout, model, last=views == "rotation")
     patch = _patch_of(model)
     maps = size is not None and all(_is_map(layout.shapes[name], size, patch) for name in taps)
     config = config.with_choices("lm_head" if words else "conv" if maps else "mlp", views)
-    _check(config, layout, taps, size is not None, maps, words, type(base_model(model)).__name__)
+    _check_choices(config, layout, taps, size is not None, maps, words, type(base_model(model)).__name__)
     factory = HeadFactory(model, config, layout, words, patch)
     heads = [factory.make(name) for name in taps]
     return AuxiliaryHeads(config, taps, layout, Recorder(layout.chain, others), heads).to(**factory.to)
@@ -167,7 +168,7 @@ def _is_map(shape: tuple[int, ...], size: tuple[int, int], patch: tuple[int, int
     return len(shape) == 4 or len(shape) == 3 and grid_of(shape[1], size, patch) is not None
 
 
-def _check(
+def _check_choices(
     config: AuxiliaryHeadsConfig, layout: Layout, taps: list[str], image: bool, maps: bool, words: bool, kind: str
 ) -> None:
     if config.views == "rotation" and not image:

@@ -52,8 +52,8 @@ class AuxiliaryHeads(nn.Module):
     Args:
         config ([`AuxiliaryHeadsConfig`]): with everything decided.
         names (`list[str]`): the modules that the heads are on.
-        layout ([`~hf_selfkd.taps.Layout`]): what those return.
-        recorder ([`~hf_selfkd.taps.Recorder`]): listens to them.
+        layout ([`~hf_selfkd.heads.layout.Layout`]): what these modules return.
+        recorder ([`~hf_selfkd.heads.taps.Recorder`]): listens to them.
         heads (`list[Head]`): one a module.
     """
 
@@ -137,7 +137,7 @@ class AuxiliaryHeads(nn.Module):
         calls = self.recorder.calls
         if any(features.device != own for features in self.recorder.outputs.values()):
             calls = {index: call.to(own) for index, call in calls.items()}
-        context = Context(None, calls, _embedding_of(model), size, self._length(arguments))
+        context = Context(None, calls, output_embedding_of(model), size, self._length(arguments))
         results = []
         for name, head in zip(self.names, self.heads, strict=True):
             part = self._features(name, own)
@@ -263,7 +263,7 @@ def _arguments(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[st
     return inspect.signature(base_model(model).forward).bind_partial(*args, **kwargs).arguments
 
 
-def _embedding_of(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def output_embedding_of(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """From normalised features to words, as the model itself does it."""
     base = base_model(model)
     embedding = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None

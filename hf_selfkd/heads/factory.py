@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
-from ..models import base_model, is_encoder_decoder
+from ..models import base_model, is_encoder_decoder, main_parameter
 from ..tasks.rows import adapter_for, causal_rows
 from .config import ROTATIONS, AuxiliaryHeadsConfig
 from .kinds import Blocks, Context, EncoderLayer, Head, RemainingLayers, SeparableConvolution, UnchangedFeatures
@@ -36,7 +36,7 @@ class HeadFactory:
         # Statistics of the batch only where the model has them: else training would depend on how samples are batched.
         self.batch_norm = any(isinstance(module, _BatchNorm) for module in self.base.modules())
         self.num_outputs = layout.num_classes * joint
-        parameter = next(p for p in model.parameters() if p.is_floating_point())
+        parameter = main_parameter(model)
         self.to = {"device": parameter.device, "dtype": parameter.dtype}
 
     def make(self, name: str) -> Head:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models import base_model, is_encoder_decoder
+from ..models import base_model, is_encoder_decoder, main_parameter
 
 
 LENGTH = 7  # words of a made-up sample: not a length that a model which pads its samples would leave as it is
@@ -23,7 +23,7 @@ def example_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     base = base_model(model)
     config, name = getattr(base, "config", None), getattr(base, "main_input_name", None)
-    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    parameter = main_parameter(model)
     if name == "pixel_values":
         samples = {name: _images(base, config)}
     elif name == "input_ids":
@@ -63,11 +63,19 @@ def _words(base: nn.Module, config: Any) -> torch.Tensor:
     special = {getattr(config, f"{kind}_token_id", None) for kind in ("pad", "eos", "bos", "decoder_start")}
     word = next((number for number in range(count) if number not in special), 0)
     # Without padding, models that classify by the last word take one sample only.
-    words = torch.full((1 if getattr(config, "pad_token_id", None) is None else 2, LENGTH), word)
+    words = torch.full((1 if getattr(config, "pad_token_id", None) is None else 2, _length(config)), word)
     end = getattr(config, "eos_token_id", None)
     if isinstance(end, int) and 0 <= end < count:
         words[:, -1] = end  # by which BART classifies
     return words
+
+
+def _length(config: Any) -> int:
+    if getattr(config, "attention_type", None) != "block_sparse":
+        return LENGTH
+    # At a shorter sentence BigBird gives up its sparse attention for good.
+    needed = (5 + 2 * config.num_random_blocks) * config.block_size + 1
+    return needed if needed <= config.max_position_embeddings else LENGTH
 
 
 def _sentences(base: nn.Module, config: Any) -> dict[str, torch.Tensor]:

@@ -56,8 +56,14 @@ class Layout:
 
     @property
     def deepest(self) -> str | None:
-        """`str`: the last of the layers that was called, if any was."""
-        return next((name for name in reversed(self.layers) if name in self.shapes), None)
+        """`str`: the last of the layers that was called and has features of each position, if there is one."""
+        called = [name for name in self.layers if name in self.shapes]
+        return next((name for name in reversed(called) if self.keeps_positions(name)), None)
+
+    def keeps_positions(self, name: str) -> bool:
+        """Whether a layer has features of each position that is predicted for; the later ones of Funnel have not."""
+        shape = self.shapes[name]
+        return self.length is None or len(shape) != 3 or shape[1] >= self.length
 
     def width(self, name: str) -> int:
         """Channels of the features of a module."""
@@ -174,7 +180,7 @@ def choose_layers(asked: list[int | str] | str, layout: Layout, model: nn.Module
             raise ValueError(
                 f"layers='auto' found no layers in {kind} that follow one another: name modules of it in layers=[...]."
             )
-        fitting = [name for name in called if _keeps_positions(layout, name)]
+        fitting = [name for name in called if layout.keeps_positions(name)]
         chosen = _evenly(fitting or called, layout, last, model)
     else:
         chosen = [named(layer, names, model) for layer in asked]
@@ -192,11 +198,6 @@ def choose_layers(asked: list[int | str] | str, layout: Layout, model: nn.Module
         )
     order = list(layout.shapes)
     return sorted(chosen, key=order.index)
-
-
-def _keeps_positions(layout: Layout, name: str) -> bool:
-    """Whether a layer has features of each position that there are predictions of; Funnel's later ones have not."""
-    return layout.pooled or len(layout.shapes[name]) != 3 or layout.shapes[name][1] >= layout.length
 
 
 def _evenly(called: list[str], layout: Layout, last: bool, model: nn.Module) -> list[str]:

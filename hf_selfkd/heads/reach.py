@@ -13,7 +13,7 @@ from .kinds import Context, Head
 
 
 NO_GRADIENT = 1e-10  # of the loss of a row, for features of size 1; heads that learn have 1e-5 and more
-ROWS = 8  # samples that statistics of a batch are made of: of two they say nothing
+ROWS = 4  # samples that statistics of a batch are made of: of two they say nothing
 
 
 def gradient_size(head: Head, features: torch.Tensor, context: Context) -> float:
