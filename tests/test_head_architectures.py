@@ -284,6 +284,13 @@ def test_made_up_words_exist(kind):
     assert int(example_inputs(model)["input_ids"].max()) < VOCABULARY
 
 
+def test_made_up_words_of_the_one_length_that_a_model_takes():
+    options = {"segment_means_seq_len": 12, "num_landmarks": 4} | WORDS
+    model = hub("NystromformerConfig", "NystromformerForSequenceClassification", **options)
+    attach_auxiliary_heads(model, "byot")
+    assert example_inputs(model)["input_ids"].shape[1] == 12
+
+
 def test_made_up_words_of_a_vocabulary_of_special_words_only():
     options = {"vocab_size": 3, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
     attach_auxiliary_heads(hub("GPT2Config", "GPT2LMHeadModel", pad_token_id=0, **options), "byot")

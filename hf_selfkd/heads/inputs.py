@@ -72,7 +72,7 @@ def _words(base: nn.Module, config: Any) -> torch.Tensor:
 
 def _length(config: Any) -> int:
     if getattr(config, "attention_type", None) != "block_sparse":
-        return LENGTH
+        return getattr(config, "segment_means_seq_len", None) or LENGTH  # Nystromformer takes no other
     # At a shorter sentence BigBird gives up its sparse attention for good.
     needed = (5 + 2 * config.num_random_blocks) * config.block_size + 1
     return needed if needed <= config.max_position_embeddings else LENGTH

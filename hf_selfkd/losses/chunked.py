@@ -201,7 +201,7 @@ class _LinearRows(torch.autograd.Function):
 def _chunk_loss(
     logits: torch.Tensor, task: Task, part: slice, summary: Summary, hard: torch.Tensor, soft: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the losses of a piece of the rows and its gradient for their logits; notes the parts of each row."""
+    """Sum of the losses of a chunk of the rows and its gradient for their logits; notes the terms of each row."""
     leaf, labels = logits.detach().requires_grad_(), task.labels[part]
     with torch.enable_grad():
         if task.soft_targets is None:
