@@ -9,7 +9,12 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .collator import SelfKDDataCollator
     from .config import SelfKDConfig, Seq2SeqSelfKDConfig
-    from .heads import attach_auxiliary_heads, strip_auxiliary_heads
+    from .heads import (
+        attach_auxiliary_heads,
+        load_auxiliary_heads,
+        save_auxiliary_heads,
+        strip_auxiliary_heads,
+    )
     from .heads.config import AuxiliaryHeadsConfig
     from .samples import with_sample_ids
     from .seq2seq import Seq2SeqSelfKDTrainer
@@ -27,6 +32,8 @@ _MODULES = {
     "Seq2SeqSelfKDConfig": "config",
     "Seq2SeqSelfKDTrainer": "seq2seq",
     "attach_auxiliary_heads": "heads",
+    "load_auxiliary_heads": "heads",
+    "save_auxiliary_heads": "heads",
     "strip_auxiliary_heads": "heads",
     "with_sample_ids": "samples",
 }
@@ -41,6 +48,8 @@ __all__ = [
     "Seq2SeqSelfKDTrainer",
     "__version__",
     "attach_auxiliary_heads",
+    "load_auxiliary_heads",
+    "save_auxiliary_heads",
     "strip_auxiliary_heads",
     "with_sample_ids",
 ]

@@ -55,6 +55,12 @@ def takes(model: nn.Module, argument: str) -> bool:
     return argument in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
+def main_parameter(model: nn.Module) -> nn.Parameter:
+    """The first parameter of numbers that a model calculates with; its type and device are those of the model."""
+    floating = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    return next((parameter for parameter in floating if not parameter.is_meta), floating[0])  # meta: kept elsewhere
+
+
 def num_classes_of(model: nn.Module) -> int | None:
     """Classes of a model's rows, as far as the model tells before it has run."""
     base = base_model(model)

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from helpers import CLASSES, difference, logged, make_model, make_samples, make_trainer, refused, train
+import transformers
+from helpers import CLASSES, VOCABULARY, difference, logged, make_model, make_samples, make_trainer, refused, train
 from test_language_models import ours
 from test_resume import assert_same, everything
 from torch import nn
+from transformers import set_seed
 
 from hf_selfkd import SelfKDTrainer
 from hf_selfkd.losses.chunked import ChunkedHead
@@ -160,6 +162,99 @@ def test_logits_that_are_more_than_the_head_gives(tmp_path):
     trainer = make_trainer(tmp_path, model, make_samples("llama"), **options)
     refused(trainer.train, "chunked_logits=True", "scaled or capped")
     assert trainer.state.global_step == 0
+
+
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
+
+
+def from_scratch(name, **options):
+    """A tiny model as transformers draws it: its logits are small."""
+    set_seed(0)
+    kind = getattr(transformers, f"{name}ForCausalLM")
+    small = {key: value for key, value in SMALL.items() if key != "head_dim" or name.startswith("Gemma")}
+    return kind(kind.config_class(**(small | options))).eval()
+
+
+def check(model):
+    """What [`ChunkedHead`] says of a model."""
+    head = ChunkedHead(model)
+    head.watching = True
+    with torch.no_grad():
+        logits = model(input_ids=torch.randint(3, VOCABULARY, (2, 5))).logits
+    head.check(logits)
+    head.remove()
+    return logits
+
+
+CHANGED = [
+    ("Gemma2", {"final_logit_softcapping": 5.0}, "final_logit_softcapping=5.0"),
+    ("Gemma2", {}, "final_logit_softcapping=30.0"),
+    ("Cohere", {"logit_scale": 0.0625}, "logit_scale=0.0625"),
+    ("Granite", {"logits_scaling": 8.0}, "logits_scaling=8.0"),
+]
+
+
+@pytest.mark.parametrize("name, options, told", CHANGED)
+def test_scales_and_caps_that_the_configuration_tells_are_refused(tmp_path, name, options, told):
+    """At construction, and not by the size of the logits."""
+    model = from_scratch(name, **options)
+    action = lambda: make_trainer(tmp_path, model, make_samples("gpt2"), chunked_logits=True)  # noqa: E731
+    refused(action, "chunked_logits", told, type(model).__name__)
+    head = model.get_output_embeddings()
+    assert not head._forward_hooks and not head._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name, options, told", CHANGED)
+def test_scales_and_caps_show_however_small_the_logits_are(monkeypatch, name, options, told):
+    """The same models, if nothing were known of their configuration."""
+    monkeypatch.setattr("hf_selfkd.losses.chunked.changes_of_logits", lambda model: {})
+    refused(lambda: check(from_scratch(name, **options)), "chunked_logits=True", "scaled or capped")
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("Gemma2", {"final_logit_softcapping": None}),
+        ("Cohere", {"logit_scale": 1.0}),
+        ("Granite", {"logits_scaling": 1.0}),
+        ("Llama", {}),
+        ("Mistral", {}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_are_what_the_head_gives(name, options, dtype):
+    check(from_scratch(name, **options).to(dtype))
+
+
+def test_the_check_leaves_the_logits_of_later_forwards_alone():
+    model = from_scratch("Llama")
+    words = torch.randint(3, VOCABULARY, (2, 5))
+    with torch.no_grad():
+        before = model(input_ids=words).logits
+        check(model)
+        assert torch.equal(model(input_ids=words).logits, before)
+
+
+def test_a_head_that_is_called_twice(tmp_path):
+    """A second call would be learned from in place of the first."""
+    model = from_scratch("Llama")
+    forward = model.forward
+
+    class Twice(type(model)):
+        def forward(self, *arguments, **keywords):
+            forward(*arguments, **keywords)
+            return forward(*arguments, **keywords)
+
+    model.__class__ = Twice
+    refused(lambda: check(model), "chunked_logits=True")
 
 
 def test_a_loss_of_ones_own(tmp_path):

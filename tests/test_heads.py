@@ -24,8 +24,8 @@ from transformers import (
 from hf_selfkd import AuxiliaryHeadsConfig, attach_auxiliary_heads, strip_auxiliary_heads
 from hf_selfkd.heads.auxiliary import heads_of
 from hf_selfkd.heads.config import CONFIG_NAME, PRESETS
+from hf_selfkd.heads.inputs import example_inputs
 from hf_selfkd.heads.kinds import grid_of, pool
-from hf_selfkd.heads.taps import example_inputs
 from hf_selfkd.models import base_model
 
 
@@ -588,9 +588,6 @@ OTHERS = {
 def test_models_with_layers_of_their_own_kind(name, preset):
     kind, options = OTHERS[name]
     model = make(kind, **({"num_labels": CLASSES} | options))
-    if preset == "joint" and name in ("pvt", "pvt_v2"):  # between their stages sequences become maps
-        refused(lambda: attach_auxiliary_heads(model, preset), "head='stages' does not fit", "choose another head")
-        return
     heads = heads_of(attach_auxiliary_heads(model, preset))
     for logits in _said(model, heads, example_inputs(model)):
         assert logits.shape[1] == CLASSES * (4 if heads.config.views == "rotation" else 1)

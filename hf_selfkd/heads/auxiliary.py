@@ -15,8 +15,10 @@ from transformers.utils import ModelOutput
 
 from ..models import base_model, is_encoder_decoder
 from .config import ROTATIONS, AuxiliaryHeadsConfig
-from .kinds import Context, Head, pool
-from .taps import Layout, Recorder
+from .kinds import Context, Head, pool, to_channels_first
+from .layout import Layout
+from .reach import gradient_size
+from .taps import Recorder
 
 
 ATTRIBUTE = "selfkd_heads"  # under which a model holds its heads
@@ -50,8 +52,8 @@ class AuxiliaryHeads(nn.Module):
     Args:
         config ([`AuxiliaryHeadsConfig`]): with everything decided.
         names (`list[str]`): the modules that the heads are on.
-        layout ([`~hf_selfkd.taps.Layout`]): what those return.
-        recorder ([`~hf_selfkd.taps.Recorder`]): listens to them.
+        layout ([`~hf_selfkd.heads.layout.Layout`]): what these modules return.
+        recorder ([`~hf_selfkd.heads.taps.Recorder`]): listens to them.
         heads (`list[Head]`): one a module.
     """
 
@@ -71,6 +73,8 @@ class AuxiliaryHeads(nn.Module):
         self.enabled = config.trains  # in training
         self.watching = False  # whether what the heads say is kept in `results`, and not returned
         self.results: HeadResults | None = None
+        self.gradients: list[tuple[float, bool]] | None = None  # see [`measured`]
+        self.ignored_before: list | None = None  # the list that the model had of what is not saved, if it had one
         self.handles: list[Any] = []
 
     def register(self, model: nn.Module) -> None:
@@ -94,6 +98,18 @@ class AuxiliaryHeads(nn.Module):
         finally:
             self.enabled, self.watching = enabled, False
 
+    @contextmanager
+    def measured(self) -> Iterator[list[tuple[float, bool]]]:
+        """
+        In a forward pass that is [`watched`], note of each head the size of the gradient that it gives its features,
+        and whether they pass it on.
+        """
+        self.gradients = []
+        try:
+            yield self.gradients
+        finally:
+            self.gradients = None
+
     def _begin(self, model: nn.Module, args: tuple) -> None:
         if self.watching or (self.enabled and model.training):
             self.recorder.start()
@@ -105,7 +121,8 @@ class AuxiliaryHeads(nn.Module):
         autocast = self.recorder.autocast  # of the model's forward, which is over
         try:
             with nullcontext() if autocast is None else torch.autocast(autocast[0], autocast[1]):
-                results = None if self.recorder.silent else self._run(model, _arguments(model, args, kwargs))
+                silent, arguments = self.recorder.silent, _arguments(model, args, kwargs)
+                results = None if silent else self._run(model, arguments, device_of(outputs))
         finally:
             self.recorder.clear()
         if not self.watching:
@@ -113,26 +130,41 @@ class AuxiliaryHeads(nn.Module):
         self.results = results
         return None
 
-    def _run(self, model: nn.Module, arguments: dict[str, Any]) -> HeadResults:
-        features = [self._features(name) for name in self.names]
+    def _run(self, model: nn.Module, arguments: dict[str, Any], device: torch.device | None) -> HeadResults:
+        own = next(self.parameters()).device
         images = arguments.get("pixel_values")
         size = None if images is None else tuple(images.shape[-2:])
-        context = Context(None, self.recorder.calls, _embedding_of(model), size)
+        calls = self.recorder.calls
+        if any(features.device != own for features in self.recorder.outputs.values()):
+            calls = {index: call.to(own) for index, call in calls.items()}
+        context = Context(None, calls, output_embedding_of(model), size, self._length(arguments))
         results = []
-        for head, part in zip(self.heads, features, strict=True):
+        for name, head in zip(self.names, self.heads, strict=True):
+            part = self._features(name, own)
             context.mask = self._mask(model, arguments, part)
             results.append(head(part, context))
+            if self.gradients is not None:
+                self.gradients.append((gradient_size(head, part, context), part.requires_grad))
         logits, adapted, deep = [result[0] for result in results], [None] * len(results), None
         if self.adapters and torch.is_grad_enabled():
-            deep = self._features(self.deepest).detach()
-            deep = pool(deep, self._mask(model, arguments, deep)) if self.layout.pooled else deep
+            deep = self._features(self.deepest, own).detach()
+            if self.layout.pooled:
+                deep = pool(deep, self._mask(model, arguments, deep))
+            elif context.length is not None:
+                deep = deep[:, : context.length]
             for index, adapter in self.adapters.items():
                 adapted[int(index)] = adapter(results[int(index)][1])
-        return HeadResults(logits, adapted, deep)
+        return HeadResults([part.to(device or part.device) for part in logits], adapted, deep)
 
-    def _features(self, name: str) -> torch.Tensor:
-        features = self.recorder.features(name)
-        return features.permute(0, 3, 1, 2) if name in self.layout.channels_last else features
+    def _features(self, name: str, device: torch.device) -> torch.Tensor:
+        """Features of a module, on the device of the heads: the model may be spread over several."""
+        features = self.recorder.features(name).to(device)
+        return to_channels_first(features) if name in self.layout.channels_last else features
+
+    def _length(self, arguments: dict[str, Any]) -> int | None:
+        """Positions of a batch, if the model pads its samples further, to a whole number of windows (Longformer)."""
+        given = next((arguments[n] for n in ("input_ids", "inputs_embeds") if arguments.get(n) is not None), None)
+        return given.shape[1] if self.layout.pads and given is not None else None
 
     def _mask(self, model: nn.Module, arguments: dict[str, Any], features: torch.Tensor) -> torch.Tensor | None:
         """Which positions of features `[B, L, D]` are no padding; `None` if all count or it does not matter."""
@@ -142,9 +174,12 @@ class AuxiliaryHeads(nn.Module):
         matters = self.layout.pooled or self.config.head == "transformer"
         if mask is None or mask.dim() != 2 or features.dim() != 3 or not matters:
             return None
+        mask = mask.to(features.device)
         have, need = mask.shape[1], features.shape[1]
         if have == need:
             return mask
+        if have < need and self._length(arguments) is not None:
+            return nn.functional.pad(mask, (0, need - have))
         if hasattr(base, "_get_feature_vector_attention_mask"):  # of audio models
             lengths = base._get_feat_extract_output_lengths(torch.tensor(have))
             if int(lengths) == need:
@@ -167,7 +202,21 @@ class AuxiliaryHeads(nn.Module):
 
 @lru_cache
 def _with_field(kind: type) -> type:
-    return make_dataclass(f"{kind.__name__}WithHeads", [(AUXILIARY, tuple | None, None)], bases=(kind,))
+    """The class of outputs with the field of the heads; it has no name to be imported by, so objects tell how to be
+    made again."""
+    made = make_dataclass(f"{kind.__name__}WithHeads", [(AUXILIARY, tuple | None, None)], bases=(kind,))
+    made.__reduce__ = lambda self: (_outputs_with_field, (kind, dict(self)))
+    return made
+
+
+def _outputs_with_field(kind: type, values: dict[str, Any]) -> Any:
+    return _with_field(kind)(**values)
+
+
+def device_of(outputs: Any) -> torch.device | None:
+    """The device of the logits in a model's outputs."""
+    logits = outputs.get("logits") if isinstance(outputs, dict) else None
+    return logits.device if isinstance(logits, torch.Tensor) else None
 
 
 def with_auxiliary(outputs: Any, results: HeadResults | None) -> Any:
@@ -214,14 +263,20 @@ def _arguments(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[st
     return inspect.signature(base_model(model).forward).bind_partial(*args, **kwargs).arguments
 
 
-def _embedding_of(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def output_embedding_of(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """From normalised features to words, as the model itself does it."""
     base = base_model(model)
     embedding = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if embedding is None:
         return None
     bias = getattr(base, "final_logits_bias", None)
-    return embedding if bias is None else lambda features: embedding(features) + bias
+    weight = getattr(embedding, "weight", None)
+
+    def embed(features: torch.Tensor) -> torch.Tensor:
+        scores = embedding(features if weight is None else features.to(weight.device))
+        return scores if bias is None else scores + bias.to(scores.device)
+
+    return embed
 
 
 def heads_of(model: nn.Module) -> AuxiliaryHeads | None:

@@ -6,15 +6,17 @@ import copy
 import math
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
-from ..models import base_model, is_encoder_decoder
+from ..models import base_model, is_encoder_decoder, main_parameter
 from ..tasks.causal_lm import CausalLM
 from .config import ROTATIONS, AuxiliaryHeadsConfig
-from .kinds import Blocks, Context, EncoderLayer, Head, NoBody, RemainingLayers, SeparableConvolution
-from .taps import Layout, evaluating, lists_of_layers
+from .kinds import Blocks, Context, EncoderLayer, Head, RemainingLayers, SeparableConvolution, UnchangedFeatures
+from .layers import lists_of_blocks
+from .layout import Layout, evaluating
 
 
 class HeadFactory:
@@ -29,10 +31,12 @@ class HeadFactory:
         patch: tuple[int, int] | None,
     ):
         self.model, self.base, self.config = model, base_model(model), config
-        self.layout, self.words, self.patch, self.names = layout, words, patch, layout.layers
+        self.layout, self.words, self.patch, self.names = layout, words, patch, layout.chain
         joint = ROTATIONS if config.views == "rotation" else 1
+        # Statistics of the batch only where the model has them: else training would depend on how samples are batched.
+        self.batch_norm = any(isinstance(module, _BatchNorm) for module in self.base.modules())
         self.num_outputs = layout.num_classes * joint
-        parameter = next(p for p in model.parameters() if p.is_floating_point())
+        parameter = main_parameter(model)
         self.to = {"device": parameter.device, "dtype": parameter.dtype}
 
     def make(self, name: str) -> Head:
@@ -56,30 +60,28 @@ class HeadFactory:
             return EncoderLayer(width, causal and not self.layout.pooled), width
         if kind == "stages":
             return self._stages(name), self.layout.width(deep)
-        return NoBody(), width
-
-    def _convolution(self, channels: int, width: int) -> SeparableConvolution:
-        # Statistics of batches would come to a model that has none, and with them a dependence on the batch.
-        batch_norm = any(isinstance(module, _BatchNorm) for module in self.model.modules())
-        return SeparableConvolution(channels, width, self.patch, batch_norm)
+        return UnchangedFeatures(), width
 
     def _stages(self, name: str) -> nn.Module:
         if name not in self.names:
             raise ValueError(f"head='stages' copies the layers after {name!r}, which is none of {self.names}.")
-        place, channels_last = self.names.index(name), name in self.layout.channels_last
+        place, last = self.names.index(name), name in self.layout.channels_last
         places = [i for i in range(place + 1, len(self.names)) if self.names[i] in self.layout.shapes]
         if places:
-            return RemainingLayers(self._fresh([self.names[i] for i in places]), places, channels_last)
+            return RemainingLayers(self._fresh([self.names[i] for i in places]), places, last)
         # On the last layer HSAKD puts one more of it, without change of resolution.
         if name in self.layout.preserving:
-            return RemainingLayers(self._fresh([name]), [place], channels_last)
-        lists = lists_of_layers(self.model.get_submodule(name))
+            return RemainingLayers(self._fresh([name]), [place], last)
+        lists = lists_of_blocks(self.model.get_submodule(name))
         blocks = [f"{name}.{block}" for block in list(lists[0])[1:]] if lists else []  # the first one changes it
-        body = Blocks(self._fresh(blocks))
+        body = Blocks(self._fresh(blocks), last)
         if blocks and self._keeps_shape(body, name):
             return body
         width = self.layout.width(name)
         return self._convolution(width, width)
+
+    def _convolution(self, channels: int, width: int) -> nn.Module:
+        return SeparableConvolution(channels, width, self.patch, self.batch_norm)
 
     def _keeps_shape(self, body: nn.Module, name: str) -> bool:
         features = torch.zeros(self.layout.shapes[name])
@@ -91,6 +93,8 @@ class HeadFactory:
 
     def _fresh(self, names: list[str]) -> nn.ModuleList:
         copies = copy.deepcopy(nn.ModuleList([self.model.get_submodule(name) for name in names]))
+        remove_hook_from_module(copies, recurse=True)  # of device_map, which would move what the copies are given
+        copies = copies.float().cpu()  # random numbers that do not depend on the device
         for name, module in list(copies.named_modules()):
             if hasattr(module, "get_base_layer"):  # an adapter of PEFT: its name would be saved with the adapters
                 parent, _, child = name.rpartition(".")
@@ -103,11 +107,8 @@ class HeadFactory:
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         if isinstance(self.base, PreTrainedModel):
-            copies.apply(self._init_weights)
+            copies.apply(self.base._init_weights)
+        for module in copies.modules():
+            if isinstance(module, _BatchNorm):  # EfficientNet draws its factors from around 0: nothing gets through
+                module.reset_parameters()
         return copies
-
-    def _init_weights(self, module: nn.Module) -> None:
-        # Norms start neutral, as they have just been made: EfficientNet draws their weights around 0, and a copy of
-        # several blocks would pass no gradient on.
-        if not isinstance(module, (_BatchNorm, nn.LayerNorm, nn.GroupNorm)):
-            self.base._init_weights(module)

@@ -22,12 +22,14 @@ class Context:
         calls (`dict`): what each layer was called with.
         embed (`Callable`, *optional*): from features to the scores of words, as the model itself does it.
         size (`tuple`, *optional*): height and width of the images.
+        length (`int`, *optional*): positions that there are, of features `[B, L, D]` that the model has padded behind.
     """
 
     mask: torch.Tensor | None
     calls: dict[int, Call]
     embed: Callable[[torch.Tensor], torch.Tensor] | None
     size: tuple[int, int] | None = None
+    length: int | None = None
 
 
 def grid_of(length: int, size: tuple[int, int], patch: tuple[int, int] | None) -> tuple[int, int] | None:
@@ -75,11 +77,21 @@ def pool(features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tens
     return (features * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
 
 
+def to_channels_last(maps: torch.Tensor) -> torch.Tensor:
+    """Maps `[B, C, H, W]` as `[B, H, W, C]`; other features stay."""
+    return maps.permute(0, 2, 3, 1) if maps.dim() == 4 else maps
+
+
+def to_channels_first(maps: torch.Tensor) -> torch.Tensor:
+    """Maps `[B, H, W, C]` as `[B, C, H, W]`; other features stay."""
+    return maps.permute(0, 3, 1, 2) if maps.dim() == 4 else maps
+
+
 # Bodies: what stands between the features of a layer and the pooling
 
 
-class NoBody(nn.Module):
-    """Nothing."""
+class UnchangedFeatures(nn.Module):
+    """The features as they are: a head without a body."""
 
     def forward(self, features: torch.Tensor, context: Context) -> torch.Tensor:
         return features
@@ -93,8 +105,9 @@ class SeparableConvolution(nn.Module):
         channels (`int`): of the features.
         width (`int`): channels that it returns.
         patch (`tuple`, *optional*): see [`grid_of`].
-        batch_norm (`bool`, *optional*): whether to normalise by statistics of batches, as the model does, or by those
-            of each sample.
+        batch_norm (`bool`, *optional*, defaults to `True`):
+            Whether to normalise over the batch, as models with batch normalisation do; otherwise over each sample, so
+            that a sample's prediction does not depend on the others.
     """
 
     def __init__(self, channels: int, width: int, patch: tuple[int, int] | None = None, batch_norm: bool = True):
@@ -122,7 +135,7 @@ class RemainingLayers(nn.Module):
     Args:
         copies (`nn.ModuleList`): with fresh weights.
         places (`list[int]`): the layers that they are copies of.
-        channels_last (`bool`, *optional*): whether the layers work on maps `[B, H, W, C]`; heads see `[B, C, H, W]`.
+        channels_last (`bool`, *optional*, defaults to `False`): whether they take and return maps `[B, H, W, C]`.
     """
 
     def __init__(self, copies: nn.ModuleList, places: list[int], channels_last: bool = False):
@@ -130,24 +143,25 @@ class RemainingLayers(nn.Module):
         self.copies, self.places, self.channels_last = copies, places, channels_last
 
     def forward(self, features: torch.Tensor, context: Context) -> torch.Tensor:
-        features = features.permute(0, 2, 3, 1) if self.channels_last else features
+        features = to_channels_last(features) if self.channels_last else features
         for place, layer in zip(self.places, self.copies, strict=True):
             if place in context.calls:  # else the layer was skipped in this step, and so is its copy
                 features = context.calls[place].repeat(layer, features)
-        return features.permute(0, 3, 1, 2) if self.channels_last else features
+        return to_channels_first(features) if self.channels_last else features
 
 
 class Blocks(nn.Module):
-    """Copies of blocks that take features and nothing else."""
+    """Copies of blocks that take features and nothing else; `channels_last` as in [`RemainingLayers`]."""
 
-    def __init__(self, copies: nn.ModuleList):
+    def __init__(self, copies: nn.ModuleList, channels_last: bool = False):
         super().__init__()
-        self.copies = copies
+        self.copies, self.channels_last = copies, channels_last
 
     def forward(self, features: torch.Tensor, context: Context) -> torch.Tensor:
+        features = to_channels_last(features) if self.channels_last else features
         for block in self.copies:
             features = Call().repeat(block, features)
-        return features
+        return to_channels_first(features) if self.channels_last else features
 
 
 class EncoderLayer(nn.Module):
@@ -201,5 +215,7 @@ class Head(nn.Module):
         features = self.body(features, context)
         if self.pooled:
             features = pool(features, context.mask)
+        elif context.length is not None:
+            features = features[:, : context.length]
         features = self.hidden(self.norm(features))
         return (context.embed if self.classifier is None else self.classifier)(features), features

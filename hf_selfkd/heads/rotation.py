@@ -32,13 +32,17 @@ def choose_rotations(ids: np.ndarray, views: int, epoch: int, seed: int) -> np.n
     return np.concatenate((np.zeros((len(ids), 1), np.int64), np.sort(rotations, axis=1)), axis=1)
 
 
-def rotate(images: torch.Tensor, rotations: np.ndarray) -> torch.Tensor:
+def rotate(images: torch.Tensor, rotations: np.ndarray | torch.Tensor) -> torch.Tensor:
     """
     The views of a batch, one sample after the other.
 
+    On XLA, and wherever the rotations are on the device, no shape depends on them: nothing is compiled again and the
+    host waits for nothing. Elsewhere no view is made that is not shown. The values are the same.
+
     Args:
         images (`torch.FloatTensor` of shape `[B, C, S, S]`): upright.
-        rotations (`np.ndarray` of shape `[B, V]`): quarter turns of each view, counter-clockwise.
+        rotations (`np.ndarray` or `torch.LongTensor` of shape `[B, V]`):
+            quarter turns of each view, counter-clockwise.
 
     Returns:
         `torch.FloatTensor` of shape `[B * V, C, S, S]`: view `v` of sample `b` is row `V * b + v`.
@@ -51,27 +55,28 @@ def rotate(images: torch.Tensor, rotations: np.ndarray) -> torch.Tensor:
             f"views='rotation' needs square images, and these are {list(images.shape)}: resize or crop them to "
             "squares, or set views='none'."
         )
+    if isinstance(rotations, torch.Tensor) or images.device.type == "xla":
+        return _rotate_everything(images, torch.as_tensor(rotations))
+    return _rotate_chosen(images, rotations)
+
+
+def _rotate_everything(images: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
+    """All images are turned by all angles, and each view takes the one that it shows."""
+    rotations = to_device(rotations, images.device)[:, :, None, None, None]
+    views = images.unsqueeze(1).expand(-1, rotations.shape[1], -1, -1, -1)
+    for quarter in range(1, ROTATIONS):
+        turned = torch.rot90(images, quarter, dims=(-2, -1)).unsqueeze(1)
+        views = torch.where(rotations == quarter, turned, views)
+    return views.flatten(0, 1)
+
+
+def _rotate_chosen(images: torch.Tensor, rotations: np.ndarray) -> torch.Tensor:
+    """Images are turned by the angles that they are shown at."""
     count = rotations.shape[1]
     views = images.repeat_interleave(count, dim=0)
-    if images.device.type == "xla":
-        return _select(views, to_device(torch.from_numpy(rotations), images.device).reshape(-1, 1, 1, 1))
     for quarter in range(1, ROTATIONS):
         rows = np.flatnonzero(rotations.reshape(-1) == quarter)
         if len(rows):
             index = to_device(torch.from_numpy(rows), images.device)
             views[index] = torch.rot90(images[index // count], quarter, dims=(-2, -1))
     return views
-
-
-def _select(views: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
-    """
-    The views turned, without an index: shapes that change with the data would be compiled anew in every step.
-
-    Args:
-        views (`torch.FloatTensor` of shape `[B * V, C, S, S]`): upright.
-        rotations (`torch.LongTensor` of shape `[B * V, 1, 1, 1]`): quarter turns of each.
-    """
-    turned = views
-    for quarter in range(1, ROTATIONS):
-        turned = torch.where(rotations == quarter, torch.rot90(views, quarter, dims=(-2, -1)), turned)
-    return turned

@@ -21,16 +21,6 @@ from .soft_targets import RowLosses, SoftTargets, distilled_rows, label_entries
 from .summary import Summary, summarize
 
 
-WATCHED_SPREAD = 30.0  # standard deviation of the logits with which a head is compared
-# What some configurations do to the logits behind the head, and the values with which they do nothing.
-BEHIND_THE_HEAD = {
-    "final_logit_softcapping": None,
-    "logit_scale": 1.0,
-    "logits_scaling": 1.0,
-    "lm_head_multiplier": 1.0,
-}
-
-
 @dataclass
 class ChunkedRows:
     """What a forward is to learn from: labels `[R]`, past rows and their weight; entries to find for the history."""
@@ -53,7 +43,7 @@ class ChunkedHead:
         model (`nn.Module`): a language model whose head is an `nn.Linear`.
 
     Raises:
-        ValueError: if its head is none.
+        ValueError: if its head is none, or its configuration says that the logits are scaled or capped behind it.
     """
 
     def __init__(self, model: nn.Module):
@@ -64,20 +54,18 @@ class ChunkedHead:
                 f"chunked_logits=True needs a language model whose head is an nn.Linear, not "
                 f"{type(self.head).__name__} ({type(base).__name__}): set it to False."
             )
-        config = getattr(base, "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        for name, neutral in BEHIND_THE_HEAD.items():
-            value = getattr(text, name, neutral)
-            if value not in (neutral, None):
-                raise ValueError(
-                    f"chunked_logits=True with {name}={value} of {type(base).__name__}: its logits are scaled or "
-                    "capped behind the head, set chunked_logits to False."
-                )
+        changes = changes_of_logits(base)
+        if changes:
+            raise ValueError(
+                f"chunked_logits=True: {type(base).__name__} scales or caps what its head gives "
+                f"({', '.join(f'{name}={value}' for name, value in changes.items())}): set chunked_logits=False."
+            )
         # Marian, BART and their kin add a constant of their own to what the head gives.
         self.constant: torch.Tensor | None = getattr(base, "final_logits_bias", None)
         self.task: ChunkedRows | None = None
         self.hidden: torch.Tensor | None = None
-        self.watching = False
+        self.watching = False  # whether the next forward is one to be checked
+        self.calls: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the head then: what it is given, what it gives
         self.handles = [
             self.head.register_forward_pre_hook(self._narrow),
             self.head.register_forward_hook(self._learn),
@@ -90,40 +78,75 @@ class ChunkedHead:
 
     def _narrow(self, head: nn.Linear, arguments: tuple) -> tuple | None:
         if self.task is None:
-            if not self.watching:
-                return None
-            # Logits of some size, which a cap or a scale behind the head would show.
-            spread = F.linear(arguments[0].detach()[:, :2], head.weight).float().std().clamp_min(1e-6)
-            self.hidden = (arguments[0] * (WATCHED_SPREAD / spread)).detach()
-            return (self.hidden,)
+            return None
         self.hidden = arguments[0]
         return (arguments[0][:, :1],)  # not detached: DDP follows the outputs to find out which parameters are used
 
-    def _learn(self, head: nn.Linear, arguments: tuple, output: Any) -> None:
+    def _learn(self, head: nn.Linear, arguments: tuple, output: Any) -> Any:
+        if self.task is None and self.watching:
+            self.calls.append((arguments[0].detach()[:, :2], output.detach()[:, :2]))
+            return known_logits(output, output.dtype)
         if self.task is None:
-            return
+            return None
         task, hidden, self.hidden = self.task, self.hidden.flatten(0, 1), None
         task.total = _LinearRows.apply(hidden, head.weight, head.bias, self.constant, task)
+        return None
 
     def check(self, logits: torch.Tensor) -> None:
         """
         Compare the logits `[B, L, V]` of a forward that was watched with those that this class would compute.
 
+        In that forward the head gave numbers of all sizes in place of its own, so that a cap or a scale shows,
+        however small the logits of an untrained model are.
+
         Raises:
             ValueError: if the model does more with them than its head does.
         """
-        hidden, self.hidden, self.watching = self.hidden, None, False
-        expected, tolerance = None, 1e-3 if logits.dtype == torch.float32 else 3e-2
-        if hidden is not None:
-            expected = F.linear(hidden[:, :2], self.head.weight, self.head.bias).detach()
+        calls, self.calls, self.watching = self.calls, [], False
+        same = len(calls) == 1 and calls[0][1].dim() == 3
+        if same:
+            hidden, given = calls[0]
+            hidden = hidden.to(self.head.weight.dtype)  # autocast has been left
+            same = _close(F.linear(hidden, self.head.weight, self.head.bias), given, float(given.abs().max()))
+            expected = known_logits(logits, given.dtype)
             expected = expected if self.constant is None else expected + self.constant
-        if expected is None or not torch.allclose(
-            expected.float(), logits[:, :2].float(), rtol=tolerance, atol=10 * tolerance
-        ):
+            same = same and _close(expected, logits, 0.0)
+        if not same:
             raise ValueError(
                 "chunked_logits=True: the model's logits are not just what its head makes of the hidden states (they "
                 "are scaled or capped): set it to False."
             )
+
+
+# What models call a factor or a bound of their logits, and the values that change nothing.
+_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+def changes_of_logits(model: nn.Module) -> dict[str, Any]:
+    """What a model's configuration says that it does with the logits behind its head, by the name of the field."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = {name: getattr(config, name, None) for name in (*_SCALES, *_CAPS)}
+    return {name: value for name, value in found.items() if value not in ((None, 1) if name in _SCALES else (None,))}
+
+
+def known_logits(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """
+    Numbers of both signs and of sizes from 0.01 to 30, the same at each position: large enough for caps and scales to
+    show, small enough for the terms that a model adds to its loss to show, too.
+    """
+    places = torch.arange(like.shape[-1], device=like.device)
+    sizes = 0.01 * 3000 ** (places * 0.618 % 1)
+    return torch.where(places % 2 == 0, sizes, -sizes).to(dtype).expand(like.shape).clone()
+
+
+def _close(one: torch.Tensor, other: torch.Tensor, size: float) -> bool:
+    """Whether two tensors are equal up to rounding, of each number or of numbers of that size."""
+    if one.shape != other.shape:
+        return False
+    rounding = 2 * max(torch.finfo(one.dtype).eps, torch.finfo(other.dtype).eps, 1e-5)
+    return torch.allclose(one.float(), other.float(), rtol=rounding, atol=rounding * size)
 
 
 def rows_per_chunk(weight: torch.Tensor) -> int:
@@ -178,7 +201,7 @@ class _LinearRows(torch.autograd.Function):
 def _chunk_loss(
     logits: torch.Tensor, task: ChunkedRows, part: slice, summary: Summary, hard: torch.Tensor, soft: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the losses of a piece of the rows and its gradient for their logits; notes the parts of each row."""
+    """Sum of the losses of a chunk of the rows and its gradient for their logits; notes the terms of each row."""
     leaf, labels = logits.detach().requires_grad_(), task.labels[part]
     with torch.enable_grad():
         if task.soft_targets is None:
