@@ -7,13 +7,15 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_selfkd import SelfKDConfig
-from hf_selfkd.config import alpha_at
+from hf_selfkd.config import MethodArguments
+from hf_selfkd.schedule import alpha_at
 
 
 DEFAULTS = {
     "alpha": 0.8,
     "alpha_schedule": "linear",
     "teacher": "auto",
+    "hard_loss": "auto",
     "temperature": 1.0,
     "warm_start_teacher": False,
     "seed_transforms": False,
@@ -34,6 +36,7 @@ OTHERS = {
     "alpha": 0.5,
     "alpha_schedule": "linear_step",
     "teacher": "history",
+    "hard_loss": "cross_entropy",
     "temperature": 2.0,
     "warm_start_teacher": True,
     "seed_transforms": True,
@@ -56,6 +59,10 @@ def own(config):
     return {name: getattr(config, name) for name in DEFAULTS}
 
 
+def method(**fields):
+    return dataclasses.asdict(MethodArguments(**fields))
+
+
 def config(tmp_path, **fields):
     return SelfKDConfig(str(tmp_path), report_to="none", **fields)
 
@@ -69,7 +76,7 @@ def test_defaults_and_names_of_the_design(tmp_path):
     added = {f.name for f in dataclasses.fields(SelfKDConfig)} - {
         f.name for f in dataclasses.fields(TrainingArguments)
     }
-    assert added == DEFAULTS.keys()
+    assert added == DEFAULTS.keys() == {f.name for f in dataclasses.fields(MethodArguments)}
     assert all(f.metadata.get("help") for f in dataclasses.fields(SelfKDConfig) if f.name in added)
 
 
@@ -157,42 +164,47 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("arguments", [{}, PLAIN], ids=["defaults", "many"])
-def test_plain_arguments_keep_every_field(tmp_path, arguments):
-    """Tokens included, and everything derived from fields when they were built; the argument does not change."""
+def test_plain_arguments_have_the_defaults_and_stay_as_they_are(tmp_path, arguments):
+    """Every field, tokens included, and everything derived from fields when they were built."""
     plain = TrainingArguments(str(tmp_path), use_cpu=True, **arguments)
     before = {name: repr(value) for name, value in plain.__dict__.items()}
-    upcast = SelfKDConfig.from_training_arguments(plain)
-    assert type(upcast) is SelfKDConfig and type(plain) is TrainingArguments and upcast is not plain
-    for name, value in plain.__dict__.items():
-        assert getattr(upcast, name) == value, name
-    assert own(upcast) == DEFAULTS
-    assert upcast.device == plain.device and upcast.train_batch_size == plain.train_batch_size
-    upcast.alpha, upcast.learning_rate, upcast.hub_token = 0.1, 9.0, "other"
+    read = MethodArguments.read(plain)
+    assert dataclasses.asdict(read) == DEFAULTS and type(read) is MethodArguments
+    read.alpha = 0.1
     assert {name: repr(value) for name, value in plain.__dict__.items()} == before and not hasattr(plain, "alpha")
+    assert type(plain) is TrainingArguments
     if arguments:
         assert plain.hub_token == "hf_not_a_token" and plain.to_dict()["hub_token"] != "hf_not_a_token"
 
 
-def test_a_selfkd_config_is_taken_as_it_is(tmp_path):
-    args = config(tmp_path, alpha=0.3)
-    assert SelfKDConfig.from_training_arguments(args) is args and args.alpha == 0.3
+def test_the_fields_of_a_selfkd_config_are_read_as_they_stand_now(tmp_path):
+    """Every one of them; the arguments do not change."""
+    args = config(tmp_path, **OTHERS)
+    assert dataclasses.asdict(MethodArguments.read(args)) == OTHERS == own(args)
+    args.alpha = 0.3
+    assert MethodArguments.read(args).alpha == 0.3
 
 
-def test_a_subclass_loses_no_field(tmp_path):
-    """Arguments of the user's own."""
+def test_fields_of_the_users_own(tmp_path):
+    """Arguments of a subclass are left alone; those that it has of the method are read."""
 
     @dataclasses.dataclass
     class Mine(TrainingArguments):
         margin: float = 0.5
+        alpha: float = 0.6
 
-    upcast = SelfKDConfig.from_training_arguments(Mine(str(tmp_path), margin=0.7))
-    assert upcast.margin == 0.7 and own(upcast) == DEFAULTS
+    args = Mine(str(tmp_path), margin=0.7)
+    assert dataclasses.asdict(MethodArguments.read(args)) == DEFAULTS | {"alpha": 0.6} and args.margin == 0.7
 
 
-def test_plain_label_smoothing_is_refused_when_upcast(tmp_path):
+def test_plain_label_smoothing_is_refused_when_read(tmp_path):
     """The defaults distil, so smoothing contradicts them."""
     with pytest.raises(ValueError, match="label_smoothing_factor=0.1 with alpha=0.8"):
-        SelfKDConfig.from_training_arguments(TrainingArguments(str(tmp_path), label_smoothing_factor=0.1))
+        MethodArguments.read(TrainingArguments(str(tmp_path), label_smoothing_factor=0.1))
+
+
+def test_the_trace_is_left_out_for_heads():
+    assert dataclasses.asdict(MethodArguments(alpha=0.3, history_trace=True).without_trace()) == method(alpha=0.3)
 
 
 # Refusals
@@ -207,6 +219,8 @@ REFUSED = [
         "alpha_schedule='step' is unknown: choose one of linear, constant, cosine, linear_step",
     ),
     ({"teacher": "resnet"}, "teacher='resnet' is unknown: choose one of auto, history, snapshot, ema, none"),
+    ({"hard_loss": "focal"}, "hard_loss='focal' is unknown: choose one of auto, cross_entropy, additive, model"),
+    ({"history_tail": "other"}, "history_tail='other' is unknown: choose one of bucket, label, uniform, renormalize"),
     ({"history_dtype": "int8"}, "history_dtype='int8' is unknown"),
     ({"history_device": "tpu"}, "history_device='tpu' is unknown: choose one of auto, accelerator, cpu, disk"),
     ({"temperature": 0.0}, "temperature=0.0 must be positive"),
@@ -223,6 +237,17 @@ REFUSED = [
     ({"history_trace": True, "teacher": "none"}, "history_trace=True does nothing with teacher='none'"),
     ({"warm_start_teacher": True, "teacher": "ema"}, "warm_start_teacher=True does nothing with teacher='ema'"),
     ({"warm_start_teacher": True, "teacher": "none"}, "use 'history' or 'snapshot'"),
+    ({"teacher_dropout": True, "teacher": "history"}, "teacher_dropout=True does nothing with teacher='history'"),
+    ({"chunked_logits": True, "teacher": "ema"}, "chunked_logits=True with teacher='ema'"),
+    (
+        {"chunked_logits": True, "alpha": 0.0, "label_smoothing_factor": 0.2},
+        "chunked_logits=True with label_smoothing_factor=0.2",
+    ),
+    ({"auxiliary_heads": "no_such"}, "no_such"),
+    (
+        {"metric_for_best_model": "nll", "greater_is_better": True},
+        "metric_for_best_model='nll' is better when lower.*set greater_is_better=False",
+    ),
 ]
 
 
@@ -237,7 +262,7 @@ def test_refusals_name_the_field_and_the_value(tmp_path, fields, message):
     for name, value in fields.items():
         setattr(args, name, value)
     with pytest.raises(ValueError, match=message):
-        args.validate()
+        MethodArguments.read(args)
 
 
 @pytest.mark.parametrize(
@@ -263,28 +288,27 @@ def test_accepted(tmp_path, fields):
 
 
 def test_values_set_later_are_accepted_too(tmp_path):
-    """Hyperparameter search: setattr, then validate()."""
+    """Hyperparameter search: setattr, then they are read again."""
     args = config(tmp_path)
     for name, value in OTHERS.items():
         setattr(args, name, value)
-    args.validate()
-    assert own(args) == OTHERS
+    assert dataclasses.asdict(MethodArguments.read(args)) == OTHERS
 
 
 @pytest.mark.parametrize(
-    ("teacher", "alpha", "kind", "distils"),
+    ("teacher", "alpha", "distils"),
     [
-        ("auto", 0.8, "history", True),
-        ("history", 0.8, "history", True),
-        ("snapshot", 0.1, "snapshot", True),
-        ("ema", 0.1, "ema", True),
-        ("none", 0.8, "none", False),
-        ("auto", 0.0, "history", False),
+        ("auto", 0.8, True),
+        ("history", 0.8, True),
+        ("snapshot", 0.1, True),
+        ("ema", 0.1, True),
+        ("none", 0.8, False),
+        ("auto", 0.0, False),
     ],
 )
-def test_what_the_teacher_stands_for(tmp_path, teacher, alpha, kind, distils):
-    args = config(tmp_path, teacher=teacher, alpha=alpha)
-    assert args.teacher_kind == kind and args.distils is distils
+def test_whether_past_predictions_can_enter_the_loss(tmp_path, teacher, alpha, distils):
+    assert config(tmp_path, teacher=teacher, alpha=alpha).distils is distils
+    assert MethodArguments(alpha=alpha, teacher=teacher).distils is distils
 
 
 # Schedules

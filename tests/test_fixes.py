@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, set_seed
 
 from hf_selfkd import SelfKDTrainer
-from hf_selfkd.fixes import EpochLengthGroupedSampler, hub_copy, load_renamed_weights, stream_position
+from hf_selfkd.fixes import EpochLengthGroupedSampler, last_whole_checkpoint, load_renamed_weights, pushed_folder, stream_position
 
 
 def check_still_wrong(is_right, issue, correction):
