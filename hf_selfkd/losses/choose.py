@@ -91,7 +91,8 @@ def _patched(model: nn.Module) -> bool:
     """Whether somebody has replaced the forward of this very object by a function of another make."""
     own = vars(base_model(model)).get("forward")
     original = inspect.unwrap(own) if own is not None else None
-    return original is not None and getattr(original, "__func__", original) is not forward_owner(model).forward
+    forward = inspect.unwrap(forward_owner(model).forward)  # as deep as the one above: decorators of the class are off
+    return original is not None and getattr(original, "__func__", original) is not forward
 
 
 def _balances_experts(model: nn.Module) -> bool:
