@@ -15,6 +15,7 @@ from hf_selfkd.losses.choose import choose_hard_loss, hard_loss_kind
 from hf_selfkd.losses.chunked_cross_entropy import ChunkedCrossEntropy
 from hf_selfkd.losses.hard import CrossEntropy, ModelLoss, UserLoss
 from hf_selfkd.tasks import task_for
+from hf_selfkd.tasks.sample_classification import SampleClassification
 from hf_selfkd.teachers.choose import Facts, choose_teacher
 
 
@@ -210,6 +211,29 @@ def test_what_the_class_of_a_model_tells(make, kind):
     assert loss.temperature == 2.0 and loss.check is (kind == "cross_entropy")
     assert loss.plain is (type(loss) is CrossEntropy)
     assert not isinstance(loss, ModelLoss) or loss.additive is (kind == "additive")
+
+
+class Halved(SampleClassification):
+    """A task of one's own, with rows of its own."""
+
+    def rows(self, logits, labels):
+        return super().rows(logits / 2, labels)
+
+
+class Described(SampleClassification):
+    """A task of one's own with the rows of another."""
+
+    rotates = False
+
+
+def test_a_task_of_ones_own():
+    """Of its rows no class of transformers computes the loss; a class of one's own may know them."""
+    for model in (make_model("plain_bert"), make_model("resnet"), make_model("plain_gpt2")):
+        assert hard_loss_kind(Halved(model)) == "unchecked"
+        assert choose_hard_loss(Halved(model)).check is False
+    assert hard_loss_kind(Described(make_model("plain_bert"))) == "cross_entropy"
+    assert hard_loss_kind(Halved(Own())) == hard_loss_kind(Halved(bert_of(Weighted))) == "model"
+    assert hard_loss_kind(Halved(WithoutLabels())) == "unchecked"
 
 
 def logits_only(input_ids, attention_mask=None, labels=None):

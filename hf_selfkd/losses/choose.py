@@ -66,8 +66,8 @@ def choose_hard_loss(
 def hard_loss_kind(task: Task) -> str:
     """
     What the class of a model tells of its loss: `"cross_entropy"` (a class of transformers for this task),
-    `"unchecked"` (no loss of its own), `"additive"` (cross-entropy and further terms), `"unshifted"` (a causal model
-    that learns to copy) or `"model"` (of unknown make).
+    `"unchecked"` (no loss of its own, or none of the rows that a task of one's own makes), `"additive"` (cross-entropy
+    and further terms), `"unshifted"` (a causal model that learns to copy) or `"model"` (of unknown make).
     """
     model = task.model
     if not any(takes(model, name) for name in task.label_names):
@@ -76,9 +76,17 @@ def hard_loss_kind(task: Task) -> str:
         return "model"
     if type(model).__name__.startswith(OTHER_LOSSES):
         return "model"
+    if not _has_known_rows(task):
+        return "unchecked"
     if task.shifts_labels and not _shifts(model):
         return "unshifted"
     return "additive" if _balances_experts(model) else "cross_entropy"
+
+
+def _has_known_rows(task: Task) -> bool:
+    """Whether the rows of a task are made here; of rows that a user's task makes, transformers computes no loss."""
+    owner = next(cls for cls in type(task).__mro__ if "rows" in vars(cls))
+    return owner.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def _shifts(model: nn.Module) -> bool:

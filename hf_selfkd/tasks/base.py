@@ -20,6 +20,8 @@ class Task:
 
     A new task is a subclass: [`~Task.matches`] says which models the task is for, [`~Task.rows`] turns logits and
     labels into rows. Give the class to the trainer (`SelfKDTrainer(..., task=MyTask)`), or add a line to `TASKS`.
+    The hard loss of a model of transformers is then the cross-entropy of these rows. A class of model of one's own
+    keeps the loss that it computes, unless `hard_loss="cross_entropy"` is asked for.
 
     Args:
         model (`nn.Module`): the model, in any wrapper.
