@@ -2,9 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The environment of test-oldest, with the lowest Python and the lowest versions that are supported.
+OLDEST ?= .venv-oldest
+OLDEST_PYTHON ?= python3.10
 
 .NOTPARALLEL:
-.PHONY: demo demo-translation test lint docs clean
+.PHONY: demo demo-translation test test-oldest lint docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo_digits.py
@@ -15,6 +18,9 @@ demo-translation: $(VENV)/.translation
 # One thread a process: two processes of two threads each would fight for two cores.
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-oldest: $(OLDEST)/.oldest
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -30,5 +36,11 @@ $(VENV)/.%: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
 	touch $@
 
+$(OLDEST)/.oldest: pyproject.toml requirements/oldest.txt
+	test -x $(OLDEST)/bin/pip || $(OLDEST_PYTHON) -m venv $(OLDEST)
+	@echo "Installing the oldest supported versions into $(OLDEST): a PyTorch of its own, some gigabytes."
+	$(OLDEST)/bin/python -m pip install --quiet --constraint requirements/oldest.txt --editable ".[dev]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest build dist site *.egg-info .pytest_cache .ruff_cache

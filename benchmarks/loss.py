@@ -2,7 +2,7 @@
 What the loss over a vocabulary costs: forward and backward over logits `[rows, vocabulary]`, in time and memory.
 
 Compared in one process, in turns: `F.cross_entropy`, the label smoother of transformers, and the loss of progressive
-self-distillation with stored entries (each remainder rule) and with whole past rows. The median time of the rounds and
+self-distillation with stored entries (each tail rule) and with dense past rows. The median time of the rounds and
 the peak of memory above the logits are reported, and both relative to `F.cross_entropy`. Memory is that of the
 process (Linux) or of the CUDA allocator.
 
@@ -61,13 +61,13 @@ def make_losses(
 
     return {
         "F.cross_entropy": lambda logits: F.cross_entropy(logits.float(), labels),
-        "plain, in pieces": lambda logits: cross_entropy_sum(logits, labels) / rows,
+        "plain, in chunks": lambda logits: cross_entropy_sum(logits, labels) / rows,
         "label smoother": lambda logits: smoother({"logits": logits[None]}, labels[None]),
         **{f"top {top_k}, {rule}": stored(rule) for rule in ("label", "bucket", "uniform", "renormalize")},
     }
 
 
-def whole_rows(rows: int, vocabulary: int, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
+def dense_rows(rows: int, vocabulary: int, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
     labels = torch.randint(vocabulary, (rows,), device=device)
     soft_targets = SoftTargets(
         torch.randn(rows, vocabulary, device=device).log_softmax(-1), torch.ones(rows, dtype=torch.bool, device=device)
@@ -124,8 +124,8 @@ def measure(rows: int, vocabulary: int, args: argparse.Namespace) -> list[dict]:
     torch.manual_seed(0)
     logits = torch.randn(rows, vocabulary, device=device, dtype=getattr(torch, args.dtype))
     losses = make_losses(rows, vocabulary, args.top_k, device)
-    if args.whole_rows:
-        losses["whole rows"] = whole_rows(rows, vocabulary, device)
+    if args.dense_rows:
+        losses["whole rows"] = dense_rows(rows, vocabulary, device)
     times: dict[str, list[float]] = {name: [] for name in losses}
     if args.keep_freed_memory:
         keep_freed_memory(True)
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--top_k", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--whole_rows", action="store_true", help="whole past rows too (the snapshot teacher)")
+    parser.add_argument("--dense_rows", action="store_true", help="dense past rows too (the snapshot teacher)")
     parser.add_argument("--keep_freed_memory", action="store_true", help="time without fetching memory (glibc)")
     args = parser.parse_args()
     for vocabulary in args.vocabulary:

@@ -119,9 +119,9 @@ class HistoryClock:
         self.seconds, self.start, self.end = 0.0, None, None
         make = trainer._make_teacher
 
-        def made():
-            teacher = make()
-            for name in ("expect", "targets", "observe"):
+        def made(*arguments):
+            teacher = make(*arguments)
+            for name in ("prepare", "targets", "observe"):
                 setattr(teacher, name, self._timed(teacher, getattr(teacher, name), clock))
             return teacher
 
@@ -172,21 +172,21 @@ class Turns(TrainerCallback):
 
 def train_in_turns(trainers: list[Trainer], clock: Callable[[], float]) -> list[list[float]]:
     """Train, the first trainer beginning; seconds of the steps of each, without the last step."""
-    rotations = [Turns(clock) for _ in trainers]
-    for mine, other, trainer in zip(rotations, rotations[::-1], trainers, strict=True):
+    turns = [Turns(clock) for _ in trainers]
+    for mine, other, trainer in zip(turns, turns[::-1], trainers, strict=True):
         mine.other = other
         trainer.add_callback(mine)
     threads = [
-        threading.Thread(target=mine.play, args=(trainer,)) for mine, trainer in zip(rotations, trainers, strict=True)
+        threading.Thread(target=mine.play, args=(trainer,)) for mine, trainer in zip(turns, trainers, strict=True)
     ]
     gc.collect()
     gc.freeze()  # what was there before costs neither of them anything
     for thread in threads:
         thread.start()
-    rotations[0].my_turn.release()
+    turns[0].my_turn.release()
     for thread in threads:
         thread.join()
-    return [mine.seconds[1:] for mine in rotations]
+    return [mine.seconds[1:] for mine in turns]
 
 
 def interval(values: list[float], draws: int = 2000) -> list[float]:

@@ -1,7 +1,7 @@
 """
 Plain training, label smoothing and PS-KD on a real translation task, with the same budget and several seeds.
 
-PS-KD comes with several sizes and remainder rules of the stored rows, and with the snapshot teacher. Every finished
+PS-KD comes with several sizes and tail rules of the stored rows, and with the snapshot teacher. Every finished
 run appends one JSON line to `--results`; runs that are already there are not repeated, so the command can be stopped
 and started again. `--table` prints the Markdown table of what is there and trains nothing.
 

@@ -85,7 +85,8 @@ def attach_record(batch: dict[str, Any], record: BatchRecord, as_tensors: bool) 
         batch[_TENSORS["ids"]] = torch.from_numpy(record.ids)
     if record.partner is not None:
         batch[_TENSORS["partner"]] = record.partner
-        batch[_TENSORS["weight"]] = torch.full((len(record.partner),), record.weight, dtype=torch.float64)
+        # float32: some devices know nothing wider
+        batch[_TENSORS["weight"]] = torch.full((len(record.partner),), record.weight)
 
 
 def peek_record(batch: Any) -> BatchRecord | None:

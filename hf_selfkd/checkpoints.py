@@ -34,7 +34,8 @@ class Checkpoints:
             heads = head_names(self.model)
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in heads}
         super()._save(output_dir, state_dict)
-        self._save_readable_args(self.args.output_dir if output_dir is None else output_dir)
+        if self.args.should_save:
+            self._save_readable_args(self.args.output_dir if output_dir is None else output_dir)
 
     def _save_readable_args(self, folder: str) -> None:
         """Write the arguments as an object that can be read where this package is not installed; no field is lost."""
@@ -44,11 +45,17 @@ class Checkpoints:
             plain.__class__ = kind
             torch.save(plain, os.path.join(folder, TRAINING_ARGS_NAME))
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in [`~transformers.Trainer`]: the bare model. A checkpoint has the heads beside the model."""
+        super().save_model(output_dir, _internal_call)
+        heads = heads_of(self.model)
+        if _internal_call and output_dir is not None and heads is not None and self.args.should_save:
+            config = {"config": json.dumps(heads.config.to_dict())}
+            save_tensors(Path(output_dir) / STATE_FOLDER / HEADS_FILE, heads.state_dict(), config)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        folder, distiller, heads = Path(output_dir) / STATE_FOLDER, self.distiller, heads_of(self.model)
-        if self.args.should_save and heads is not None:
-            save_tensors(folder / HEADS_FILE, heads.state_dict(), {"config": json.dumps(heads.config.to_dict())})
+        folder, distiller = Path(output_dir) / STATE_FOLDER, self.distiller
         if distiller is None:
             return
         if self.args.should_save:
@@ -76,11 +83,16 @@ class Checkpoints:
 
     # Loading
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **named: Any):
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ):
         """As in [`~transformers.Trainer`]; `True` resumes from the newest checkpoint that was written to its end."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir) or True
-        return super().train(resume_from_checkpoint, **named)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

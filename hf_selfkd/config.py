@@ -172,7 +172,10 @@ class MethodArguments:
         Raises:
             ValueError: if they contradict each other, or other fields of the arguments.
         """
-        method = MethodArguments(**{spec.name: getattr(args, spec.name, spec.default) for spec in fields(cls)})
+        values = {spec.name: getattr(args, spec.name, spec.default) for spec in fields(cls)}
+        if values["auxiliary_heads"] == "None":  # as `hyperparameter_search` casts a trial's None once a name was set
+            values["auxiliary_heads"] = None
+        method = MethodArguments(**values)
         method.check_with(args)
         return method
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
-from transformers.trainer_utils import has_length
+from transformers import TrainingArguments
+from transformers.trainer_utils import TrainOutput, has_length
 
 from .collator import SelfKDDataCollator, TrainingCollator
 from .config import MethodArguments
@@ -43,7 +44,8 @@ class DataLoading:
                 raise ValueError(facts.no_ids or facts.no_rows)
         if not isinstance(dataset, IterableDataset):
             return
-        if method.distils and not has_length(dataset) and method.alpha_schedule in ("linear", "cosine"):
+        by_epoch = ("cosine",) if method.teacher == "auto" else ("linear", "cosine")
+        if method.distils and not has_length(dataset) and method.alpha_schedule in by_epoch:
             raise ValueError(
                 f"alpha_schedule={method.alpha_schedule!r} needs a known number of epochs, which "
                 f"{type(dataset).__name__} without __len__ does not have: use 'linear_step' or 'constant'."
@@ -115,9 +117,16 @@ class DataLoading:
 
     # The training dataloader
 
-    def _inner_training_loop(self, batch_size: int | None = None, **named: Any):
+    def _inner_training_loop(
+        self,
+        batch_size: int | None = None,
+        args: TrainingArguments | None = None,
+        resume_from_checkpoint: str | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         self._in_loop, self._train_samples, self._probe = True, None, DataProbe()
-        return super()._inner_training_loop(batch_size, **named)
+        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def get_train_dataloader(self) -> DataLoader:
         """

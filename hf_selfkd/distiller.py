@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,15 @@ from .schedule import Progress, alpha_at
 from .tasks.base import Task
 from .tasks.rows import Rows
 from .teachers.base import State, Taught, Teacher
+
+
+logger = logging.getLogger(__name__)
+
+
+@lru_cache
+def warn_once(logger: logging.Logger, text: str) -> None:
+    """Warn, the first time."""
+    logger.warning(text)
 
 
 class SelfDistiller:
@@ -53,9 +64,11 @@ class SelfDistiller:
         self.teacher = Teacher() if teacher is None else teacher
         self.heads = NoHeads(task) if heads is None else heads
         self.alpha, self.schedule, self.num_epochs = alpha, schedule, num_epochs
-        self.metrics = RunningMeans()
+        self.metrics = RunningMeans(self.heads.terms)
         self.epoch, self.next_epoch, self.alpha_reached = -1, 0, 0.0
+        self.num_classes = task.num_classes  # looked up once: a model must be searched for them
         self.steps = 0  # calls of `step`
+        self.strict = True  # whether a batch that no history can address is an error
 
     @property
     def teaches(self) -> bool:
@@ -97,7 +110,8 @@ class SelfDistiller:
         """
         self.steps += 1
         batch = self.heads.with_views(self.task.split(inputs, record), self.epoch, progress.step)
-        self._check(batch, self.task.num_classes)
+        self._check(batch, self.num_classes)
+        self.teacher.prepare(batch, self.hard_loss.num_classes)
         alpha, batch.storage = self._alpha(progress), self.teacher.storage
         taught = self.teacher.targets(batch) if alpha > 0 else Taught()
         outputs = self.hard_loss.forward(model, batch, taught.model, alpha)
@@ -107,9 +121,9 @@ class SelfDistiller:
         targets = make_targets(rows.labels, taught.model, batch.mixing, self.teacher.needs_ids)
         num_items = labelled(rows.labels).sum().clamp_min(1) if num_items is None else num_items
         losses = self.hard_loss(outputs, rows, targets, alpha, num_items)
-        loss = self.heads.join(losses.loss, results, head_rows, rows, batch, taught, alpha, num_items)
+        loss, terms = self.heads.join(losses.loss, results, head_rows, rows, batch, taught, alpha, num_items)
         self.teacher.observe(batch, rows, head_rows)
-        self.metrics.update(targets, losses.parts, alpha, losses.hard)
+        self.metrics.update(targets, losses.parts, alpha, losses.hard, terms)
         return loss, outputs
 
     def _alpha(self, progress: Progress) -> float:
@@ -124,11 +138,14 @@ class SelfDistiller:
         """Labels that are no classes of the model, before they reach a device; samples that nobody can address."""
         samples = batch.samples
         if samples is None and self.teacher.needs_ids:
-            raise ValueError(
+            told = (
                 f"the batch tells no sample ids for teacher='history' ({len(batch.labels)} rows of labels): a "
                 "collator that drops, repeats or packs samples leaves no place to address their predictions, and a "
                 "dataloader of your own must come from SelfKDTrainer. Use teacher='snapshot'."
             )
+            if self.strict:
+                raise ValueError(told)
+            warn_once(logger, f"Such batches learn from their labels only: {told}")
         if soft is not None and soft.num_classes not in (None, num_classes):
             raise ValueError(
                 f"the model has {num_classes} classes, the stored predictions {soft.num_classes}: resume with the "
@@ -151,7 +168,7 @@ class SelfDistiller:
     def take_metrics(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """What is logged since the last call, of all processes; this waits for the device."""
         distils = self.alpha > 0 and self.teacher.kind != "none"
-        return self.metrics.take(reduce, distils) | self.heads.take_metrics(reduce)
+        return self.metrics.take(reduce, distils)
 
     # What a checkpoint holds
 

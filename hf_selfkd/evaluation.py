@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -126,7 +127,22 @@ class Evaluation:
         rows = task.rows(task.logits(outputs, has_loss=named.get("labels") is not None), labels)
         self._token_metrics.update(rows.logits.view(*labels.shape, -1), rows.labels.view_as(labels))
 
-    def hyperparameter_search(self, hp_space=None, compute_objective=None, n_trials=20, direction="minimize", **named):
+    def call_model_init(self, trial: Any = None) -> torch.nn.Module:
+        """As in [`~transformers.Trainer`]; the arguments are those of the trial before the model is made of them."""
+        if trial is not None and self.hp_search_backend is not None:
+            self._hp_search_setup(trial)
+        return super().call_model_init(trial)
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, float]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] = "minimize",
+        backend: Any = None,
+        hp_name: Callable[[Any], str] | None = None,
+        **kwargs: Any,
+    ):
         """
         As in [`~transformers.Trainer`]; without a `compute_objective` the evaluation loss is minimized. The default of
         the stock class adds all metrics up, of which some are better when lower.
@@ -141,7 +157,9 @@ class Evaluation:
                     "compute_objective=lambda metrics: metrics['eval_accuracy']."
                 )
             compute_objective = _evaluation_loss_of
-        return super().hyperparameter_search(hp_space, compute_objective, n_trials, direction, **named)
+        return super().hyperparameter_search(
+            hp_space, compute_objective, n_trials, direction, backend, hp_name, **kwargs
+        )
 
 
 def _evaluation_loss_of(metrics: dict[str, float]) -> float:

@@ -59,8 +59,10 @@ def num_classes_of(model: nn.Module) -> int | None:
     """Classes of a model's rows, as far as the model tells before it has run."""
     base = base_model(model)
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    if head is not None and hasattr(head, "weight") and head.weight.dim() == 2 and head.weight.numel():
-        return head.weight.shape[0]  # no elements: the weights are elsewhere (ZeRO-3)
+    if head is not None:
+        weight = getattr(head, "weight", None)
+        known = weight is not None and weight.dim() == 2 and weight.numel()  # no elements: they are elsewhere (ZeRO-3)
+        return weight.shape[0] if known else None
     # A configuration has `num_labels`, 2 by default, whether a model of one's own uses the field or not.
     return getattr(getattr(base, "config", None), "num_labels", None) if is_stock(base) else None
 
@@ -68,6 +70,12 @@ def num_classes_of(model: nn.Module) -> int | None:
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether a model has an encoder and a decoder."""
     return bool(getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False))
+
+
+def drops_cache(model: nn.Module) -> bool:
+    """Whether a model that is given labels keeps no cache of keys and values; without them the model would."""
+    code = inspect.unwrap(forward_owner(model).forward).__code__
+    return any(isinstance(text, str) and "use_cache" in text and "labels" in text for text in code.co_consts[1:])
 
 
 def virtual_tokens_of(model: nn.Module) -> int:

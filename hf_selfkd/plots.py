@@ -27,7 +27,7 @@ _COLUMNS = 4  # at most this many panels in a row
 
 
 def reliability_diagram(
-    results: Mapping[str, tuple[Any, Any]],
+    results: Mapping[str, Any],
     path: str | Path | None = None,
     title: str | None = None,
     bins: int = 10,
@@ -39,8 +39,9 @@ def reliability_diagram(
     in the legend. A well calibrated model's bars end on the dashed diagonal; over-confidence leaves them below it.
 
     Args:
-        results (`dict[str, tuple]`):
-            Method name -> `(predictions, labels)`, as [`~hf_selfkd.metrics.calibration_metrics`] takes them.
+        results (`dict[str, tuple]` or `dict[str, PredictionOutput]`):
+            Method name -> `(predictions, labels)`, as [`~hf_selfkd.metrics.calibration_metrics`] takes them, or what
+            `trainer.predict` returns; what follows the labels is left alone.
         path (`str` or `Path`, *optional*): Where to save the figure; the ending gives the format (png, pdf, svg).
         title (`str`, *optional*): Title above all panels.
         bins (`int`, *optional*, defaults to 10): Number of equal, right-closed confidence bins.
@@ -58,11 +59,11 @@ def reliability_diagram(
         reliability_diagram({"baseline": (logits_a, labels), "PS-KD": (logits_b, labels)}, path="reliability.png")
         ```
     """
-    _require_results(results)
+    pairs = _pairs(results)
     rows = -(-len(results) // _COLUMNS)
     columns = -(-len(results) // rows)
     figure = _figure(2.9 * columns + 0.5, 4.2 * rows + (0.7 if title else 0.3), title)
-    curves = {name: reliability_curve(*result, bins, from_logits) for name, result in results.items()}
+    curves = {name: reliability_curve(*pair, bins, from_logits) for name, pair in pairs.items()}
     grid = figure.add_gridspec(2 * rows, columns, height_ratios=[3.4, 1] * rows)
     tallest = max(curve.count.max() / curve.count.sum() for curve in curves.values())
     for place, (name, curve) in enumerate(curves.items()):
@@ -81,7 +82,7 @@ def reliability_diagram(
 
 
 def risk_coverage_plot(
-    results: Mapping[str, tuple[Any, Any]],
+    results: Mapping[str, Any],
     path: str | Path | None = None,
     title: str | None = None,
     from_logits: bool = True,
@@ -97,9 +98,9 @@ def risk_coverage_plot(
     Returns:
         `matplotlib.figure.Figure`
     """
-    _require_results(results)
+    pairs = _pairs(results)
     figure = _figure(5.6, 4.0, title)
-    curves = {name: risk_coverage_curve(*result, from_logits) for name, result in results.items()}
+    curves = {name: risk_coverage_curve(*pair, from_logits) for name, pair in pairs.items()}
     axes = figure.add_subplot()
     for place, (name, curve) in enumerate(curves.items()):
         # More methods than colours: the next round is dashed, the one after dotted.
@@ -160,9 +161,24 @@ def _draw_counts(axes: Axes, curve: ReliabilityCurve, colour: str, tallest: floa
     _bare(axes)
 
 
-def _require_results(results: Mapping[str, tuple[Any, Any]]) -> None:
+def _pairs(results: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Predictions and labels of each method."""
+    if not isinstance(results, Mapping):
+        raise ValueError(f"results: a {type(results).__name__}; pass {{name: (predictions, labels)}}.")
     if not results:
         raise ValueError("results: empty; pass at least one {name: (predictions, labels)}.")
+    return {name: _pair(name, result) for name, result in results.items()}
+
+
+def _pair(name: str, result: Any) -> tuple[Any, Any]:
+    if hasattr(result, "predictions") and hasattr(result, "label_ids"):  # what `Trainer` hands out
+        return result.predictions, result.label_ids
+    if not isinstance(result, (tuple, list)) or len(result) < 2:
+        raise ValueError(
+            f"results: {name!r} is a {type(result).__name__}; pass (predictions, labels) or what trainer.predict "
+            "returns."
+        )
+    return result[0], result[1]
 
 
 def _figure(width: float, height: float, title: str | None) -> Figure:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ class DataProbe:
     What a few samples of a training set told.
 
     Args:
-        content (`str`, *optional*): a checksum of their inputs; `None` if reading them twice gives other ones.
+        content (`str`, *optional*): a checksum of them without labels; `None` if reading them twice gives another one.
         labels_stay (`bool`): whether their labels are the same whatever random numbers a collator draws.
         rows_fit (`bool`): whether the collator gives a row of labels for each sample.
         rows_per_sample (`float`, *optional*): labelled rows of a sample, on average.
@@ -51,28 +51,41 @@ def probe_data(
         row_labels (`Callable`): from the labels of a batch to those of its rows.
         batch_size (`int`, *optional*): samples that the collator gets in training.
     """
-    count = min(SAMPLES, len(dataset), batch_size)
-    if count == 0:
+    if len(dataset) == 0:
         return DataProbe()
-    places = sorted({round(i * (len(dataset) - 1) / max(count - 1, 1)) for i in range(count)})
+    last = len(dataset) - 1
+    places = sorted({round(i * last / (SAMPLES - 1)) for i in range(SAMPLES)})
+    given = {*label_names, "label", "label_ids"}
 
-    def read(seed: int) -> tuple[Any, Any]:
+    def read(seed: int) -> tuple[str, list[Any]]:
+        dataset.set_epoch(seed)  # which seeds transforms, if anything does
         with seeded(seed):
-            batch = collator(list(dataset.items(places)))
-        if not isinstance(batch, Mapping):
-            return None, batch
-        labels = next((batch[name] for name in label_names if name in batch), None)
-        return labels, {name: value for name, value in batch.items() if value is not labels}
+            items = list(dataset.items(places))
+            labels = _labels(items, collator, label_names, batch_size)
+        return checksum([_without(item, given) for item in items]), labels
 
-    (labels, inputs), (_, again), (others, _) = read(0), read(0), read(1)
-    if not isinstance(labels, torch.Tensor) or labels.dim() == 0:
-        return DataProbe()
-    probe = DataProbe(labels_stay=checksum(labels) == checksum(others), rows_fit=len(labels) == len(places))
-    probe.content = checksum(inputs) if checksum(inputs) == checksum(again) else None
-    integers = not labels.is_floating_point()
-    if integers and labels.dim() > 1 and probe.rows_fit:
-        probe.rows_per_sample = int((row_labels(labels) != IGNORE_INDEX).sum()) / len(places)
+    (_, others), (content, labels), (again, _) = read(1), read(0), read(0)
+    probe = DataProbe(content if content == again else None)
+    if not all(isinstance(part, torch.Tensor) and part.dim() for part in labels):
+        return probe
+    probe.labels_stay = checksum(labels) == checksum(others)
+    probe.rows_fit = sum(map(len, labels)) == len(places)
+    if probe.rows_fit and all(part.dim() > 1 and not part.is_floating_point() for part in labels):
+        probe.rows_per_sample = sum(int((row_labels(part) != IGNORE_INDEX).sum()) for part in labels) / len(places)
     return probe
+
+
+def _labels(
+    items: list[Any], collator: Callable[[list[Any]], Any], names: tuple[str, ...], batch_size: int
+) -> list[Any]:
+    """The labels of the batches that a collator makes of these items."""
+    batches = [collator(items[start : start + batch_size]) for start in range(0, len(items), batch_size)]
+    found = [next((b[n] for n in names if n in b), None) if isinstance(b, Mapping) else None for b in batches]
+    return found
+
+
+def _without(item: Any, names: set[str]) -> Any:
+    return {key: value for key, value in item.items() if key not in names} if isinstance(item, Mapping) else item
 
 
 def checksum(value: Any) -> str:
@@ -85,6 +98,8 @@ def _crc(value: Any, start: int) -> int:
         for key in sorted(value, key=str):
             start = _crc(value[key], zlib.crc32(str(key).encode(), start))
         return start
+    if is_dataclass(value) and not isinstance(value, type):
+        return _crc({spec.name: getattr(value, spec.name) for spec in fields(value)}, start)  # slots have no vars
     if isinstance(value, (list, tuple)):
         for part in value:
             start = _crc(part, start)
@@ -92,9 +107,13 @@ def _crc(value: Any, start: int) -> int:
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    if hasattr(value, "__array_interface__") and not isinstance(value, np.ndarray):
+        value = np.asarray(value)  # such as an image
     if isinstance(value, np.ndarray) and value.dtype != object:
         start = zlib.crc32(f"{value.dtype} {value.shape}".encode(), start)
         return zlib.crc32(np.ascontiguousarray(value).tobytes(), start)
     if isinstance(value, (str, bytes, bool, int, float, type(None))):
         return zlib.crc32(value if isinstance(value, bytes) else repr(value).encode(), start)
+    if hasattr(value, "tobytes") and hasattr(value, "size"):  # an image of PIL
+        return zlib.crc32(value.tobytes(), zlib.crc32(str(value.size).encode(), start))
     return start  # of a make that may differ from run to run: not looked at

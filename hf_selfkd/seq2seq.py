@@ -96,7 +96,7 @@ class Seq2SeqSelfKDTrainer(SelfKDMixin, Seq2SeqTrainer):
         As in [`~transformers.Seq2SeqTrainer`], with every sentence once in `compute_metrics` for any number of
         processes, and the token metrics of every language model, generated or not.
         """
-        if self.accelerator.num_processes > 1 and not self._several_sequences():
+        if not self._several_sequences():
             self.gather_function = generation_gather(self.accelerator)
         return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate.utils import broadcast
 from transformers import (
     BaseImageProcessor,
     DataCollator,
@@ -26,31 +24,28 @@ from transformers import (
 from transformers.trainer_utils import has_length
 
 from .batch import RecordedBatches, peek_record, pop_record
-from .checkpoints import STATE_FOLDER, Checkpoints
+from .building import Building
+from .checkpoints import Checkpoints
 from .checks import (
     check_compute_loss,
     check_engine,
-    check_even,
     check_heads,
     check_launch,
     never_called,
-    sharded_by,
 )
 from .config import MethodArguments, SelfKDConfig
 from .dataloading import DataLoading
+from .devices import to_device
 from .distiller import SelfDistiller
 from .evaluation import Evaluation
 from .fixes import stream_position
 from .heads import attach_auxiliary_heads, heads_of, strip_auxiliary_heads
 from .heads.config import AuxiliaryHeadsConfig
-from .heads.layered import Layered, NoHeads
-from .losses.choose import choose_hard_loss, hard_loss_kind
 from .models import uncompiled
 from .samples import IGNORE_INDEX, seeded
 from .schedule import Progress
-from .tasks import Task, task_for
-from .teachers import EMATeacher, HistoryStore, HistoryTeacher, SnapshotTeacher, Teacher
-from .teachers.choose import Facts, choose_teacher
+from .tasks import Task
+from .teachers import Teacher
 
 
 logger = logging.getLogger(__name__)
@@ -82,7 +77,7 @@ class _NotTrained(Teacher):
         raise ValueError("no predictions are stored yet: train first.")
 
 
-class SelfKDMixin(DataLoading, Checkpoints, Evaluation):
+class SelfKDMixin(Building, DataLoading, Checkpoints, Evaluation):
     """
     Progressive self-distillation for [`~transformers.Trainer`] and its subclasses: put it before the trainer class.
 
@@ -145,6 +140,15 @@ class SelfKDMixin(DataLoading, Checkpoints, Evaluation):
         """[`~hf_selfkd.teachers.Teacher`]: of the present or last training."""
         return _NotTrained() if self.distiller is None else self.distiller.teacher
 
+    @property
+    def sample_ids(self) -> np.ndarray | None:
+        """
+        `np.ndarray` of `int64`, shape `[B]`: the ids of the samples of the present micro-batch, for a `training_step`
+        or `compute_loss` of your own; `None` between steps and where samples have none.
+        """
+        record = None if self._batches is None else self._batches.present
+        return None if record is None else record.ids
+
     def _heads_asked(self, args: TrainingArguments) -> AuxiliaryHeadsConfig | None:
         named = AuxiliaryHeadsConfig.resolve(MethodArguments.read(args).auxiliary_heads)
         if None not in (named, self._heads_given) and named != self._heads_given:
@@ -171,24 +175,6 @@ class SelfKDMixin(DataLoading, Checkpoints, Evaluation):
         self._grow_heads(model, self.args)
         return model
 
-    def _heads_learn(self) -> bool:
-        heads = heads_of(self.model)
-        return heads is not None and heads.config.trains
-
-    def _distils(self, method: MethodArguments) -> bool:
-        """Whether anything is done that the stock class does not do."""
-        return method.distils or method.history_trace or method.chunked_logits or self._heads_learn()
-
-    def _find_task(self, method: MethodArguments) -> Task | None:
-        """The task of the model; `None` for one that is not supported, while nothing is distilled."""
-        names = tuple(dict.fromkeys(("labels", *(self.args.label_names or ()))))
-        try:
-            return task_for(self.model, names) if self._task_given is None else self._task_given(self.model, names)
-        except ValueError:
-            if self._distils(method):
-                raise
-            return None
-
     def _check_setup(self) -> None:
         method, heads = self.method, heads_of(self.model)
         check_heads(self, method, heads)
@@ -198,11 +184,8 @@ class SelfKDMixin(DataLoading, Checkpoints, Evaluation):
             return
         check_compute_loss(self, SelfKDMixin)
         check_engine(self, method, method.teacher)
-        choose_hard_loss(task, method.hard_loss, method.temperature, method.chunked_logits, self._loss_function())
+        self._hard_loss(method, task)
         self._check_dataset(method)
-
-    def _loss_function(self) -> Callable[..., torch.Tensor] | None:
-        return self.label_smoother if self.compute_loss_func is None else self.compute_loss_func
 
     # The run
 
@@ -222,77 +205,6 @@ class SelfKDMixin(DataLoading, Checkpoints, Evaluation):
             self.distiller.hard_loss.close()
         self.distiller = self._make_distiller()
         return epochs, batches
-
-    def _make_distiller(self) -> SelfDistiller | None:
-        method = self.method
-        distils, task = self._distils(method), self._find_task(method)
-        if not distils and not self._scales_correctly(task):
-            return None
-        check_even(self, self.model, self.train_dataset)
-        hard_loss = choose_hard_loss(
-            task, method.hard_loss, method.temperature, method.chunked_logits, self._loss_function()
-        )
-        heads = NoHeads(task)
-        if self._heads_learn():
-            heads = Layered(task, method.distils, self.args.seed, method.temperature)
-            if heads.views > 1 and not hard_loss.plain:
-                raise ValueError(
-                    f"views='rotation' with {type(task.model).__name__}, whose own loss is not plain cross-entropy "
-                    "and would count rotated images: set hard_loss='cross_entropy', or views='none'."
-                )
-        teacher = self._make_teacher(method, task, heads)
-        alpha = method.alpha if method.distils and teacher.kind != "none" else 0.0
-        return SelfDistiller(
-            task, hard_loss, teacher, heads, alpha, method.alpha_schedule, self.state.num_train_epochs
-        )
-
-    def _scales_correctly(self, task: Task | None) -> bool:
-        """Whether plain training can be scaled by its rows, which the stock class does not do for many models."""
-        if task is None or sharded_by(self) or self.args.n_gpu > 1:
-            return False
-        if self._loss_function() is not None:
-            return not self.compute_loss_func
-        return hard_loss_kind(task) == "cross_entropy"
-
-    def _make_teacher(self, method: MethodArguments, task: Task, heads: NoHeads) -> Teacher:
-        facts = Facts(self.state.num_train_epochs, heads.uses_past)
-        if (method.distils and method.teacher in ("auto", "history")) or method.history_trace:
-            self._add_data_facts(facts, method, task)
-        kind, reason = choose_teacher(method, facts)
-        if reason:
-            logger.warning(f"teacher='auto' is {kind!r}: {reason}.")
-        if not self._distils(method) or kind == "none":
-            return Teacher()
-        check_engine(self, method, kind)
-        if kind == "history":
-            return self._make_history(method, heads)
-        share = broadcast if self.args.world_size > 1 else None
-        model, dropout = uncompiled(self.model), method.teacher_dropout
-        if kind == "snapshot":
-            return SnapshotTeacher(model, heads.predictions, share, method.warm_start_teacher, dropout)
-        return EMATeacher(model, heads.predictions, method.ema_decay, share, dropout)
-
-    def _make_history(self, method: MethodArguments, heads: NoHeads) -> HistoryTeacher:
-        args, (size, ids) = self.args, self._size_and_ids()
-        node = Path(args.output_dir) / STATE_FOLDER / f"node{os.environ.get('GROUP_RANK', '0')}"
-        run = {
-            "gather": self._gather if args.world_size > 1 else None,
-            "rank": args.process_index,
-            "writes": args.local_process_index == 0,
-            "rows_per_sample": self._rows_per_sample,
-        }
-        store = HistoryStore(method, size, ids, args.device, node, self.state.num_train_epochs, **run)
-        if not heads.uses_past:
-            return HistoryTeacher(store)
-        views, untraced = heads.size_and_ids(size, ids), method.without_trace()
-        stores = [
-            HistoryStore(untraced, *views, args.device, node / f"head{i}", self.state.num_train_epochs, **run)
-            for i in range(heads.count)
-        ]
-        return HistoryTeacher(store, stores, heads.samples)
-
-    def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.gather(tensor.to(self.accelerator.device)).cpu()
 
     def _begin_training(self) -> None:
         averaged = self.args.average_tokens_across_devices
@@ -366,7 +278,7 @@ class SelfKDMixin(DataLoading, Checkpoints, Evaluation):
             count = max(sum(samples.total for samples in known), 1)
             if distiller.hard_loss.plain and device.type == "cpu":
                 return count  # only our loss sees it; an accelerator gets a tensor, as its division rounds otherwise
-            return torch.tensor(count).to(device, non_blocking=True)
+            return to_device(torch.tensor(count), device)
         task = distiller.task
         names = [next((name for name in task.label_names if name in batch), None) for batch in batch_samples]
         if None in names:

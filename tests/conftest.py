@@ -1,4 +1,7 @@
-"""One thread: the tests are small, and several run side by side. The call of an example, which several files make."""
+"""
+One thread: the tests are small, and several run side by side. The call of an example, which several files make. Tests
+that are marked `gpu` are collected only where there is one.
+"""
 
 import json
 import sys
@@ -6,9 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from canaries import pytest_terminal_summary, pytest_warning_recorded  # noqa: F401, hooks of pytest
 
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+
+
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available():
+        return
+    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=needs_gpu)
+    items[:] = [item for item in items if item not in set(needs_gpu)]
 
 
 @pytest.fixture

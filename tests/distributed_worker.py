@@ -39,7 +39,7 @@ class FirstPredictions(SelfKDTrainer):
     """Notes every prediction in the order (epoch, step, process), independently of the history."""
 
     def compute_loss(self, model, inputs, *arguments, **keywords):
-        ids = inputs["sample_id"]
+        ids = None if self.sample_ids is None else torch.from_numpy(self.sample_ids)
         loss, outputs = super().compute_loss(model, inputs, True, **keywords)
         if model.training:
             probs = outputs["logits"].detach().softmax(-1)
@@ -66,7 +66,7 @@ def equal(out, world, model="plain_vit", size=32, **more):
     trainer = make_trainer(out, model, samples, **options(world, **more))
     trainer.train()
     result = {"weights": state_of(trainer)}
-    if trainer.teacher.head_stores:
+    if getattr(trainer.teacher, "head_stores", []):
         result["heads"] = [teacher.stored(torch.arange(4 * size)) for teacher in trainer.teacher.head_stores]
     if trainer.teacher.kind == "history":
         result["stored"] = trainer.teacher.stored(torch.arange(size))

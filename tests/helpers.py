@@ -352,7 +352,7 @@ def make_trainer(output_dir, model, dataset, trainer=SelfKDTrainer, callbacks=No
     `options` are fields of the arguments or parameters of the trainer; `model` is a model or a name of `_MODELS`.
     """
     parameters = ("eval_dataset", "compute_loss_func", "compute_metrics", "optimizers", "processing_class")
-    parameters += ("model_init", "preprocess_logits_for_metrics", "optimizer_cls_and_kwargs", "task")
+    parameters += ("model_init", "preprocess_logits_for_metrics", "optimizer_cls_and_kwargs")
     parameters += () if isinstance(options.get("auxiliary_heads"), str) else ("auxiliary_heads",)
     own = {name: options.pop(name) for name in parameters if name in options}
     own["data_collator"] = options.pop("data_collator", collate)

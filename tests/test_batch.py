@@ -51,7 +51,7 @@ def test_a_record_as_tensors(kind, mixed):
     assert peek_record(batch) is None
     found = pop_record(batch)
     assert found.ids.tolist() == [10, 11, 12] and found.ids.dtype == np.int64 and found.samples is None
-    assert (found.weight, found.partner is None) == ((0.3, False) if mixed else (None, True))
+    assert (found.partner is None) is not mixed and found.weight == (pytest.approx(0.3) if mixed else None)
     assert not mixed or found.partner.tolist() == [2, 1, 0]
     assert batch.keys() == {"x", "labels"} and pop_record(batch) is None
 

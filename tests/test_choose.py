@@ -6,14 +6,13 @@ import re
 import pytest
 import torch
 import transformers as tf
-from accelerate import Accelerator
 from helpers import CLASSES, PAD, VOCABULARY, make_model
 from torch import nn
 
 from hf_selfkd.config import MethodArguments
 from hf_selfkd.losses.choose import choose_hard_loss, hard_loss_kind
 from hf_selfkd.losses.chunked_cross_entropy import ChunkedCrossEntropy
-from hf_selfkd.losses.hard import CrossEntropy, ModelLoss, UserLoss
+from hf_selfkd.losses.hard import CrossEntropy, ModelLoss, SmoothedLoss, UserLoss
 from hf_selfkd.tasks import task_for
 from hf_selfkd.tasks.sample_classification import SampleClassification
 from hf_selfkd.teachers.choose import Facts, choose_teacher
@@ -220,18 +219,11 @@ class Halved(SampleClassification):
         return super().rows(logits / 2, labels)
 
 
-class Described(SampleClassification):
-    """A task of one's own with the rows of another."""
-
-    rotates = False
-
-
 def test_a_task_of_ones_own():
     """Of its rows no class of transformers computes the loss; a class of one's own may know them."""
     for model in (make_model("plain_bert"), make_model("resnet"), make_model("plain_gpt2")):
         assert hard_loss_kind(Halved(model)) == "unchecked"
         assert choose_hard_loss(Halved(model)).check is False
-    assert hard_loss_kind(Described(make_model("plain_bert"))) == "cross_entropy"
     assert hard_loss_kind(Halved(Own())) == hard_loss_kind(Halved(bert_of(Weighted))) == "model"
     assert hard_loss_kind(Halved(WithoutLabels())) == "unchecked"
 
@@ -253,7 +245,7 @@ def test_a_model_that_somebody_has_patched():
 
 
 def test_a_wrapper_around_the_forward_of_a_class_is_no_patch():
-    """As autocast of accelerate is one; a wrapper around somebody else's forward is."""
+    """A wrapper around somebody else's forward is one."""
     for name in ("plain_bert", "plain_gpt2", "resnet", "t5"):
         model = make_model(name)
         wrapped = model.forward
@@ -264,11 +256,17 @@ def test_a_wrapper_around_the_forward_of_a_class_is_no_patch():
 
         model.forward = forward
         assert hard_loss_kind(task_for(model)) == "cross_entropy", name
-        model = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(make_model(name))
-        assert "forward" in vars(model) and hard_loss_kind(task_for(model)) == "cross_entropy", name
     model = make_model("plain_bert")
     model.forward = functools.wraps(logits_only)(lambda *arguments, **named: logits_only(*arguments, **named))
     assert hard_loss_kind(task_for(model)) == "model"
+
+
+def test_a_forward_that_accelerate_has_wrapped_is_that_of_the_class():
+    """As the second training of a model with autocast meets it."""
+    model = make_model("bert")
+    model._original_forward = model.forward
+    model.forward = lambda *arguments, **keywords: None
+    assert hard_loss_kind(task_for(model)) == "cross_entropy"
 
 
 @pytest.mark.parametrize(("make", "kind"), KINDS[:-1], ids=[f"{n}-{kind}" for n, (_, kind) in enumerate(KINDS[:-1])])
@@ -286,8 +284,11 @@ def test_a_function_of_the_user_comes_first():
         for make in (lambda: make_model("plain_bert"), Own, bart_decoder):
             loss = choose_hard_loss(task_for(make()), asked, 2.0, function=max)
             assert type(loss) is UserLoss and loss.function is max and loss.temperature == 2.0 and not loss.plain
-    with pytest.raises(ValueError, match="chunked_logits=True needs plain cross-entropy.* and this run"):
-        choose_hard_loss(task_for(make_model("plain_gpt2")), chunked=True, function=max)
+            assert type(choose_hard_loss(task_for(make()), asked, function=max, smoother=min)) is UserLoss
+            assert type(choose_hard_loss(task_for(make()), asked, smoother=min)) is SmoothedLoss
+    for given in ({"function": max}, {"smoother": max}):
+        with pytest.raises(ValueError, match="chunked_logits=True needs plain cross-entropy.* and this run"):
+            choose_hard_loss(task_for(make_model("plain_gpt2")), chunked=True, **given)
 
 
 def test_chunked_logits_need_plain_cross_entropy():

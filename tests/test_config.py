@@ -36,7 +36,7 @@ OTHERS = {
     "alpha": 0.5,
     "alpha_schedule": "linear_step",
     "teacher": "history",
-    "hard_loss": "cross_entropy",
+    "hard_loss": "additive",
     "temperature": 2.0,
     "warm_start_teacher": True,
     "seed_transforms": True,
@@ -197,6 +197,23 @@ def test_fields_of_the_users_own(tmp_path):
     assert dataclasses.asdict(MethodArguments.read(args)) == DEFAULTS | {"alpha": 0.6} and args.margin == 0.7
 
 
+def test_a_subclass_of_the_users_own(tmp_path):
+    """Fields, methods and checks of both classes."""
+
+    @dataclasses.dataclass
+    class Mine(SelfKDConfig):
+        margin: float = 0.5
+
+        def __post_init__(self):
+            super().__post_init__()
+            assert self.margin < 1
+
+    mine = Mine(str(tmp_path), margin=0.7, alpha=0.2, report_to="none")
+    assert mine.margin == 0.7 and MethodArguments.read(mine).alpha == 0.2
+    with pytest.raises(AssertionError):
+        Mine(str(tmp_path), margin=2.0, report_to="none")
+
+
 def test_plain_label_smoothing_is_refused_when_read(tmp_path):
     """The defaults distil, so smoothing contradicts them."""
     with pytest.raises(ValueError, match="label_smoothing_factor=0.1 with alpha=0.8"):
@@ -309,6 +326,16 @@ def test_values_set_later_are_accepted_too(tmp_path):
 def test_whether_past_predictions_can_enter_the_loss(tmp_path, teacher, alpha, distils):
     assert config(tmp_path, teacher=teacher, alpha=alpha).distils is distils
     assert MethodArguments(alpha=alpha, teacher=teacher).distils is distils
+
+
+@pytest.mark.parametrize("name", ["ece", "eval_nll", "eval_aurc", "token_nll", "eval_valid_ece", "perplexity"])
+def test_metrics_that_are_better_when_lower(tmp_path, name):
+    assert config(tmp_path, metric_for_best_model=name).greater_is_better is False
+    with pytest.raises(
+        ValueError, match=f"metric_for_best_model='{name}' is better when lower.*greater_is_better=False"
+    ):
+        config(tmp_path, metric_for_best_model=name, greater_is_better=True)
+    assert config(tmp_path, metric_for_best_model="accuracy").greater_is_better is True
 
 
 # Schedules

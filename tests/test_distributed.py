@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from canaries import canary
 from distributed_worker import SCENARIOS, translation
 from helpers import difference, make_samples, make_speaker, make_trainer, state_of, with_decoder_inputs
 
@@ -172,10 +173,10 @@ def test_every_sentence_is_evaluated_once_and_in_order(name, two, tmp_path):
         np.testing.assert_allclose(here["predictions"][:, :length], one["predictions"], atol=1e-4)
 
 
+@canary("transformers#26818", "generation_gather (fixes.py)")
 def test_upstream_still_shows_some_sentences_twice(two):
     results, _ = two
-    if len(results["generated_by_stock"]["labels"]) == 11:
-        pytest.fail("upstream fixed #26818: remove the correction, fixes.generation_gather")
+    return len(results["generated_by_stock"]["labels"]) == 11
 
 
 @pytest.mark.parametrize("name", [*GENERATED, "not_generated", "not_generated_smoothed"])

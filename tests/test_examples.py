@@ -170,8 +170,8 @@ def test_few_shots_keep_a_share_of_each_class():
 def test_mixing(run, folder):
     settings = IMAGE_RUN | {"train_dir": folder, "mixup_alpha": 0.2, "cutmix_alpha": 1.0}
     with pytest.raises(ValueError, match="teacher='snapshot'"):
-        run(images, settings)
-    run(images, settings, "--teacher", "snapshot")
+        run(images, settings, "--teacher", "history")
+    run(images, settings)
 
 
 def test_texts_and_a_tokenizer_of_their_own(run, table, tmp_path):

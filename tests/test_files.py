@@ -1,6 +1,7 @@
 """Saved tensors are either whole or refused."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +91,57 @@ def test_a_writer_that_dies_leaves_the_old_file(saved, monkeypatch, fault):
     monkeypatch.undo()
     save_tensors(saved, {"scalar": torch.tensor(9)}, {})  # what the dead writer left is no obstacle
     assert load_tensors(saved)[0]["scalar"] == 9
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """And its name, and that of new folders, before the writer goes on: then a loss of power leaves it whole."""
+    events, fsync, replace = [], os.fsync, os.replace
+    whole = save_file
+
+    def saved(tensors, path, metadata):
+        whole(tensors, path, metadata=metadata)
+        events.append("written")
+
+    def synced(descriptor):
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def replaced(old, new):
+        events.append("named")
+        replace(old, new)
+
+    monkeypatch.setattr(files, "save_file", saved)
+    monkeypatch.setattr(files.os, "fsync", synced)
+    monkeypatch.setattr(files.os, "replace", replaced)
+    path = tmp_path.resolve() / "new" / "deep" / "a.safetensors"
+    save_tensors(path, {"scalar": torch.tensor(8)}, {})
+    partial = path.with_name("a.safetensors.partial")
+    assert events == ["written", partial, "named", path.parent, path.parent.parent, path.parent.parent.parent]
+    events.clear()
+    save_tensors(path, {"scalar": torch.tensor(9)}, {})
+    assert events == ["written", partial, "named", path.parent]
+
+
+def test_half_written_files_are_nobodys(saved):
+    """What a writer that died has left beside a file is neither read nor in the way."""
+    partial = saved.with_name(saved.name + ".partial")
+    partial.write_bytes(saved.read_bytes()[:100])
+    assert same(load_tensors(saved)[0], TENSORS)
+    save_tensors(saved, {"scalar": torch.tensor(9)}, {})
+    assert not partial.exists() and load_tensors(saved)[0]["scalar"] == 9
+    with pytest.raises(ValueError, match="b.safetensors is missing"):
+        saved.with_name("b.safetensors.partial").write_bytes(saved.read_bytes())
+        load_tensors(saved.with_name("b.safetensors"))
+
+
+def test_the_checksum_is_read_block_by_block(saved, monkeypatch):
+    """However small the blocks are; a file whose end was cut off while it was read is refused too."""
+    for size in (1, 7, 64):
+        monkeypatch.setattr(files, "BLOCK_BYTES", size)
+        assert same(load_tensors(saved)[0], TENSORS)
+    monkeypatch.setattr(files, "_byte_ranges", lambda path: {name: (10**6, 10**6 + 1) for name in TENSORS})
+    with pytest.raises(ValueError, match="the file ends early"):
+        load_tensors(saved)
 
 
 def test_missing(tmp_path):

@@ -1,10 +1,11 @@
-"""Faults of the stock Trainer: ours is right; a test in the stock Trainer's name tells when upstream is, too."""
+"""Faults of the stock Trainer: ours is right; a canary in the stock Trainer's name reports when upstream is, too."""
 
 from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
+from canaries import canary
 from helpers import (
     Stream,
     add_noise,
@@ -13,7 +14,6 @@ from helpers import (
     logged,
     make_model,
     make_samples,
-    make_trainer,
     state_of,
     train,
 )
@@ -31,11 +31,6 @@ from hf_selfkd.fixes import (
 )
 
 
-def check_still_wrong(is_right, issue, correction):
-    if is_right:
-        pytest.fail(f"upstream fixed {issue}: remove the correction, {correction}")
-
-
 def resumed_difference(folder, trainer, name, samples, step, **options):
     """How far a resumed run (with other initial weights) ends from the run that was not interrupted."""
     options |= {"trainer": trainer, "save_strategy": "steps", "save_steps": step}
@@ -49,15 +44,16 @@ def resumed_difference(folder, trainer, name, samples, step, **options):
 
 # Weights under their old names: transformers#48805
 
-RENAMED = ("#48805 (PR #48822)", "fixes.load_renamed_weights")
+RENAMED = ("transformers#48805 (PR #48822)", "load_renamed_weights (fixes.py)")
 
 
 def test_resume_restores_renamed_weights(tmp_path):
     assert resumed_difference(tmp_path, SelfKDTrainer, "vit", make_samples("vit"), step=8) == 0
 
 
+@canary(*RENAMED)
 def test_upstream_still_loses_renamed_weights_on_resume(tmp_path):
-    check_still_wrong(resumed_difference(tmp_path, Trainer, "vit", make_samples("vit"), step=8) == 0, *RENAMED)
+    return resumed_difference(tmp_path, Trainer, "vit", make_samples("vit"), step=8) == 0
 
 
 def test_a_resnet_would_not_show_it(tmp_path):
@@ -95,8 +91,9 @@ def test_best_model_has_the_renamed_weights_of_the_best_checkpoint(tmp_path, alp
     assert best_model_difference(tmp_path, SelfKDTrainer, alpha=alpha) == 0
 
 
+@canary(*RENAMED)
 def test_upstream_still_mixes_the_best_model_with_the_last(tmp_path):
-    check_still_wrong(best_model_difference(tmp_path, Trainer) == 0, *RENAMED)
+    return best_model_difference(tmp_path, Trainer) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -193,10 +190,10 @@ def test_loss_does_not_depend_on_accumulation(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["resnet", "plain_bert", "plain_bert_tokens"])
+@canary("transformers#47688", "nothing, but the guide's list of corrections names it")
 def test_upstream_still_inflates_the_loss_by_accumulation(tmp_path, name):
     losses, _ = first_loss_by_accumulation(tmp_path, name, trainer=Trainer)
-    check_still_wrong(losses[1] < 2 * losses[0], "#47688", "the docstring of fixes and docs/why")
-    assert losses[1] > 3 * losses[0]
+    return losses[1] < 2 * losses[0]
 
 
 # Order by length after a resume
@@ -237,9 +234,10 @@ def test_group_by_length_visits_the_same_samples_after_a_resume(tmp_path):
     assert last_epoch == list(range(3, 25))
 
 
+@canary("the order of group_by_length on resume", "EpochLengthGroupedSampler (fixes.py)")
 def test_upstream_still_visits_other_samples_after_a_resume_by_length(tmp_path):
     whole, resumed = seen_after_resume(tmp_path, StockSeen)
-    check_still_wrong(whole == resumed, "the order of group_by_length on resume", "fixes.EpochLengthGroupedSampler")
+    return whole == resumed
 
 
 def test_length_sampler_depends_on_seed_and_epoch_only():
@@ -263,10 +261,10 @@ def test_random_augmentation_resumes_with_seeded_transforms(tmp_path):
     assert resumed_difference(tmp_path, SelfKDTrainer, "resnet", samples, step=8, seed_transforms=True) == 0
 
 
+@canary("accelerate#4191", "nothing: seed_transforms stays useful for workers, but the guide names the issue")
 def test_upstream_still_loses_the_random_numbers_of_prefetched_batches(tmp_path):
     samples = make_samples("resnet", transform=add_noise)
-    right = resumed_difference(tmp_path, Trainer, "resnet", samples, step=8) == 0
-    check_still_wrong(right, "accelerate#4191", "seed_transforms stays useful, for workers; see its documentation")
+    return resumed_difference(tmp_path, Trainer, "resnet", samples, step=8) == 0
 
 
 # A dataset without length after a resume: transformers#26413
@@ -285,9 +283,9 @@ def test_stream_resumes_within_its_second_pass(tmp_path):
     assert stream_position(tmp_path / "whole/checkpoint-8", 1) == (1, 2)
 
 
+@canary("transformers#26413 (PR #33544)", "stream_position (fixes.py)")
 def test_upstream_still_skips_too_much_of_a_stream(tmp_path):
-    right = resumed_difference(tmp_path, Trainer, "resnet", Stream(make_samples("resnet")), step=8, max_steps=15) == 0
-    check_still_wrong(right, "#26413 (PR #33544)", "fixes.stream_position")
+    return resumed_difference(tmp_path, Trainer, "resnet", Stream(make_samples("resnet")), step=8, max_steps=15) == 0
 
 
 # The order of predictions
@@ -315,10 +313,10 @@ def test_predictions_come_in_the_order_of_the_dataset(tmp_path):
     assert predicted_labels(tmp_path, SelfKDTrainer) == expected
 
 
+@canary("the order of predict with group_by_length (transformers#48025)", "SelfKDMixin._get_eval_sampler")
 def test_predictions_of_the_stock_trainer_come_in_another_order(tmp_path):
     expected = [sample["labels"] for sample in make_samples("bert", 21, seed=1).items]
-    right = predicted_labels(tmp_path, Trainer) == expected
-    check_still_wrong(right, "the order of predict with group_by_length", "SelfKDMixin._get_eval_sampler")
+    return predicted_labels(tmp_path, Trainer) == expected
 
 
 # Tokens that a causal language model is said to predict
@@ -349,10 +347,10 @@ def test_upstream_counts_right_for_llama(tmp_path):
     assert first_label_matters(tmp_path, "llama", Trainer) == 0
 
 
+@canary("the count of labels for GPT2LMHeadModel", "nothing, but the guide's list of corrections names it")
 def test_upstream_still_counts_the_first_label_of_gpt2(tmp_path):
     """The loss is divided by too many: `LOSS_MAPPING` has no key for the class, and `loss_type` is None."""
-    right = first_label_matters(tmp_path, "gpt2", Trainer) == 0
-    check_still_wrong(right, "the count for GPT2LMHeadModel", "`_loss_shifts_labels` of SelfKDMixin")
+    return first_label_matters(tmp_path, "gpt2", Trainer) == 0
 
 
 # The copy for the Hub
@@ -459,27 +457,6 @@ def test_the_last_whole_checkpoint(tmp_path, caplog):
     for step in (8, 9, 10):
         (tmp_path / f"checkpoint-{step}/trainer_state.json").unlink()
     assert last_whole_checkpoint(tmp_path) is None
-
-
-def test_a_run_resumes_from_the_last_whole_checkpoint(tmp_path):
-    """The stock trainer fails; the run ends as if the crash had not been."""
-    samples, options = make_samples("resnet"), {"save_strategy": "steps", "save_steps": 6}
-    whole = train(tmp_path, "resnet", samples, **options)
-    (tmp_path / "checkpoint-18/trainer_state.json").unlink()
-    resumed = make_trainer(tmp_path, make_model("resnet", seed=1), samples, **options)
-    resumed.train(resume_from_checkpoint=True)
-    assert difference(whole, resumed) == 0
-
-
-def test_upstream_still_resumes_from_a_cut_checkpoint(tmp_path):
-    samples, options = make_samples("resnet"), {"save_strategy": "steps", "save_steps": 6, "trainer": Trainer}
-    train(tmp_path, "resnet", samples, **options)
-    (tmp_path / "checkpoint-18/trainer_state.json").unlink()
-    try:
-        make_trainer(tmp_path, "resnet", samples, **options).train(resume_from_checkpoint=True)
-    except FileNotFoundError:
-        return
-    check_still_wrong(True, "the choice of a checkpoint that was cut short", "fixes.last_whole_checkpoint")
 
 
 # Tied weights

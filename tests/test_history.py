@@ -12,10 +12,11 @@ import torch
 
 from hf_selfkd import SelfKDConfig
 from hf_selfkd.files import load_tensors, save_tensors
-from hf_selfkd.history import table as history
+from hf_selfkd.history import exchange, journal
 from hf_selfkd.history.codec import Codec
 from hf_selfkd.history.plan import SMALL, plan_history
-from hf_selfkd.history.table import NEVER, WARM_START, PredictionHistory
+from hf_selfkd.history.predictions import PredictionHistory
+from hf_selfkd.history.table import NEVER, WARM_START
 from hf_selfkd.samples import sample_index
 
 
@@ -552,8 +553,9 @@ def test_files_on_disk(tmp_path):
     first = make(tmp_path, place="disk", top_k=2, dtype=torch.float16)
     rows = write(first, [0, 1], 1)
     first.end_epoch(0)
-    sizes = {path.name: path.stat().st_size for path in (tmp_path / "history").iterdir()}
-    assert sizes == {"log_probs.bin": 10 * 2 * 2, "index.bin": 10 * 2 * 2}
+    (folder,) = (tmp_path / "history").iterdir()
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert sizes == {"log_probs.bin": 10 * 2 * 2, "index.bin": 10 * 2 * 2, "lock": 0}
     second = make(tmp_path, place="disk", top_k=2, dtype=torch.float16)
     assert second.read(batch([0, 1], 0)[0], 2, CPU) is None
     write(second, [0, 1], 2)
@@ -665,7 +667,7 @@ def reference(plan, target=None):
 @pytest.mark.parametrize("target", [None, "right"])
 def test_processes_equal_one(tmp_path, monkeypatch, world, place, codec, target):
     """Invariant 15: uneven batches, duplicates on several ranks, a rank without rows, more rows than go at once."""
-    monkeypatch.setattr(history, "EXCHANGE_ROWS", 3)
+    monkeypatch.setattr(exchange, "EXCHANGE_ROWS", 3)
     arguments, atol = CODECS[codec]
     plan = draw_plan(world, idle=world - 1)
     tables = simulate(tmp_path, world, plan, target, place=place, trace_epochs=3, **arguments)
@@ -674,7 +676,7 @@ def test_processes_equal_one(tmp_path, monkeypatch, world, place, codec, target)
         check(table, expected, list(range(10)), target, atol)
         assert torch.equal(table.trace.isnan(), tables[0].trace.isnan())
         assert torch.equal(table.trace.nan_to_num(), tables[0].trace.nan_to_num())
-        assert table.samples == [] and table.filled == table.visits == 0
+        assert table.journal.samples == [] and table.journal.filled == table.visits == 0
     assert len(expected.rows) > 4
     swapped = reference([[ranks[::-1] for ranks in steps] for steps in plan], target)
     assert any(not torch.equal(swapped.rows[i][0], expected.rows[i][0]) for i in expected.rows if i in swapped.rows)
@@ -684,7 +686,7 @@ def test_the_size_of_an_exchange_does_not_matter(tmp_path, monkeypatch):
     """1, 2 and all rows at a time, of a shape that does not divide."""
     plan, tables = draw_plan(2, epochs=1, steps=5), []
     for rows in (1, 2, 65536):
-        monkeypatch.setattr(history, "EXCHANGE_ROWS", rows)
+        monkeypatch.setattr(exchange, "EXCHANGE_ROWS", rows)
         tables += simulate(tmp_path, 2, plan)
     known = tables[0].stamps != NEVER
     assert known.sum() > 5
@@ -699,11 +701,11 @@ def test_when_rows_are_encoded_does_not_matter(tmp_path, monkeypatch, codec, tar
     arguments, atol = CODECS[codec]
     plan, tables = draw_plan(2, epochs=2), []
     for held in (0, 40, 2**18):
-        monkeypatch.setattr(history, "MAX_HELD", held)
+        monkeypatch.setattr(journal, "MAX_HELD", held)
         tables += simulate(tmp_path / str(held), 2, plan, target, trace_epochs=2, **arguments)
         one = make(tmp_path / "one")
         write(one, [1, 2], 1)
-        assert len(one.waiting) == (held > 0)  # so the three ways differ
+        assert len(one.journal.waiting) == (held > 0)  # so the three ways differ
     for table in tables:
         check(table, reference(plan, target), list(range(10)), target, atol)
         assert all(torch.equal(part, tables[0].table[name]) for name, part in table.table.items())
@@ -941,9 +943,9 @@ def test_declared_bytes_are_those_of_the_table_and_the_journals(tmp_path):
     for _ in range(2):
         write(table, list(range(40)), 1)
         parts = table.journal_state().items()
-        journal = sum(part.nbytes for name, part in parts if name not in ("samples", "visits"))
+        predicted = sum(part.nbytes for name, part in parts if name not in ("samples", "visits"))
         table.end_epoch(0)
-    assert made.num_bytes == journal + sum(part.nbytes for part in table.table.values())
+    assert made.num_bytes == predicted + sum(part.nbytes for part in table.table.values())
 
 
 @pytest.mark.parametrize(
@@ -1002,3 +1004,14 @@ def test_half_of_what_is_free_is_the_default_limit(tmp_path, monkeypatch, place)
         plan(tmp_path, 1000, 100, history_device=place)
     free["disk" if place == "disk" else "memory"] = 1_600_000
     assert plan(tmp_path, 1000, 100, history_device=place).place == place
+
+
+@pytest.mark.parametrize(("place", "expected"), [("cpu", 5), ("accelerator", 5), ("disk", 2)])
+def test_every_process_of_a_node_has_a_table_in_memory(tmp_path, place, expected):
+    """On disk they share one; all journals are one epoch. On an accelerator each has its own memory."""
+    config = SelfKDConfig(str(tmp_path), report_to="none", history_device=place, history_max_bytes=10**7)
+    made = plan_history(config, 1000, 100, CPU, tmp_path / "history", local_processes=4)
+    assert (made.num_bytes, made.max_bytes) == (expected * 1000 * 400, 10**7)
+    if place == "accelerator":
+        made = plan_history(config, 1000, 100, torch.device("cuda"), tmp_path / "history", local_processes=4)
+        assert made.num_bytes == 2 * 1000 * 400

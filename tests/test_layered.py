@@ -34,6 +34,7 @@ from hf_selfkd import (
     attach_auxiliary_heads,
     strip_auxiliary_heads,
 )
+from hf_selfkd.batch import Batch
 from hf_selfkd.heads.auxiliary import heads_of
 from hf_selfkd.heads.config import PRESETS
 from hf_selfkd.heads.rotation import choose_rotations, rotate
@@ -103,14 +104,16 @@ def test_joint_labels():
     """Invariant 27: labels [3, 7] are 12 to 15 and 28 to 31."""
     model = attach_auxiliary_heads(make_model("resnet"), "joint")
     from hf_selfkd.heads.layered import Layered
-    from hf_selfkd.tasks.rows import sample_rows
+    from hf_selfkd.losses.hard import upright_labels
+    from hf_selfkd.tasks import task_for
 
-    layered = Layered(heads_of(model), sample_rows)
+    layered = Layered(task_for(model))
     rotations = np.tile(np.arange(4), (3, 1))
     labels = layered.joint_labels(torch.tensor([3, 7, -100]), rotations)
     assert labels.tolist() == [12, 13, 14, 15, 28, 29, 30, 31, -100, -100, -100, -100]
     assert (labels[:8] // 4).tolist() == [3] * 4 + [7] * 4 and (labels[:8] % 4).tolist() == [0, 1, 2, 3] * 2
-    assert layered.upright_labels(torch.tensor([3, 7])).tolist() == [3, -100, -100, -100, 7, -100, -100, -100]
+    batch = Batch({}, torch.tensor([3, 7]), rotations=rotations[:2])
+    assert upright_labels(batch).tolist() == [3, -100, -100, -100, 7, -100, -100, -100]
 
 
 # Weights of 0
@@ -399,7 +402,7 @@ def test_history_is_kept_by_head_and_view(tmp_path):
 
     class Watching(Recording):
         def compute_loss(self, model, inputs, *arguments, **keywords):
-            ids = inputs["sample_id"].tolist()
+            ids = self.sample_ids.tolist()
             handle = heads_of(model).register_forward_hook(lambda *_: None)
             run = heads_of(model)._run
 
@@ -457,11 +460,17 @@ def test_heads_share_the_rows_of_tokens(tmp_path):
     assert teacher.stored(range(22)).shape == trainer.teacher.stored(range(22)).shape
 
 
-def test_teacher_auto():
-    assert SelfKDConfig("out").teacher_kind == "history"
-    assert SelfKDConfig("out", auxiliary_heads="joint").teacher_kind == "history"
-    assert SelfKDConfig("out", auxiliary_heads="lsskd").teacher_kind == "snapshot"
-    assert SelfKDConfig("out", auxiliary_heads="lsskd", teacher="history").teacher_kind == "history"
+@pytest.mark.parametrize(
+    "options, kind",
+    [
+        ({}, "history"),
+        ({"auxiliary_heads": "joint"}, "history"),
+        ({"auxiliary_heads": "lsskd"}, "snapshot"),
+        ({"auxiliary_heads": "lsskd", "teacher": "history"}, "history"),
+    ],
+)
+def test_teacher_auto(tmp_path, options, kind):
+    assert train(tmp_path, "vit", make_samples("vit", 8), num_train_epochs=2, **options).teacher.kind == kind
 
 
 def test_streams_without_ids_take_turns(tmp_path):

@@ -2,8 +2,10 @@
 
 import runpy
 import socket
+import subprocess
 import sys
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +13,14 @@ import torch
 from sklearn.metrics import brier_score_loss, log_loss, top_k_accuracy_score
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+import hf_selfkd
 from hf_selfkd.metrics import (
+    LOWER_IS_BETTER,
     ClassificationMetrics,
     calibration_metrics,
     compute_classification_metrics,
     evaluate_module_path,
+    is_lower_better,
     reliability_curve,
     risk_coverage_curve,
 )
@@ -241,18 +246,26 @@ def test_chunks_change_nothing(monkeypatch):
     ("predictions", "labels", "from_logits", "message"),
     [
         (np.zeros((3, 2)), [0, 1], True, r"labels: shape \(2,\) does not fit predictions of shape \(3, 2\); pass"),
-        (np.zeros(3), [0, 1, 1], True, r"labels: shape \(3,\) does not fit predictions of shape \(3,\); pass"),
+        (np.zeros(3), [0, 1], True, r"labels: shape \(2,\) does not fit predictions of shape \(3,\); pass"),
+        (np.arange(2), [0, 1], True, r"predictions: integers of shape \(2,\) are classes; pass the scores"),
+        (np.zeros(3), [0, 1, 2], True, r"labels: 2 is outside 0\.\.1; check"),
+        (np.array([0.5, 1.5]), [0, 1], False, r"predictions: rows are not probabilities \(smallest value -0\.5"),
         (np.zeros((2, 3)), np.eye(3)[:2], True, r"labels: shape \(2, 3\) does not fit"),
-        (np.zeros((2, 3)), None, True, r"labels: shape \(\) does not fit"),
-        (np.zeros((2, 1)), [0, 0], True, r"predictions: 1 class in the last dimension; pass"),
+        (np.zeros((2, 3)), None, True, r"labels: None; pass the labels"),
+        (np.zeros((2, 3)), [None, 1], True, r"labels: got list that is no array of numbers"),
+        (None, [0, 1], True, r"predictions: got NoneType that is no array of numbers"),
+        (np.zeros((2, 3, 1)), np.zeros((2, 3), int), True, r"predictions: 1 class in the last dimension; pass"),
+        ([np.zeros((2, 3))], [np.zeros(2, int)] * 2, True, r"labels: 2 batches for 1 of predictions; pass one for"),
         (np.zeros((2, 2)), [-100, -100], True, r"labels: none is a class \(all are -100.*pass labelled rows"),
         (np.zeros((0, 2)), [], True, r"labels: none is a class"),
         (np.zeros((2, 2)), [0, 2], True, r"labels: 2 is outside 0\.\.1; check"),
         (np.zeros((2, 2)), [0, -1], True, r"labels: -1 is outside 0\.\.1; check"),
         (np.zeros((2, 2)), [0.0, 1.5], True, r"labels: dtype float64 is not an integer type; pass"),
-        (np.array([[np.nan, 0]]), [0], True, r"predictions: NaN or infinite values in a labelled row; find"),
-        (np.array([[0, -np.inf]]), [0], True, r"predictions: NaN or infinite"),
-        (np.array([[np.nan, 0]]), [0], False, r"predictions: NaN or infinite"),
+        (np.array([[np.nan, 0], [0, 1]]), [0, 1], True, r"predictions: NaN, \+inf or nothing but -inf in 1 of 2 "),
+        (np.array([[0, np.inf]]), [0], True, r"predictions: NaN, \+inf or nothing but -inf in 1 of 1 labelled rows"),
+        (np.array([[-np.inf, -np.inf]]), [0], True, r"predictions: NaN, \+inf or nothing but -inf"),
+        (np.array([[np.nan, 0]]), [0], False, r"predictions: NaN, \+inf or nothing but -inf"),
+        (np.array([[1, -np.inf]]), [0], False, r"predictions: rows are not probabilities"),
         (np.array([[1.2, -0.2]]), [0], False, r"predictions: rows are not probabilities \(smallest value -0\.2"),
         (np.array([[0.5, 0.49]]), [0], False, r"predictions: rows are not probabilities .* pass from_logits=True"),
         ([[1.0, 0.0], [1.0]], [0, 1], True, r"predictions: got list that is no array of numbers .*; pass one array"),
@@ -264,12 +277,141 @@ def test_bad_input_is_one_clear_line(predictions, labels, from_logits, message):
     assert "\n" not in str(caught.value)
 
 
-def test_curves_refuse_what_the_figures_refuse():
+def test_curves_refuse_what_the_metrics_refuse():
     for curve in (reliability_curve, risk_coverage_curve):
         with pytest.raises(ValueError, match="labels: none is a class"):
             curve(np.zeros((1, 2)), [-100])
+        with pytest.raises(ValueError, match="predictions: NaN"):
+            curve(np.array([[np.nan, 0]]), [0])
     with pytest.raises(ValueError, match="bins: got 0; use at least 1"):
         reliability_curve(np.zeros((1, 2)), [0], bins=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_classes_at_minus_infinity_have_probability_zero(dtype):
+    logits, labels = random_logits(rows=60)
+    tensor = torch.tensor(logits, dtype=dtype)
+    tensor[:, -3:] = -torch.inf  # as models mask the classes that a task does not have
+    labels[labels >= 9] = 0
+    kept = tensor[:, :9]
+    assert calibration_metrics(tensor, labels) == pytest.approx(calibration_metrics(kept, labels), rel=1e-12)
+    assert calibration_metrics(tensor, labels)["nll"] == pytest.approx(log_loss(labels, kept.double().softmax(-1)))
+    assert reliability_curve(tensor, labels).count.tolist() == reliability_curve(kept, labels).count.tolist()
+    assert risk_coverage_curve(tensor, labels).aurc == risk_coverage_curve(kept, labels).aurc
+
+
+def test_a_label_of_probability_zero_costs_infinitely_much_and_spoils_nothing_else():
+    metrics = calibration_metrics([[0.0, -np.inf], [0.0, -np.inf]], [0, 1])
+    assert metrics.pop("nll") == np.inf
+    assert metrics["accuracy"] == 0.5 and metrics["brier"] == 1 and metrics["ece"] == 50
+    assert all(np.isfinite(list(metrics.values())))
+
+
+# Two classes
+
+
+@pytest.mark.parametrize("shape", [(200,), (200, 1)])
+@pytest.mark.parametrize("form", [np.asarray, torch.tensor, lambda values: torch.tensor(values).float()])
+def test_binary_scores_of_one_class(shape, form):
+    rng = np.random.default_rng(0)
+    logits = 2 * rng.normal(size=200)
+    labels = (rng.random(200) < 1 / (1 + np.exp(-logits + 1))).astype(int)
+    probabilities = 1 / (1 + np.exp(-logits))
+    both = np.stack([1 - probabilities, probabilities], axis=1)
+    expected = calibration_metrics(both, labels, from_logits=False)
+    assert expected["nll"] == pytest.approx(log_loss(labels, probabilities))
+    assert expected["brier"] == pytest.approx(2 * brier_score_loss(labels, probabilities))
+    for values, from_logits in ((probabilities, False), (logits, True)):
+        given = form(values.reshape(shape))
+        assert calibration_metrics(given, labels, from_logits) == pytest.approx(expected, rel=1e-5)
+        assert calibration_metrics(given, labels[:, None], from_logits) == pytest.approx(expected, rel=1e-5)
+        assert reliability_curve(given, labels, from_logits=from_logits).ece == pytest.approx(expected["ece"])
+        assert risk_coverage_curve(given, labels, from_logits).aurc == pytest.approx(expected["aurc"])
+
+
+def test_the_bins_of_a_binary_classifier_are_of_its_confidence():
+    # Unlike those of the probability of class 1: 0.1 is a confidence of 0.9 in class 0.
+    curve = reliability_curve([0.1, 0.85, 0.3, 0.5], [0, 1, 1, 1], from_logits=False)
+    assert np.flatnonzero(curve.count).tolist() == [4, 6, 8]
+    assert curve.accuracy[[4, 6, 8]].tolist() == [0, 0, 1]
+    assert calibration_metrics([-np.inf, 800.0], [0, 1])["nll"] == 0
+
+
+# What a Trainer hands out
+
+
+def test_lists_of_batches_of_different_shapes():
+    logits, labels = random_logits(rows=25)
+    expected = calibration_metrics(logits, labels)
+    batches, parts = [logits[:10], logits[10:20], logits[20:]], [labels[:10], labels[10:20], labels[20:]]
+    compute = ClassificationMetrics()
+    assert calibration_metrics(batches, parts) == compute((batches, parts)) == expected
+    assert calibration_metrics([(batch, None) for batch in batches], parts) == expected
+    assert calibration_metrics([(None, batch, batch[:, :1]) for batch in batches], tuple(parts)) == expected
+    sequences = [logits[:12].reshape(2, 6, 12), logits[12:20].reshape(2, 4, 12), logits[20:].reshape(1, 5, 12)]
+    of_tokens = [labels[:12].reshape(2, 6), labels[12:20].reshape(2, 4), labels[20:].reshape(1, 5)]
+    assert calibration_metrics(sequences, of_tokens) == expected
+    assert calibration_metrics([x.tolist() for x in sequences], [x.tolist() for x in of_tokens]) == expected
+    scores = [batch[:, 0] for batch in batches]
+    assert calibration_metrics(scores, [part % 2 for part in parts]) == calibration_metrics(logits[:, 0], labels % 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lists_of_tensors(dtype):
+    logits, labels = random_logits(rows=20)
+    tensor = torch.tensor(logits, dtype=dtype)
+    expected = calibration_metrics(tensor, labels)
+    assert calibration_metrics(list(tensor), list(torch.tensor(labels))) == expected
+    batches = [part.requires_grad_() for part in tensor.split(8)]
+    assert calibration_metrics(batches, torch.tensor(labels).split(8)) == expected
+
+
+def test_outputs_that_are_none_are_passed_over():
+    logits, labels = random_logits(rows=20)
+    expected, hidden = calibration_metrics(logits, labels), np.zeros((20, 3, 2))
+    for outputs in ((logits, None), (None, logits), (logits, None, hidden), (None, logits, hidden)):
+        assert calibration_metrics(outputs, labels) == expected
+    binary = (logits[:, 0], hidden)
+    assert calibration_metrics(binary, labels % 2) == calibration_metrics(logits[:, 0], labels % 2)
+    with pytest.raises(ValueError, match="^predictions: got tuple that is no array of numbers"):
+        calibration_metrics((None, None), labels)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "told"),
+    [
+        (np.zeros((6, 4)), np.full(6, -100), "labels: none is a class"),
+        (np.zeros((0, 4)), np.zeros(0, int), "labels: none is a class"),
+        (np.full((6, 4), np.nan), np.arange(6) % 4, "predictions: NaN, +inf or nothing but -inf in 6 of 6"),
+        (np.full((6, 4), -np.inf), np.arange(6) % 4, "predictions: NaN, +inf or nothing but -inf in 6 of 6"),
+        (np.diag([0, 0, 0, np.inf]), np.arange(4), "predictions: NaN, +inf or nothing but -inf in 1 of 4"),
+    ],
+)
+def test_an_evaluation_without_metrics_has_nan_and_one_warning(logits, labels, told, caplog):
+    compute = ClassificationMetrics()
+    whole = compute((logits, labels))
+    assert len(caplog.records) == 1 and caplog.text.count(told) == 1
+    compute((logits[:2], labels[:2]), compute_result=False)
+    compute((logits[2:4], labels[2:4]), compute_result=False)
+    batched = compute((logits[4:], labels[4:]), compute_result=True)
+    assert len(caplog.records) == 2 and caplog.text.count(told) == 2
+    for values in (whole, batched):
+        assert list(values) == KEYS and np.isnan(list(values.values())).all()
+    assert compute(random_logits())["accuracy"] > 0
+
+
+# Names
+
+
+@pytest.mark.parametrize("before", ["", "eval_", "test_", "eval_my-set_", "eval_head0_", "head11_", "eval_a_b_"])
+def test_which_metrics_are_better_when_lower(before):
+    lower = {"nll", "brier", "ece", "ece_15", "aurc", "eaurc"}
+    tokens = {"token_nll", "token_ece", "perplexity"}
+    assert set(LOWER_IS_BETTER) == lower | tokens
+    for name in lower | tokens:
+        assert is_lower_better(before + name)
+    for name in (set(KEYS) - lower) | {"token_accuracy", "bleu", "chrf", "gen_len", "piece", "f1", "recce"}:
+        assert not is_lower_better(before + name)
 
 
 # Trainer
@@ -330,6 +472,46 @@ def test_trainer_evaluate(batch_eval_metrics, tmp_path):
     assert metrics["eval_nll"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("batch_eval_metrics", [False, True])
+def test_a_run_goes_on_after_an_evaluation_without_labels(batch_eval_metrics, tmp_path, caplog):
+    from transformers import Trainer, TrainingArguments
+
+    features, labels = torch.randn(16, 4), torch.randint(0, 6, (16,))
+    dataset = [{"features": row, "labels": label} for row, label in zip(features, labels, strict=True)]
+    args = TrainingArguments(
+        output_dir=tmp_path,
+        per_device_eval_batch_size=8,
+        batch_eval_metrics=batch_eval_metrics,
+        use_cpu=True,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=2,
+        report_to="none",
+    )
+    evaluated = [row | {"labels": torch.tensor(-100)} for row in dataset]
+    trainer = Trainer(TinyModel(), args, None, dataset, evaluated, compute_metrics=compute_classification_metrics)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    evaluations = [entry for entry in trainer.state.log_history if "eval_nll" in entry]
+    assert len(evaluations) == 2 and all(np.isnan(entry[f"eval_{key}"]) for entry in evaluations for key in KEYS)
+    assert caplog.text.count("labels: none is a class") == 2
+
+
+def test_trainer_evaluate_with_batches_that_are_not_joined(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    torch.manual_seed(0)
+    model, features, labels = TinyModel(), torch.randn(22, 4), torch.randint(0, 6, (22,))
+    dataset = [{"features": row, "labels": label} for row, label in zip(features, labels, strict=True)]
+    args = TrainingArguments(
+        output_dir=tmp_path, per_device_eval_batch_size=8, eval_do_concat_batches=False, use_cpu=True
+    )
+    trainer = Trainer(model, args, eval_dataset=dataset, compute_metrics=compute_classification_metrics)
+    expected = calibration_metrics(model.score(features), labels)
+    metrics = trainer.evaluate()
+    assert {key: metrics[f"eval_{key}"] for key in KEYS} == pytest.approx(expected, rel=1e-5)
+
+
 # evaluate
 
 
@@ -384,7 +566,21 @@ def test_evaluate_metric_takes_sequences_of_different_lengths(offline_evaluate):
     assert metric.compute() == calibration_metrics(logits, labels)
 
 
-def test_evaluate_metric_combines_and_picks_one_figure(offline_evaluate):
+@pytest.mark.parametrize("column", [False, True])
+def test_evaluate_metric_takes_binary_scores(offline_evaluate, column):
+    metric = offline_evaluate.load(evaluate_module_path(), keep_in_memory=True)
+    rng = np.random.default_rng(0)
+    scores, labels = rng.random(20), rng.integers(0, 2, 20)
+    given = scores[:, None] if column else scores
+    expected = calibration_metrics(np.stack([1 - scores, scores], axis=1), labels, from_logits=False)
+    metrics = metric.compute(predictions=given, references=labels, from_logits=False)
+    assert metrics == pytest.approx(expected)
+    metric.add_batch(predictions=torch.tensor(given[:8]), references=torch.tensor(labels[:8]))
+    metric.add_batch(predictions=torch.tensor(given[8:]), references=torch.tensor(labels[8:]))
+    assert metric.compute(from_logits=True) == pytest.approx(calibration_metrics(scores, labels))
+
+
+def test_evaluate_metric_combines_and_picks_one_metric(offline_evaluate):
     path = evaluate_module_path()
     logits, labels = random_logits(rows=30)
     expected = calibration_metrics(logits, labels)
@@ -394,7 +590,7 @@ def test_evaluate_metric_combines_and_picks_one_figure(offline_evaluate):
     assert both.compute() == {"ece": expected["ece"], "nll": expected["nll"]}
     twice = offline_evaluate.combine({"a": path, "b": path}).compute(predictions=logits, references=labels)
     assert twice == {f"{name}_{key}": expected[key] for name in "ab" for key in KEYS}
-    with pytest.raises(ValueError, match="^config_name: 'auc' is no figure; use one of accuracy, "):
+    with pytest.raises(ValueError, match="^config_name: 'auc' is no metric; use one of accuracy, "):
         offline_evaluate.load(path, "auc")
 
 
@@ -417,8 +613,18 @@ def test_the_metric_class_says_what_to_install(monkeypatch):
         runpy.run_path(evaluate_module_path())
 
 
-def test_metrics_module_needs_neither_evaluate_nor_torch(monkeypatch):
-    for name in ("evaluate", "torch", "transformers", "matplotlib"):
-        monkeypatch.setitem(sys.modules, name, None)
-    module = runpy.run_path(metrics.__file__)
-    assert module["calibration_metrics"]([[2.0, 0.0]], [0])["accuracy"] == 1
+WITHOUT = """
+import sys, types
+package = types.ModuleType("hf_selfkd")
+package.__path__ = [{path!r}]
+sys.modules["hf_selfkd"] = package  # the package itself imports all of these
+for name in ("evaluate", "torch", "transformers", "matplotlib"):
+    sys.modules[name] = None
+from hf_selfkd.metrics import calibration_metrics, is_lower_better
+assert calibration_metrics([[2.0, 0.0]], [0])["accuracy"] == 1 and is_lower_better("eval_ece")
+"""
+
+
+def test_metrics_need_neither_evaluate_nor_torch():
+    path = str(Path(hf_selfkd.__file__).parent)
+    subprocess.run([sys.executable, "-c", WITHOUT.format(path=path)], check=True, timeout=60)

@@ -5,6 +5,9 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from transformers import EvalPrediction
+from transformers.trainer_utils import PredictionOutput
 
 from hf_selfkd.metrics import calibration_metrics, reliability_curve, risk_coverage_curve
 from hf_selfkd.plots import reliability_diagram, risk_coverage_plot
@@ -64,6 +67,55 @@ def test_many_methods_and_probabilities(plot, tmp_path):
     figure = plot(results, path=tmp_path / "plot.svg", from_logits=False)
     assert (tmp_path / "plot.svg").stat().st_size > 0
     assert len(figure.axes) == (14 if plot is reliability_diagram else 1)
+
+
+@pytest.mark.parametrize("plot", [reliability_diagram, risk_coverage_plot])
+def test_what_a_trainer_predicts(plot):
+    ((predictions, labels),) = make_results(["PS-KD"]).values()
+    figure = plot({"PS-KD": (predictions, labels)})
+    legends = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    batches, parts = np.array_split(predictions, 3), np.array_split(labels, 3)
+    for result in (
+        PredictionOutput(predictions, labels, {"test_loss": 1.0}),
+        PredictionOutput((predictions, np.zeros((200, 3, 2))), labels, None),
+        EvalPrediction(predictions, labels),
+        EvalPrediction(predictions, labels, np.zeros(200), np.zeros(200)),
+        EvalPrediction(batches, parts),
+        (predictions, labels, {}, None),
+        [torch.tensor(predictions), torch.tensor(labels)],
+    ):
+        axes = plot({"PS-KD": result}).axes[0]
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == legends
+
+
+@pytest.mark.parametrize("plot", [reliability_diagram, risk_coverage_plot])
+def test_binary_scores_and_masked_classes(plot):
+    scores, labels = np.array([0.9, 0.2, 0.6, 0.4]), [1, 0, 0, 1]
+    both = np.stack([1 - scores, scores], axis=1)
+    masked = np.concatenate([np.log(both), np.full((4, 2), -np.inf)], axis=1)
+    plots = [
+        plot({"a": (scores, labels)}, from_logits=False),
+        plot({"a": (both, labels)}, from_logits=False),
+        plot({"a": (masked, labels)}),
+    ]
+    one, two, three = ([text.get_text() for text in each.axes[0].get_legend().get_texts()] for each in plots)
+    assert one == two == three
+
+
+@pytest.mark.parametrize("plot", [reliability_diagram, risk_coverage_plot])
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        ({"a": np.zeros((4, 3))}, r"results: 'a' is a ndarray; pass \(predictions, labels\) or what trainer.predict"),
+        ({"a": {"predictions": 0}}, r"results: 'a' is a dict; pass"),
+        ({"a": (np.zeros((4, 3)),)}, r"results: 'a' is a tuple; pass"),
+        (PredictionOutput(np.zeros((4, 3)), np.zeros(4, int), None), r"results: a PredictionOutput; pass {name: "),
+        ({"a": PredictionOutput(np.zeros((4, 3)), None, None)}, r"labels: None; pass the labels"),
+    ],
+)
+def test_results_of_other_kinds_are_one_line_errors(plot, results, message):
+    with pytest.raises(ValueError, match="^" + message):
+        plot(results)
 
 
 @pytest.mark.parametrize("plot", [reliability_diagram, risk_coverage_plot])

@@ -503,7 +503,7 @@ def test_encoder_decoder_models_without_labels_get_what_their_decoder_starts_fro
         expected = model(**IDS, labels=labels).logits
         given = task.inputs_without_labels(batch)
         torch.testing.assert_close(model(**given).logits, expected)
-    assert "labels" not in given and given["use_cache"] is False
+    assert "labels" not in given and given["decoder_input_ids"].tolist() == [[0, 5, 6], [0, 2, 1]]
     own = torch.tensor([[0, 1, 2], [0, 3, 4]])
     batch.inputs["decoder_input_ids"] = own
     assert task.inputs_without_labels(batch)["decoder_input_ids"] is own

@@ -298,7 +298,7 @@ def test_half_precision_models_teach_in_float32():
 
 
 def test_processes_share_the_statistics_of_the_first():
-    """`broadcast` gets every buffer, a copy of it, and what it gives is used."""
+    """`broadcast` gets the buffers of a type together, a copy of them, and what it gives is used."""
     model, seen = net(), []
 
     def broadcast(tensor):
@@ -307,7 +307,7 @@ def test_processes_share_the_statistics_of_the_first():
 
     teacher = SnapshotTeacher(model, logits_of, broadcast, warm_start=True)
     teacher.begin_epoch(0)
-    assert len(seen) == 3 and (model.norm.running_mean == 0).all()
+    assert len(seen) == 2 and (model.norm.running_mean == 0).all()
     assert (teacher.weights["norm.running_mean"] == 3).all() and teacher.weights["norm.num_batches_tracked"] == 3
 
 

@@ -93,7 +93,7 @@ def test_corpus_sizes_and_determinism(splits):
         corpus.make_corpus(size=1000)
 
 
-@pytest.mark.parametrize("side", ["en", "de"])
+@pytest.mark.parametrize("target", ["en", "de"])
 def test_corpus_does_not_leak(splits, target):
     sentences = [pair[target] for pairs in splits.values() for pair in pairs]
     assert all(text.strip() == text and text for text in sentences)

@@ -1,4 +1,4 @@
-"""BLEU and chrF against sacrebleu itself, token figures against torchmetrics and closed forms."""
+"""BLEU and chrF against sacrebleu itself, token metrics against torchmetrics and closed forms."""
 
 import sys
 from types import SimpleNamespace
@@ -111,19 +111,20 @@ def logits_and_labels(seed=0):
     return logits, labels
 
 
-def test_token_figures_against_torchmetrics(tokenizer):
+def test_token_metrics_against_torchmetrics(tokenizer):
     logits, labels = logits_and_labels()
     metrics = compute_translation_metrics(tokenizer)(((logits, np.zeros((40, 3, 2))), labels))
     kept = torch.tensor(labels.reshape(-1) != -100)
     flat, targets = torch.tensor(logits.reshape(-1, 7))[kept], torch.tensor(labels.reshape(-1))[kept]
     ece = multiclass_calibration_error(flat.softmax(-1), targets, 7, 10, "l1").item()
-    assert list(metrics) == ["token_nll", "token_ece", "token_accuracy"]
+    assert list(metrics) == ["token_nll", "token_ece", "token_accuracy", "perplexity"]
+    assert metrics["perplexity"] == pytest.approx(np.exp(metrics["token_nll"]))
     assert metrics["token_ece"] == pytest.approx(100 * ece, abs=1e-3)
     assert metrics["token_nll"] == pytest.approx(torch.nn.functional.cross_entropy(flat, targets).item(), rel=1e-5)
     assert metrics["token_accuracy"] == pytest.approx((flat.argmax(-1) == targets).float().mean().item())
 
 
-def test_token_figures_in_closed_form(tokenizer):
+def test_token_metrics_in_closed_form(tokenizer):
     # Every token has confidence 0.7; 3 of the 4 labelled ones are right.
     logits = np.log(np.tile([0.7, 0.2, 0.1], (1, 5, 1)))
     metrics = compute_translation_metrics(tokenizer)((logits, np.array([[0, 0, 0, 1, -100]])))
@@ -153,14 +154,69 @@ def test_batches_of_two_kinds_are_refused(tokenizer):
     assert compute((rows(TRANSLATIONS), rows(REFERENCES)))["bleu"] > 0
 
 
+@pytest.mark.parametrize("kind", ["ids", "logits"])
+def test_batches_that_the_trainer_does_not_join(tokenizer, kind):
+    compute = compute_translation_metrics(tokenizer)
+    if kind == "ids":
+        whole = rows(TRANSLATIONS), rows(REFERENCES)
+        batches = [rows(TRANSLATIONS[:2], width=7), rows(TRANSLATIONS[2:], width=5)]
+        labels = [rows(REFERENCES[:2], width=8), rows(REFERENCES[2:], width=4)]
+    else:
+        whole = logits_and_labels()
+        batches = [whole[0][:30], torch.tensor(whole[0][30:])]
+        labels = [whole[1][:30], torch.tensor(whole[1][30:])]
+    expected = compute(whole)
+    assert compute((batches, labels)) == expected
+    assert compute(([(batch, None) for batch in batches], labels)) == expected
+    assert compute(((None, whole[0]), whole[1])) == expected
+
+
+def test_tokens_of_probability_zero(tokenizer):
+    logits, labels = logits_and_labels()
+    labels[labels == 6] = 0
+    logits[..., 6] = -np.inf
+    metrics = compute_translation_metrics(tokenizer)((logits, labels))
+    assert metrics == compute_translation_metrics(tokenizer)((logits[..., :6], labels))
+    labels[0, 0] = 6
+    assert compute_translation_metrics(tokenizer)((logits, labels))["perplexity"] == np.inf
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_without_labels_the_metrics_are_nan_with_one_warning(tokenizer, batched, caplog):
+    cases = [
+        (np.zeros((3, 4, 5)), np.full((3, 4), -100), ["token_nll", "token_ece", "token_accuracy", "perplexity"]),
+        (np.full((3, 4, 5), np.nan), np.ones((3, 4), int), ["token_nll", "token_ece", "token_accuracy", "perplexity"]),
+        (rows(TRANSLATIONS), np.full((3, 4), -100), ["bleu", "chrf"]),
+        (np.zeros((0, 4), int), np.zeros((0, 4), int), ["bleu", "chrf", "gen_len"]),
+    ]
+    for predictions, labels, missing in cases:
+        compute = compute_translation_metrics(tokenizer)
+        if batched:
+            compute((predictions[:1], labels[:1]), compute_result=False)
+            metrics = compute((predictions[1:], labels[1:]), compute_result=True)
+        else:
+            metrics = compute((predictions, labels))
+        assert [name for name, value in metrics.items() if np.isnan(value)] == missing
+        assert len(caplog.records) == 1
+        caplog.clear()
+
+
+def test_a_sentence_without_labels_has_no_reference(tokenizer):
+    labels = rows(REFERENCES)
+    labels[1] = -100
+    metrics = compute_translation_metrics(tokenizer)((rows(TRANSLATIONS), labels))
+    expected = expected_scores(TRANSLATIONS[::2], REFERENCES[::2])
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    assert metrics["gen_len"] == (6 + 4 + 3) / 3
+
+
 @pytest.mark.parametrize(
     ("predictions", "labels", "message"),
     [
         (np.zeros((3, 4), int), np.zeros((2, 4), int), "labels: 2 rows for 3 predictions; pass one for each"),
         (np.zeros((3, 4)), np.zeros((3, 4), int), r"predictions: shape \(3, 4\) and dtype float64 are no token ids"),
-        (np.zeros((3, 4), int), None, r"labels: shape \(\) and dtype object are no token ids; pass integers"),
-        (np.zeros((0, 4), int), np.zeros((0, 4), int), "predictions: no rows; pass at least one"),
-        (np.zeros((3, 4, 5)), np.full((3, 4), -100), "labels: none is a class"),
+        (np.zeros((3, 4), int), None, "labels: None; pass the labels"),
+        ([[1, 2], [3]], np.zeros((2, 4), int), "predictions: got list that is no array of numbers"),
     ],
 )
 def test_bad_input_is_one_clear_line(tokenizer, predictions, labels, message):

@@ -15,7 +15,7 @@ from .auxiliary import ATTRIBUTE, AuxiliaryHeads, _embedding_of, head_names, hea
 from .config import AuxiliaryHeadsConfig
 from .factory import HeadFactory
 from .kinds import grid_of
-from .taps import Layout, Recorder, choose_layers, evaluating, example_inputs, measure, named
+from .taps import Layout, Recorder, choose_layers, evaluating, example_inputs, measure, named, tensor_of, training_once
 
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ def attach_auxiliary_heads(
         setattr(model, ATTRIBUTE, heads)
         heads.register(model)
         try:
-            _try(model, heads, inputs)
+            _check_outputs(model, heads, inputs)
+            _check_gradients(model, heads, inputs)
         except Exception:
             strip_auxiliary_heads(model)
             raise
@@ -67,7 +68,7 @@ def attach_auxiliary_heads(
     return model
 
 
-def _try(model: nn.Module, heads: AuxiliaryHeads, inputs: dict[str, Any]) -> None:
+def _check_outputs(model: nn.Module, heads: AuxiliaryHeads, inputs: dict[str, Any]) -> None:
     """Run the heads once, so that what does not fit is told before training."""
     told = f"head={heads.config.head!r} does not fit {', '.join(heads.names)} of {type(base_model(model)).__name__}"
     remedy = "choose another head or other layers."
@@ -84,6 +85,45 @@ def _try(model: nn.Module, heads: AuxiliaryHeads, inputs: dict[str, Any]) -> Non
                 f"{told}: on {name} it gives {list(part.shape)} for logits {list(logits.shape)}, so its features do "
                 f"not keep samples apart as the model does; {remedy}"
             )
+
+
+def _check_gradients(model: nn.Module, heads: AuxiliaryHeads, inputs: dict[str, Any]) -> None:
+    """See that what each head learns reaches the layer that the head is on, so that none is told in vain."""
+    if not heads.config.trains or not any(p.requires_grad for p in model.parameters()):
+        return
+    if "pixel_values" in inputs:  # a black image may leave every unit silent
+        noise = torch.randn(inputs["pixel_values"].shape, generator=torch.Generator().manual_seed(0))
+        inputs = inputs | {"pixel_values": noise.to(inputs["pixel_values"])}
+    taken: dict[str, torch.Tensor] = {}
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: taken.update({name: output}))
+        for name in heads.names
+    ]
+    try:
+        with training_once(model), heads.watched():
+            model(**inputs)
+            results, heads.results = heads.results, None
+            for name, logits in zip(heads.names, results.logits if results else [], strict=False):
+                if not _reaches(logits, tensor_of(taken.get(name))):
+                    spread = float(tensor_of(taken[name]).std())
+                    raise ValueError(
+                        f"head={heads.config.head!r} on {name} of {type(base_model(model)).__name__} passes no "
+                        f"gradient to its layer, whose features have a standard deviation of {spread:.1g}: load "
+                        "pretrained weights or give the norms weights around 1 if that is next to nothing, else "
+                        "choose another head or other layers."
+                    )
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _reaches(logits: torch.Tensor, features: torch.Tensor | None) -> bool:
+    """Whether the features of a layer matter to the logits; yes where there are none (LayerDrop) or nothing learns."""
+    if features is None or not features.requires_grad or not logits.requires_grad:
+        return True
+    weights = torch.linspace(-1, 1, logits.shape[-1], device=logits.device)
+    (gradient,) = torch.autograd.grad((logits.float() * weights).sum(), features, retain_graph=True, allow_unused=True)
+    return gradient is not None and bool(gradient.abs().sum() > 0)
 
 
 def strip_auxiliary_heads(model: nn.Module) -> nn.Module:

@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
 from ..models import base_model, is_encoder_decoder
@@ -49,7 +50,7 @@ class HeadFactory:
         kind, width = self.config.head, self.layout.width(name)
         deep = self.layout.deepest or name
         if kind == "conv":
-            return SeparableConvolution(width, self.layout.width(deep), self.patch), self.layout.width(deep)
+            return self._convolution(width, self.layout.width(deep)), self.layout.width(deep)
         if kind == "transformer":
             causal = is_encoder_decoder(self.base) or CausalLM.matches(self.base)
             return EncoderLayer(width, causal and not self.layout.pooled), width
@@ -57,23 +58,28 @@ class HeadFactory:
             return self._stages(name), self.layout.width(deep)
         return NoBody(), width
 
+    def _convolution(self, channels: int, width: int) -> SeparableConvolution:
+        # Statistics of batches would come to a model that has none, and with them a dependence on the batch.
+        batch_norm = any(isinstance(module, _BatchNorm) for module in self.model.modules())
+        return SeparableConvolution(channels, width, self.patch, batch_norm)
+
     def _stages(self, name: str) -> nn.Module:
         if name not in self.names:
             raise ValueError(f"head='stages' copies the layers after {name!r}, which is none of {self.names}.")
-        place = self.names.index(name)
+        place, channels_last = self.names.index(name), name in self.layout.channels_last
         places = [i for i in range(place + 1, len(self.names)) if self.names[i] in self.layout.shapes]
         if places:
-            return RemainingLayers(self._fresh([self.names[i] for i in places]), places)
+            return RemainingLayers(self._fresh([self.names[i] for i in places]), places, channels_last)
         # On the last layer HSAKD puts one more of it, without change of resolution.
         if name in self.layout.preserving:
-            return RemainingLayers(self._fresh([name]), [place])
+            return RemainingLayers(self._fresh([name]), [place], channels_last)
         lists = lists_of_layers(self.model.get_submodule(name))
         blocks = [f"{name}.{block}" for block in list(lists[0])[1:]] if lists else []  # the first one changes it
         body = Blocks(self._fresh(blocks))
         if blocks and self._keeps_shape(body, name):
             return body
         width = self.layout.width(name)
-        return SeparableConvolution(width, width, self.patch)
+        return self._convolution(width, width)
 
     def _keeps_shape(self, body: nn.Module, name: str) -> bool:
         features = torch.zeros(self.layout.shapes[name])
@@ -97,5 +103,11 @@ class HeadFactory:
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         if isinstance(self.base, PreTrainedModel):
-            copies.apply(self.base._init_weights)
+            copies.apply(self._init_weights)
         return copies
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # Norms start neutral, as they have just been made: EfficientNet draws their weights around 0, and a copy of
+        # several blocks would pass no gradient on.
+        if not isinstance(module, (_BatchNorm, nn.LayerNorm, nn.GroupNorm)):
+            self.base._init_weights(module)

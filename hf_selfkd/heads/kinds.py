@@ -93,15 +93,17 @@ class SeparableConvolution(nn.Module):
         channels (`int`): of the features.
         width (`int`): channels that it returns.
         patch (`tuple`, *optional*): see [`grid_of`].
+        batch_norm (`bool`, *optional*): whether to normalise by statistics of batches, as the model does, or by those
+            of each sample.
     """
 
-    def __init__(self, channels: int, width: int, patch: tuple[int, int] | None = None):
+    def __init__(self, channels: int, width: int, patch: tuple[int, int] | None = None, batch_norm: bool = True):
         super().__init__()
         self.patch = patch
         self.layers = nn.Sequential(
             nn.Conv2d(channels, channels, 3, stride=2, padding=1, groups=channels, bias=False),
             nn.Conv2d(channels, width, 1, bias=False),
-            nn.BatchNorm2d(width),
+            nn.BatchNorm2d(width) if batch_norm else nn.GroupNorm(1, width),
             nn.ReLU(),
         )
 
@@ -120,17 +122,19 @@ class RemainingLayers(nn.Module):
     Args:
         copies (`nn.ModuleList`): with fresh weights.
         places (`list[int]`): the layers that they are copies of.
+        channels_last (`bool`, *optional*): whether the layers work on maps `[B, H, W, C]`; heads see `[B, C, H, W]`.
     """
 
-    def __init__(self, copies: nn.ModuleList, places: list[int]):
+    def __init__(self, copies: nn.ModuleList, places: list[int], channels_last: bool = False):
         super().__init__()
-        self.copies, self.places = copies, places
+        self.copies, self.places, self.channels_last = copies, places, channels_last
 
     def forward(self, features: torch.Tensor, context: Context) -> torch.Tensor:
+        features = features.permute(0, 2, 3, 1) if self.channels_last else features
         for place, layer in zip(self.places, self.copies, strict=True):
             if place in context.calls:  # else the layer was skipped in this step, and so is its copy
                 features = context.calls[place].repeat(layer, features)
-        return features
+        return features.permute(0, 3, 1, 2) if self.channels_last else features
 
 
 class Blocks(nn.Module):

@@ -13,10 +13,12 @@ import numpy as np
 import torch
 
 from ..batch import Batch
+from ..devices import to_device
 from ..losses.cross_entropy import cross_entropy_sum
 from ..losses.hard import row_losses
 from ..losses.soft import divergence
 from ..losses.soft_targets import Target, labelled, make_targets, weighted, where_mask
+from ..metrics.running import Terms
 from ..metrics.tokens import TokenMetrics
 from ..samples import IGNORE_INDEX, SampleIndex
 from ..tasks.base import Task
@@ -39,6 +41,7 @@ class NoHeads:
     learns = False
     views = 1
     count = 0
+    terms: tuple[str, ...] = ()  # names of what is added to the log
 
     def __init__(self, task: Task):
         self.task, self.heads = task, heads_of(task.wrapped)
@@ -65,9 +68,9 @@ class NoHeads:
         taught: Taught,
         alpha: float,
         num_items: Any,
-    ) -> torch.Tensor:
-        """The loss of the model with that of its heads."""
-        return loss
+    ) -> tuple[torch.Tensor, Terms]:
+        """The loss of the model with that of its heads, and what the heads add to the log."""
+        return loss, {}
 
     def predictions(self, run: Callable[[dict[str, Any]], Any], batch: Batch) -> list[torch.Tensor]:
         """What a teacher that is a copy of the model says of a batch: logits `[R, C]`, of the model, then of heads."""
@@ -79,10 +82,6 @@ class NoHeads:
             with self.heads.watched(False):
                 outputs = run(self.task.inputs_without_labels(shown))
         return [self.task.rows(self.task.logits(outputs, has_loss=False), batch.labels).logits]
-
-    def take_metrics(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """What is logged of the heads since the last call, of all processes."""
-        return {}
 
 
 class Layered(NoHeads):
@@ -102,7 +101,7 @@ class Layered(NoHeads):
         super().__init__(task)
         self.seed, self.temperature = seed, temperature
         self.uses_past = distils and self.config.uses_past
-        self.sums: torch.Tensor | float = 0.0
+        self.terms = tuple(f"head{index}_{name}" for index in range(self.count) for name in ("loss", "accuracy"))
 
     @property
     def config(self) -> AuxiliaryHeadsConfig:
@@ -164,7 +163,7 @@ class Layered(NoHeads):
         """
         What the heads have to tell: `4 * label + quarter turns`, `[B * V]`, of labels `[B]`; -100 stays.
         """
-        rotations = torch.from_numpy(rotations).to(labels.device, non_blocking=True)
+        rotations = to_device(torch.from_numpy(rotations), labels.device)
         labels = labels.reshape(-1, 1)
         return torch.where(labelled(labels), ROTATIONS * labels + rotations, IGNORE_INDEX).reshape(-1)
 
@@ -218,9 +217,9 @@ class Layered(NoHeads):
         taught: Taught,
         alpha: float,
         num_items: Any,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, Terms]:
         if results is None:
-            return loss
+            return loss, {}
         partner = None
         if batch.mixing is not None and batch.rotations is not None:
             partner = self.joint_labels(batch.labels[batch.mixing.partner], batch.rotations)
@@ -230,7 +229,8 @@ class Layered(NoHeads):
             make_targets(part.labels, own, batch.mixing, addressed, partner)
             for part, own in zip(head_rows, soft, strict=True)
         ]
-        return loss + self.loss(results, head_rows, targets, rows.logits, alpha) / num_items
+        of_heads, terms = self.loss(results, head_rows, targets, rows.logits, alpha)
+        return loss + of_heads / num_items, terms
 
     def loss(
         self,
@@ -239,9 +239,10 @@ class Layered(NoHeads):
         targets: list[list[Target]],
         logits: torch.Tensor,
         alpha: float,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, Terms]:
         """
-        Sum of the losses of all heads over the rows of a batch, averaged over the views of a sample.
+        Sum of the losses of all heads over the rows of a batch, averaged over the views of a sample, and loss and
+        accuracy of each head for the log. With rotated views a head is right when it tells class and rotation.
 
         Args:
             results ([`~hf_selfkd.heads.HeadResults`]): of the batch.
@@ -252,11 +253,12 @@ class Layered(NoHeads):
             alpha (`float`): the weight of the past for the model itself.
 
         Returns:
-            `torch.FloatTensor`: a scalar.
+            `tuple`: a scalar `torch.FloatTensor`, and sums with their weights, by name.
         """
-        config, total, metrics = self.config, 0.0, []
+        config, total, terms = self.config, 0.0, {}
         teacher = rows[-1].logits if self.rotates else logits
         mask = labelled(rows[0].labels)
+        weight = mask.sum()
         for index, (part, own) in enumerate(zip(rows, targets, strict=True)):
             loss = torch.zeros((), device=mask.device)
             if config.hard_weight > 0:
@@ -267,9 +269,9 @@ class Layered(NoHeads):
             if results.features[index] is not None:
                 loss = loss + config.feature_weight * self._feature_loss(results, index, mask)
             total = total + loss
-            metrics += [loss.detach(), ((part.logits.detach().argmax(dim=-1) == part.labels) & mask).sum()]
-        self.sums = self.sums + torch.stack([mask.sum(), *metrics]).float()
-        return total / self.views
+            right = ((part.logits.detach().argmax(dim=-1) == part.labels) & mask).sum()
+            terms |= {f"head{index}_loss": (loss.detach(), weight), f"head{index}_accuracy": (right, weight)}
+        return total / self.views, terms
 
     def _label_loss(self, rows: Rows, targets: list[Target], alpha: float) -> torch.Tensor:
         if targets[0].soft_targets is None or alpha == 0:
@@ -283,18 +285,6 @@ class Layered(NoHeads):
         distance = (adapted - deep).square().mean(dim=-1).reshape(-1)
         # Rows of a causal model stand where their predictions do, so the mask fits the positions as it is.
         return where_mask(distance, mask).sum()
-
-    def take_metrics(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """
-        Mean loss per row and accuracy of each head since the last call, of all processes; this waits for the device.
-        With rotated views a head is right when it tells class and rotation of a view.
-        """
-        if isinstance(self.sums, float):
-            return {}
-        rows, *metrics = reduce(self.sums).tolist()
-        self.sums = 0.0
-        names = [f"head{index}_{name}" for index in range(self.count) for name in ("loss", "accuracy")]
-        return {name: value / rows for name, value in zip(names, metrics, strict=True)} if rows else {}
 
 
 class HeadMetrics:

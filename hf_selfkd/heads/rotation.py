@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ..devices import to_device
 from .config import ROTATIONS
 
 
@@ -52,9 +53,25 @@ def rotate(images: torch.Tensor, rotations: np.ndarray) -> torch.Tensor:
         )
     count = rotations.shape[1]
     views = images.repeat_interleave(count, dim=0)
+    if images.device.type == "xla":
+        return _select(views, to_device(torch.from_numpy(rotations), images.device).reshape(-1, 1, 1, 1))
     for quarter in range(1, ROTATIONS):
         rows = np.flatnonzero(rotations.reshape(-1) == quarter)
         if len(rows):
-            index = torch.from_numpy(rows).to(images.device, non_blocking=True)
+            index = to_device(torch.from_numpy(rows), images.device)
             views[index] = torch.rot90(images[index // count], quarter, dims=(-2, -1))
     return views
+
+
+def _select(views: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
+    """
+    The views turned, without an index: shapes that change with the data would be compiled anew in every step.
+
+    Args:
+        views (`torch.FloatTensor` of shape `[B * V, C, S, S]`): upright.
+        rotations (`torch.LongTensor` of shape `[B * V, 1, 1, 1]`): quarter turns of each.
+    """
+    turned = views
+    for quarter in range(1, ROTATIONS):
+        turned = torch.where(rotations == quarter, torch.rot90(views, quarter, dims=(-2, -1)), turned)
+    return turned

@@ -40,7 +40,11 @@ def lists_of_layers(model: nn.Module) -> list[dict[str, nn.Module]]:
 
 def _blocks(module: nn.Module) -> dict[str, nn.Module]:
     children = dict(module.named_children())
-    if isinstance(module, (nn.ModuleList, nn.Sequential)):
+    lists = isinstance(module, (nn.ModuleList, nn.Sequential))
+    if lists and children and all(isinstance(child, nn.ModuleList) for child in children.values()):
+        # Stages that are lists themselves, which nobody calls: their blocks, one after the other.
+        return {f"{i}.{j}": block for i, child in children.items() for j, block in _blocks(child).items()}
+    if lists:
         whole = all(any(True for _ in child.children()) for child in children.values())
         return children if children and whole else {}
     numbered = {name: child for name, child in children.items() if _NUMBERED.fullmatch(name)}
@@ -83,11 +87,13 @@ def _images(model: nn.Module, base: nn.Module, config: Any) -> torch.Tensor:
 
 def _words(config: Any) -> torch.Tensor:
     special = {getattr(config, f"{kind}_token_id", None) for kind in ("pad", "eos", "bos", "decoder_start")}
-    word = next(number for number in range(100) if number not in special)
+    size = getattr(config, "vocab_size", None) or 100
+    word = next((number for number in range(min(size, 100)) if number not in special), 0)
     # Without padding, models that classify by the last word take one sample only.
     words = torch.full((1 if getattr(config, "pad_token_id", None) is None else 2, 8), word)
-    if isinstance(getattr(config, "eos_token_id", None), int):
-        words[:, -1] = config.eos_token_id  # by which BART classifies
+    end = getattr(config, "eos_token_id", None)
+    if isinstance(end, int) and 0 <= end < size:
+        words[:, -1] = end  # by which BART classifies
     return words
 
 
@@ -96,7 +102,7 @@ def _sound(name: str | None, config: Any) -> tuple[int, ...] | None:
         return config.max_length, config.num_mel_bins
     if name == "input_values":
         return (16000,)
-    if name == "input_features" and getattr(config, "max_source_positions", None):
+    if name == "input_features" and getattr(config, "max_source_positions", None) and hasattr(config, "num_mel_bins"):
         return config.num_mel_bins, 2 * config.max_source_positions
     if name == "input_features" and getattr(config, "feature_projection_input_dim", None):
         return 64, config.feature_projection_input_dim
@@ -307,6 +313,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def training_once(model: nn.Module) -> Iterator[None]:
+    """Training mode with gradients, for one forward; modes, batch statistics and other buffers are put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    model.train()
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
 def _watch(model: nn.Module, names: list[str], others: list[str], inputs: dict[str, Any]) -> tuple[Any, Recorder]:
     recorder = Recorder(names, others)
     recorder.register(model)
@@ -375,12 +398,15 @@ def _evenly(called: list[str], layout: Layout, last: bool) -> list[str]:
 
 def _stage_ends(names: list[str], shapes: list[tuple[int, ...]]) -> list[str] | None:
     """The last layer of each stage of a hierarchical model; `None` if all layers are alike."""
+    parents = [name.rpartition(".")[0] for name in names]
+    if len(set(parents)) > 1:  # a list for each stage
+        return [name for i, name in enumerate(names) if parents[i] not in parents[i + 1 :]]
     if len(set(shapes)) == 1:
         return None
     if len(names) <= MANY:
         return names
-    targets = [shape[2:] if len(shape) == 4 else shape[1:-1] for shape in shapes]
-    return [name for i, name in enumerate(names) if i + 1 == len(names) or targets[i] != targets[i + 1]]
+    sides = [shape[2:] if len(shape) == 4 else shape[1:-1] for shape in shapes]
+    return [name for i, name in enumerate(names) if i + 1 == len(names) or sides[i] != sides[i + 1]]
 
 
 def named(layer: int | str, names: list[str], model: nn.Module) -> str:

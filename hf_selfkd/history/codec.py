@@ -60,3 +60,12 @@ class Codec:
             log_probs = log_probs - (total if self.top_k is None else total.clamp_min(0))
         index = None if self.top_k is None else parts["index"].long()
         return SoftTargets(log_probs, mask, index, self.tail, classes=self.num_classes)
+
+    def probabilities(self, soft_targets: SoftTargets) -> torch.Tensor:
+        """Of all classes, `[R, C]`; the mass that entries lack is spread evenly over the other classes."""
+        probs = soft_targets.log_probs.exp()
+        if soft_targets.index is None:
+            return probs
+        rest = (1 - probs.sum(-1, keepdim=True)).clamp_min(0)
+        even = rest / max(self.num_classes - self.top_k, 1)
+        return even.expand(-1, self.num_classes).scatter(-1, soft_targets.index, probs)

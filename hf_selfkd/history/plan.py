@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from ..config import SelfKDConfig
+from ..config import MethodArguments
 from .codec import Codec
 
 
@@ -24,23 +24,32 @@ class Plan:
     place: str
     num_bytes: int
     num_rows: int
+    max_bytes: int
 
 
 def plan_history(
-    config: SelfKDConfig, num_rows: int, num_classes: int, device: torch.device, folder: str | Path
+    config: MethodArguments,
+    num_rows: int,
+    num_classes: int,
+    device: torch.device,
+    folder: str | Path,
+    local_processes: int = 1,
 ) -> Plan:
     """
     Choose how and where to keep a history, or refuse it.
 
     Args:
-        config ([`SelfKDConfig`]): its `history_*` fields.
-        num_rows (`int`): rows of all samples together.
+        config ([`MethodArguments`]): its `history_*` fields.
+        num_rows (`int`): rows of all samples together; for tokens an estimate.
         num_classes (`int`): classes of a row.
         device (`torch.device`): where the model is.
         folder (`str` or `Path`): where `history_device="disk"` keeps its files.
+        local_processes (`int`, *optional*, defaults to 1):
+            processes of this node: in the memory of the host each of them holds a table, on disk they share one.
 
     Returns:
-        [`Plan`]: with `num_bytes` for both the table and the journals of one epoch.
+        [`Plan`]: with `num_bytes` for both the table and the journals of one epoch, and the `max_bytes` that they may
+        take.
 
     Raises:
         ValueError: if `history_top_k` exceeds the classes, or more bytes are needed than allowed.
@@ -60,10 +69,12 @@ def plan_history(
     if dtype == "auto":
         dtype = "float32" if small else "float16"
     codec = Codec(num_classes, getattr(torch, dtype), None if whole else top_k, config.history_tail)
-    num_bytes = generations * num_rows * codec.row_bytes
     place = config.history_device
     if place == "auto":
-        place = "accelerator" if num_bytes <= SMALL else "disk"
+        place = "accelerator" if generations * num_rows * codec.row_bytes <= SMALL else "disk"
+    if place == "cpu" or (place == "accelerator" and device.type == "cpu"):
+        generations = local_processes + 1
+    num_bytes = generations * num_rows * codec.row_bytes
     limit = (
         config.history_max_bytes if config.history_max_bytes is not None else _free_bytes(place, device, folder) // 2
     )
@@ -78,7 +89,16 @@ def plan_history(
             f"the history of {num_rows} rows x {num_classes} classes needs {num_bytes} bytes on {place!r} and may "
             f"take {limit} (history_max_bytes): {remedy}, or raise history_max_bytes."
         )
-    return Plan(codec, place, num_bytes, num_rows)
+    return Plan(codec, place, num_bytes, num_rows, limit)
+
+
+def too_many_rows(rows: str, codec: Codec, num_bytes: int, max_bytes: int) -> ValueError:
+    """What to say when the samples turned out to have more rows than the plan allowed for."""
+    return ValueError(
+        f"the samples turned out to have {rows}, whose history needs {num_bytes} bytes and may take "
+        f"{max_bytes} (history_max_bytes): set a history_top_k below {codec.top_k or codec.num_classes}, "
+        "history_dtype='float16' or history_device='disk', use teacher='snapshot', or raise history_max_bytes."
+    )
 
 
 def _free_bytes(place: str, device: torch.device, folder: str | Path) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 from ..models import base_model, forward_owner, is_stock, takes
 from ..tasks.base import Task
 from .chunked_cross_entropy import ChunkedCrossEntropy
-from .hard import CrossEntropy, ModelLoss, UserLoss
+from .hard import CrossEntropy, ModelLoss, SmoothedLoss, UserLoss
 
 
 # Classes of transformers whose loss is not (only) the mean cross-entropy of their rows, though their names say so.
@@ -24,6 +24,7 @@ def choose_hard_loss(
     temperature: float = 1.0,
     chunked: bool = False,
     function: Callable[..., torch.Tensor] | None = None,
+    smoother: Callable[..., torch.Tensor] | None = None,
 ) -> CrossEntropy:
     """
     Choose the hard loss of a run.
@@ -33,18 +34,19 @@ def choose_hard_loss(
         asked (`str`, *optional*): the field `hard_loss` of the arguments.
         temperature (`float`, *optional*): of the soft part.
         chunked (`bool`, *optional*): whether the logits of all tokens must not be held.
-        function (`Callable`, *optional*): `compute_loss_func` or the label smoother of the trainer.
+        function (`Callable`, *optional*): `compute_loss_func` of the trainer.
+        smoother (`Callable`, *optional*): its label smoother, which a loss of the user's own takes the place of.
 
     Raises:
         ValueError: if the choices contradict each other.
     """
-    if function is not None:
+    if function is not None or smoother is not None:
         if chunked:
             raise ValueError(
                 "chunked_logits=True needs plain cross-entropy as the hard loss, and this run has one of its own: set "
                 "it to False."
             )
-        return UserLoss(task, temperature, function)
+        return SmoothedLoss(task, temperature, smoother) if function is None else UserLoss(task, temperature, function)
     kind = hard_loss_kind(task) if asked == "auto" else asked
     if kind == "unshifted":
         raise ValueError(
@@ -66,27 +68,21 @@ def choose_hard_loss(
 def hard_loss_kind(task: Task) -> str:
     """
     What the class of a model tells of its loss: `"cross_entropy"` (a class of transformers for this task),
-    `"unchecked"` (no loss of its own, or none of the rows that a task of one's own makes), `"additive"` (cross-entropy
-    and further terms), `"unshifted"` (a causal model that learns to copy) or `"model"` (of unknown make).
+    `"unchecked"` (no loss of its own, or a task of the user's), `"additive"` (cross-entropy and further terms),
+    `"unshifted"` (a causal model that learns to copy) or `"model"` (of unknown make).
     """
     model = task.model
     if not any(takes(model, name) for name in task.label_names):
         return "unchecked"
     if not is_stock(model) or hasattr(model, "_loss_function") or _patched(model):
         return "model"
+    if not type(task).__module__.startswith("hf_selfkd."):
+        return "unchecked"  # the task is the user's own, and its rows tell the loss
     if type(model).__name__.startswith(OTHER_LOSSES):
         return "model"
-    if not _has_known_rows(task):
-        return "unchecked"
-    if task.shifts_labels and not _shifts(model):
+    if type(task).shifts_labels and not _shifts(model):
         return "unshifted"
     return "additive" if _balances_experts(model) else "cross_entropy"
-
-
-def _has_known_rows(task: Task) -> bool:
-    """Whether the rows of a task are made here; of rows that a user's task makes, transformers computes no loss."""
-    owner = next(cls for cls in type(task).__mro__ if "rows" in vars(cls))
-    return owner.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def _shifts(model: nn.Module) -> bool:
@@ -97,10 +93,13 @@ def _shifts(model: nn.Module) -> bool:
 
 def _patched(model: nn.Module) -> bool:
     """Whether somebody has replaced the forward of this very object by a function of another make."""
-    own = vars(base_model(model)).get("forward")
-    original = inspect.unwrap(own) if own is not None else None
-    forward = inspect.unwrap(forward_owner(model).forward)  # as deep as the one above: decorators of the class are off
-    return original is not None and getattr(original, "__func__", original) is not forward
+    held = vars(base_model(model))
+    # Accelerate wraps the forward for autocast and for models that are spread over devices, and keeps the original.
+    own = held.get("_original_forward", held.get("_old_forward", held.get("forward")))
+    if own is None:
+        return False
+    function = inspect.unwrap(own)  # which may end at a method of the object
+    return getattr(function, "__func__", function) is not inspect.unwrap(forward_owner(model).forward)
 
 
 def _balances_experts(model: nn.Module) -> bool:

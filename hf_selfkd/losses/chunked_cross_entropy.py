@@ -39,6 +39,7 @@ class ChunkedCrossEntropy(CrossEntropy):
             )
         ChunkedHead(task.wrapped).remove()  # refuses what does not fit
         self.head: ChunkedHead | None = None
+        self.num_classes = task.model.get_output_embeddings().weight.shape[0]
         self.work: ChunkedRows | None = None
 
     def open(self) -> None:

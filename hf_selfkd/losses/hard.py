@@ -62,6 +62,8 @@ class CrossEntropy:
     """
 
     plain = True
+    shows_labels = False  # whether the model must be shown labels
+    num_classes: int | None = None  # of the rows, where the outputs will not tell
 
     def __init__(self, task: Task, temperature: float = 1.0, check: bool = False):
         self.task, self.temperature, self.check = task, temperature, check
@@ -139,6 +141,7 @@ class ModelLoss(CrossEntropy):
     """
 
     plain = False
+    shows_labels = True
 
     def __init__(self, task: Task, temperature: float = 1.0, additive: bool = False):
         super().__init__(task, temperature)
@@ -195,13 +198,15 @@ class ModelLoss(CrossEntropy):
 
 class UserLoss(ModelLoss):
     """
-    A loss of the user's (`compute_loss_func`) or label smoothing, which both take the outputs of a model that was run
-    without labels; the loss gives way as a whole.
+    A loss of the user's (`compute_loss_func`), which takes the outputs of a model that was run without labels; the
+    loss gives way as a whole.
 
     Args:
         task, temperature: as for [`CrossEntropy`].
         function (`Callable`): `function(outputs, labels, num_items_in_batch=...)`, labels as the batch has them.
     """
+
+    shows_labels = False
 
     def __init__(self, task: Task, temperature: float, function: Callable[..., torch.Tensor]):
         super().__init__(task, temperature)
@@ -219,9 +224,20 @@ class UserLoss(ModelLoss):
 
     def __call__(self, outputs: Any, rows: Rows, targets: list[Target], alpha: float, num_items: Any) -> Losses:
         given, self.given = self.given, None
-        labels = [given] + [target.labels.view(given.shape) for target in targets[1:]]
+        labels = self.labels_for(given, targets)
         hard = [self.function(outputs, part, num_items_in_batch=num_items) for part in labels]
         return self.joined(weighted(hard, targets), rows, targets, alpha, num_items)
+
+    def labels_for(self, given: torch.Tensor, targets: list[Target]) -> list[torch.Tensor]:
+        """The labels of each target as the function takes them: those of the batch, and those of mixed partners."""
+        return [given] + [target.labels.view(given.shape) for target in targets[1:]]
+
+
+class SmoothedLoss(UserLoss):
+    """Label smoothing of the Trainer, which compares predictions with the labels where they stand."""
+
+    def labels_for(self, given: torch.Tensor, targets: list[Target]) -> list[torch.Tensor]:
+        return [target.labels.view(given.shape) for target in targets]
 
 
 def upright_labels(batch: Batch) -> torch.Tensor:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from .by_chunks import by_chunks
 from .entries import StoredEntries, learned_probs
-from .soft import soft_cross_entropy
+from .soft import soft_losses
 from .soft_targets import (
     CHUNK_ABOVE,
     RowLosses,
     SoftTargets,
+    Tail,
     chunks,
     distilled_rows,
     labelled,
@@ -34,8 +36,8 @@ def progressive_cross_entropy(
 
     Hard and soft part are kept apart, so that a poisoned past row cannot reach a row that does not learn from it, and
     a row without a past costs its hard cross-entropy (with whole rows: to the bit). At temperature 1 both come from
-    one pass over the logits with a backward of its own; with stored entries or many rows, nothing but the gradient is
-    as large as the logits.
+    one pass over the logits with a backward of its own. With stored entries or many rows, nothing but the gradient is
+    as large as the logits, at any temperature.
 
     Args:
         logits (`torch.FloatTensor` of shape `[R, C]`): present scores.
@@ -58,13 +60,26 @@ def progressive_cross_entropy(
         function, parts = StoredEntries, (log_probs, soft_targets.index, soft_targets.tail)
     if temperature == 1.0:
         return RowLosses(*function.apply(logits, normalized, labels, distilled, alpha, *parts), distilled)
+    past = (log_probs, soft_targets.mask if distilled is None else distilled, soft_targets.index)
+    softened = partial(_softened_losses, alpha, temperature, soft_targets.tail)
+    return RowLosses(*by_chunks(softened, logits, labels, distilled, *past), distilled)
+
+
+def _softened_losses(
+    alpha: float,
+    temperature: float,
+    tail: Tail,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    distilled: torch.Tensor | None,
+    *past: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Total, hard and soft losses of rows at a temperature other than 1."""
     logits = logits.float()  # once, so that both parts of the gradient are added in float32
     hard = F.cross_entropy(logits, labels, reduction="none")
-    if distilled is not None:
-        soft_targets = replace(soft_targets, mask=distilled)
-    soft = where_mask(soft_cross_entropy(logits, soft_targets, temperature, labels), distilled)
+    soft = where_mask(soft_losses(temperature, tail, logits, labels, *past)[0], distilled)
     total = where_mask((1 - alpha) * hard + alpha * soft, distilled, hard)
-    return RowLosses(total, hard.detach(), soft.detach(), distilled)
+    return total, hard.detach(), soft.detach()
 
 
 def _dense_losses(

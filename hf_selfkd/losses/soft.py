@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from .by_chunks import by_chunks
 from .entries import entries_and_tail
-from .soft_targets import LOG_ZERO, SoftTargets, chunks, label_entries, log_softmax
+from .soft_targets import LOG_ZERO, SoftTargets, Tail, chunks, label_entries, log_softmax
 
 
 def _log_rest(log_probs: torch.Tensor) -> torch.Tensor:
@@ -68,14 +70,28 @@ def soft_cross_entropy(
     Returns:
         `torch.FloatTensor` of shape `[R]`: in nats, float32; 0 where `past.mask` is false.
     """
-    present, stored, others = F.log_softmax(logits.float() / temperature, dim=-1), soft_targets.log_probs, 0
+    past = (soft_targets.log_probs, soft_targets.mask, soft_targets.index)
+    return by_chunks(partial(soft_losses, temperature, soft_targets.tail), logits, labels, *past)[0]
+
+
+def soft_losses(
+    temperature: float,
+    tail: Tail,
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    log_probs: torch.Tensor,
+    mask: torch.Tensor,
+    index: torch.Tensor | None,
+) -> tuple[torch.Tensor]:
+    """What [`soft_cross_entropy`] gives, of rows that are few or a chunk of them."""
+    present, stored, others = F.log_softmax(logits.float() / temperature, dim=-1), log_probs, 0
     present = present.clamp_min(LOG_ZERO)
-    if soft_targets.index is not None:
-        present, stored, others = _columns(present, soft_targets, labels)
+    if index is not None:
+        present, stored, others = _columns(present, SoftTargets(log_probs, mask, index, tail), labels)
     target = _soften(stored.detach(), temperature, others).exp()
     # The target and not only the result: its gradient would be 0 * NaN.
-    target = target.masked_fill(~soft_targets.mask.unsqueeze(-1), 0.0)
-    return -(target * present).sum(dim=-1) * temperature**2
+    target = target.masked_fill(~mask.unsqueeze(-1), 0.0)
+    return (-(target * present).sum(dim=-1) * temperature**2,)
 
 
 def divergence(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from .arrays import IGNORED_LABEL
 from .calibration import (
-    IGNORED_LABEL,
     ClassificationMetrics,
     ReliabilityCurve,
     RiskCoverageCurve,
@@ -19,6 +19,7 @@ from .translation import TranslationMetrics, compute_translation_metrics
 
 __all__ = [
     "IGNORED_LABEL",
+    "LOWER_IS_BETTER",
     "ClassificationMetrics",
     "ReliabilityCurve",
     "RiskCoverageCurve",
@@ -28,17 +29,26 @@ __all__ = [
     "compute_classification_metrics",
     "compute_translation_metrics",
     "evaluate_module_path",
+    "is_lower_better",
     "reliability_curve",
     "risk_coverage_curve",
     "row_scores",
 ]
 
 
+# Metrics of an evaluation; the stock Trainer itself knows that losses are better when lower.
 LOWER_IS_BETTER = ("nll", "brier", "ece", "ece_15", "aurc", "eaurc", "token_nll", "token_ece", "perplexity")
 
 
 def is_lower_better(name: str) -> bool:
-    """Whether a metric of this package is better when lower, whatever stands before its name."""
+    """
+    Whether a metric of this package is better when lower.
+
+    Args:
+        name (`str`):
+            Such as `"ece"`, with or without what a `Trainer` puts before it: `"eval_ece"`, `"test_head0_nll"`,
+            `"eval_<name of the dataset>_token_ece"`.
+    """
     return any(name == own or name.endswith(f"_{own}") for own in LOWER_IS_BETTER)
 
 

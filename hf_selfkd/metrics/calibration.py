@@ -6,13 +6,19 @@ of those. So rows are scored a chunk at a time, and `batch_eval_metrics` keeps n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from .arrays import IGNORED_LABEL, classified_rows
 
-IGNORED_LABEL = -100
+
+logger = logging.getLogger(__name__)
+
+METRICS = ("accuracy", "top5_accuracy", "nll", "brier", "ece", "ece_15", "aurc", "eaurc")
 
 _CHUNK_VALUES = 2**22  # float64 values held at once while rows are scored: 32 MiB an array
 
@@ -20,7 +26,9 @@ _SUM_TOLERANCE = 3e-3  # bfloat16 rounds each entry of a row by up to 2**-9 of i
 
 
 class RowScores(NamedTuple):
-    """What the figures need to know of each of R labelled rows.
+    """What the metrics need to know of each of R labelled rows.
+
+    A row whose predictions hold NaN or +inf, or nothing but -inf, has NaN in place of all numbers.
 
     Attributes:
         confidence (`np.ndarray` of shape `[R]`):
@@ -91,16 +99,21 @@ class RiskCoverageCurve(NamedTuple):
 
 
 def calibration_metrics(predictions: Any, labels: Any, from_logits: bool = True) -> dict[str, float]:
-    """Accuracy, likelihood, calibration and ranking figures of a classifier.
+    """Accuracy, likelihood, calibration and ranking of a classifier.
 
     Args:
         predictions (`np.ndarray`, `torch.Tensor` or `tuple` of them, of shape `[R, C]` or `[B, L, C]`):
-            Logits, of any float dtype; of a tuple (a `Trainer` hands out several model outputs so) the first is taken.
-        labels (`np.ndarray` or `torch.Tensor` of integers, of shape `[R]` or `[B, L]`):
-            Class indices; rows labelled -100 are left out. Causal language models: shift them yourself.
+            Logits, of any float dtype, on any device; -inf is probability 0. Of a tuple (a `Trainer` hands out several
+            model outputs so) the first that is not `None` is taken. With two classes also `[R]` or `[R, 1]`: the logit
+            (of a sigmoid) or the probability of class 1. With `eval_do_concat_batches=False` a `list` of all this, one
+            a batch, whose shapes may differ.
+        labels (`np.ndarray` or `torch.Tensor` of integers, of shape `[R]`, `[R, 1]` or `[B, L]`):
+            Class indices, or a `list` of them, one a batch; rows labelled -100 are left out. Causal language models:
+            shift them yourself.
         from_logits (`bool`, *optional*, defaults to `True`):
             `False` if `predictions` are probabilities. A probability of exactly 0 then counts as the smallest normal
-            number of its dtype (float32: 87.3 nats), so that `nll` stays finite; logits have no such limit.
+            number of its dtype (float32: 87.3 nats), so that `nll` stays finite; logits have no such limit, and a
+            label whose logit is -inf makes `nll` infinite.
 
     Returns:
         `dict[str, float]`:
@@ -113,7 +126,7 @@ def calibration_metrics(predictions: Any, labels: Any, from_logits: bool = True)
 
     Raises:
         `ValueError`: shapes that do not match, fewer than two classes, no labelled row, labels that are not integers
-            in `[0, C)`, NaN or infinite predictions in a labelled row, or rows that are not probabilities.
+            in `[0, C)`, NaN, +inf or nothing but -inf in a labelled row, or rows that are not probabilities.
 
     Example:
         ```python
@@ -121,7 +134,7 @@ def calibration_metrics(predictions: Any, labels: Any, from_logits: bool = True)
         0.5
         ```
     """
-    return summary(row_scores(predictions, labels, from_logits))
+    return _metrics(_require_usable(row_scores(predictions, labels, from_logits)))
 
 
 def reliability_curve(predictions: Any, labels: Any, bins: int = 10, from_logits: bool = True) -> ReliabilityCurve:
@@ -133,7 +146,7 @@ def reliability_curve(predictions: Any, labels: Any, bins: int = 10, from_logits
     """
     if bins < 1:
         raise ValueError(f"bins: got {bins}; use at least 1 (10 as published).")
-    return _reliability(_require_rows(row_scores(predictions, labels, from_logits)), bins)
+    return _reliability(_require_usable(row_scores(predictions, labels, from_logits)), bins)
 
 
 def risk_coverage_curve(predictions: Any, labels: Any, from_logits: bool = True) -> RiskCoverageCurve:
@@ -146,11 +159,14 @@ def risk_coverage_curve(predictions: Any, labels: Any, from_logits: bool = True)
     Args:
         predictions, labels, from_logits: As for [`calibration_metrics`], with the same errors.
     """
-    return _risk_coverage(_require_rows(row_scores(predictions, labels, from_logits)))
+    return _risk_coverage(_require_usable(row_scores(predictions, labels, from_logits)))
 
 
 class ClassificationMetrics:
     """A `compute_metrics` callable for `Trainer` that returns [`calibration_metrics`], also batch by batch.
+
+    An evaluation without a labelled row, or with predictions that are no numbers, does not end the run: all metrics
+    are then NaN, with a warning.
 
     With `batch_eval_metrics=True` it keeps five numbers a row between calls instead of the logits. One instance serves
     one evaluation at a time; [`compute_classification_metrics`] is a ready one.
@@ -165,10 +181,10 @@ class ClassificationMetrics:
             eval_prediction (`EvalPrediction` or `(predictions, labels)`): One evaluation, or one batch of it.
             compute_result (`bool`, *optional*):
                 What `batch_eval_metrics=True` passes: `False` remembers the batch and returns `{}`, `True` (the last
-                batch) returns the figures over all batches. Left out, `eval_prediction` is a whole evaluation.
+                batch) returns the metrics over all batches. Left out, `eval_prediction` is a whole evaluation.
 
         Raises:
-            `ValueError`: as [`calibration_metrics`]; batches remembered so far are then dropped.
+            `ValueError`: for shapes and labels as [`calibration_metrics`]; batches remembered so far are then dropped.
         """
         batches, self._batches = self._batches, []
         if compute_result is None:
@@ -177,7 +193,7 @@ class ClassificationMetrics:
         if compute_result is False:
             self._batches = batches
             return {}
-        return summary(join_scores(batches))
+        return metrics_or_nan(join_scores(batches))
 
     def reset(self) -> None:
         """Forget remembered batches: call it after a `batch_eval_metrics` evaluation that was interrupted."""
@@ -188,21 +204,25 @@ compute_classification_metrics = ClassificationMetrics()
 
 
 def row_scores(predictions: Any, labels: Any, from_logits: bool = True) -> RowScores:
-    """Score every labelled row; arguments and errors as [`calibration_metrics`], but no labelled row is allowed."""
-    predictions, labels = _checked_arrays(predictions, labels)
+    """Score every labelled row; arguments and errors as [`calibration_metrics`], but there may be no labelled row, and
+    rows that are no numbers have NaN for scores."""
+    return join_scores(
+        scores
+        for rows, row_labels in classified_rows(predictions, labels, from_logits)
+        for scores in _score_chunks(rows, row_labels, from_logits)
+    )
+
+
+def _score_chunks(predictions: np.ndarray, labels: np.ndarray, from_logits: bool) -> Iterator[RowScores]:
     labelled = np.flatnonzero(labels != IGNORED_LABEL)
     step = max(1, _CHUNK_VALUES // predictions.shape[1])
-    chunks = [labelled[start : start + step] for start in range(0, max(1, len(labelled)), step)]
-    return join_scores(_score(predictions[rows], labels[rows], from_logits) for rows in chunks)
+    for start in range(0, max(1, len(labelled)), step):
+        rows = labelled[start : start + step]
+        yield _score(predictions[rows], labels[rows], from_logits)
 
 
 def _score(rows: np.ndarray, labels: np.ndarray, from_logits: bool) -> RowScores:
     """`rows` [R, C] and `labels` [R], all labelled -> the scores of one chunk."""
-    if not np.isfinite(rows).all():
-        raise ValueError(
-            "predictions: NaN or infinite values in a labelled row; find the step that made them, or mask classes "
-            "with a large negative number instead of -inf."
-        )
     index = np.arange(len(rows))
     if from_logits:
         probabilities, nll = _softmax(rows, labels)
@@ -215,18 +235,22 @@ def _score(rows: np.ndarray, labels: np.ndarray, from_logits: bool) -> RowScores
     probabilities[index, labels] -= 1
     brier = np.einsum("rc,rc->r", probabilities, probabilities)
     place = _place_of_label(rows, labels)
+    no_numbers = ~np.isfinite(rows.max(axis=1, initial=-np.inf))  # NaN and +inf win; -inf is left if there is no other
+    for values in (confidence, nll, brier):
+        values[no_numbers] = np.nan
     return RowScores(confidence, place == 0, place < 5, nll, brier)
 
 
 def _softmax(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities [R, C] and negative log-likelihood [R], float64, without overflow or log(0)."""
     shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=1, keepdims=True)
-    at_label = shifted[np.arange(len(labels)), labels]
-    probabilities = np.exp(shifted, out=shifted)
-    total = probabilities.sum(axis=1)
-    probabilities /= total[:, None]
-    return probabilities, np.log(total) - at_label
+    with np.errstate(invalid="ignore"):  # rows of NaN or infinite logits: the caller marks them
+        shifted -= shifted.max(axis=1, keepdims=True)
+        at_label = shifted[np.arange(len(labels)), labels]
+        probabilities = np.exp(shifted, out=shifted)
+        total = probabilities.sum(axis=1)
+        probabilities /= total[:, None]
+        return probabilities, np.log(total) - at_label
 
 
 def _place_of_label(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -236,9 +260,24 @@ def _place_of_label(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return ((rows > own) | ((rows == own) & earlier)).sum(axis=1)
 
 
-def summary(scores: RowScores) -> dict[str, float]:
-    """The figures of [`calibration_metrics`]."""
-    _require_rows(scores)
+def metrics_or_nan(scores: RowScores) -> dict[str, float]:
+    """The metrics of [`calibration_metrics`]; NaN, with a warning, where they cannot be computed."""
+    fault = _fault(scores)
+    if fault is None:
+        return _metrics(scores)
+    logger.warning(f"{fault} The metrics of this evaluation are NaN.")
+    return dict.fromkeys(METRICS, float("nan"))
+
+
+def perplexity(nll: float) -> float:
+    """`exp(nll)`, infinite where that is too large for a number."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
+
+
+def _metrics(scores: RowScores) -> dict[str, float]:
     curve = _risk_coverage(scores)
     return {
         "accuracy": float(scores.correct.mean()),
@@ -279,49 +318,24 @@ def join_scores(parts: Iterable[RowScores]) -> RowScores:
     return RowScores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _require_rows(scores: RowScores) -> RowScores:
-    if len(scores.correct) == 0:
-        raise ValueError(f"labels: none is a class (all are {IGNORED_LABEL}, or there are none); pass labelled rows.")
+def _require_usable(scores: RowScores) -> RowScores:
+    fault = _fault(scores)
+    if fault is not None:
+        raise ValueError(fault)
     return scores
 
 
-def _checked_arrays(predictions: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Predictions as floats [R, C] and labels as int64 [R], ignored rows included."""
-    if isinstance(predictions, tuple) and len(predictions) and np.ndim(predictions[0]) >= 2:
-        predictions = predictions[0]
-    predictions, labels = _as_array(predictions, "predictions"), _as_array(labels, "labels")
-    if predictions.ndim < 2 or labels.shape != predictions.shape[:-1]:
-        raise ValueError(
-            f"labels: shape {labels.shape} does not fit predictions of shape {predictions.shape}; pass predictions "
-            "[R, C] with class indices [R], or [B, L, C] with [B, L]."
+def _fault(scores: RowScores) -> str | None:
+    """Why metrics of these rows cannot be computed."""
+    if len(scores.correct) == 0:
+        return f"labels: none is a class (all are {IGNORED_LABEL}, or there are none); pass labelled rows."
+    bad = int(np.isnan(scores.confidence).sum())
+    if bad:
+        return (
+            f"predictions: NaN, +inf or nothing but -inf in {bad} of {len(scores.correct)} labelled rows; find the "
+            "step that made them."
         )
-    classes = predictions.shape[-1]
-    if classes < 2:
-        raise ValueError(f"predictions: {classes} class in the last dimension; pass one score per class, at least 2.")
-    if labels.size and labels.dtype.kind not in "iub":
-        raise ValueError(f"labels: dtype {labels.dtype} is not an integer type; pass class indices.")
-    labels = labels.reshape(-1).astype(np.int64)
-    outside = labels[(labels != IGNORED_LABEL) & ((labels < 0) | (labels >= classes))]
-    if outside.size:
-        raise ValueError(
-            f"labels: {outside[0]} is outside 0..{classes - 1}; check the number of classes, or use {IGNORED_LABEL} "
-            "for rows to leave out."
-        )
-    return predictions.reshape(-1, classes), labels
-
-
-def _as_array(values: Any, field: str) -> np.ndarray:
-    """A NumPy array of `values`; predictions become floats."""
-    if hasattr(values, "detach"):  # a tensor; asking so keeps torch from being imported here
-        values = values.detach().cpu()
-        values = values.float() if "bfloat16" in str(values.dtype) else values  # NumPy has no bfloat16
-    try:
-        array = np.asarray(values)
-        return array.astype(np.float64) if field == "predictions" and array.dtype.kind != "f" else array
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{field}: got {type(values).__name__} that is no array of numbers ({error}); pass one array or tensor."
-        ) from error
+    return None
 
 
 def _check_probabilities(rows: np.ndarray) -> None:

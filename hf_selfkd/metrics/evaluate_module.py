@@ -1,4 +1,4 @@
-"""The figures of [`~hf_selfkd.metrics.calibration_metrics`] as an `evaluate.Metric`, loaded without a network.
+"""The metrics of [`~hf_selfkd.metrics.calibration_metrics`] as an `evaluate.Metric`, loaded without a network.
 
 `evaluate.load(hf_selfkd.metrics.evaluate_module_path())` copies this one file into the cache of `evaluate` and imports
 it from there; hence absolute imports only, and only one metric class in the module's namespace. It is a module of its
@@ -8,12 +8,11 @@ own because `import evaluate` takes seconds, which `hf_selfkd.metrics` must not 
 from itertools import chain
 from typing import Any
 
-import datasets
-
 from hf_selfkd.metrics import calibration_metrics
 
 
 try:
+    import datasets
     import evaluate
 except ImportError as error:
     raise ImportError('CalibrationMetric needs the package evaluate: pip install "hf_selfkd[evaluate]".') from error
@@ -26,7 +25,8 @@ the risk-coverage curve, accuracy. Definitions as published with PS-KD (https://
 """
 _INPUTS = """
 Args:
-    predictions (`[R, C]` or `[B, L, C]` floats): logits; L may differ between sequences.
+    predictions (`[R, C]` or `[B, L, C]` floats): logits; L may differ between sequences. With two classes also `[R]`
+        or `[R, 1]`: the logit or the probability of class 1.
     references (`[R]` or `[B, L]` integers): class indices, -100 = left out.
     from_logits (`bool`, *optional*, defaults to `True`): `False` if the predictions are probabilities.
 Returns:
@@ -46,17 +46,17 @@ class CalibrationMetric(evaluate.Metric):
     """[`~hf_selfkd.metrics.calibration_metrics`] with the `add`, `add_batch`, `compute` interface of `evaluate`.
 
     Args:
-        config_name (`str`, *optional*): Name of the one figure to return, such as `"ece"`. All by default.
+        config_name (`str`, *optional*): Name of the one metric to return, such as `"ece"`. All by default.
         **kwargs: Those of `evaluate.Metric`; predictions are stored on disk unless `keep_in_memory=True`.
 
     Raises:
-        `ValueError`: an unknown figure; from `compute`, the errors of `calibration_metrics`.
+        `ValueError`: an unknown metric; from `compute`, the errors of `calibration_metrics`.
     """
 
     def _info(self) -> evaluate.MetricInfo:
         if self.config_name not in ("default", *_METRICS):
             raise ValueError(
-                f"config_name: {self.config_name!r} is no figure; use one of {', '.join(_METRICS)}, or none for all."
+                f"config_name: {self.config_name!r} is no metric; use one of {', '.join(_METRICS)}, or none for all."
             )
         row, label = datasets.Sequence(datasets.Value("float64")), datasets.Value("int64")
         return evaluate.MetricInfo(
@@ -66,6 +66,7 @@ class CalibrationMetric(evaluate.Metric):
             features=[
                 datasets.Features({"predictions": row, "references": label}),
                 datasets.Features({"predictions": datasets.Sequence(row), "references": datasets.Sequence(label)}),
+                datasets.Features({"predictions": datasets.Value("float64"), "references": label}),
             ],
             reference_urls=["https://arxiv.org/abs/2006.12000"],
         )

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from typing import Any
 
 import numpy as np
 
-from .calibration import IGNORED_LABEL, RowScores, join_scores, row_scores, summary
+from .arrays import IGNORED_LABEL, as_array, first_output, split_batches
+from .calibration import RowScores, join_scores, metrics_or_nan, perplexity, row_scores
+
+
+logger = logging.getLogger(__name__)
 
 
 class TranslationMetrics:
     """A `compute_metrics` callable for `Seq2SeqTrainer`; [`compute_translation_metrics`] makes one.
+
+    Sentences whose labels are all -100 have no reference and are left out of BLEU and chrF. Metrics that cannot be
+    computed, for want of any label for instance, are NaN, with a warning.
 
     Attributes:
         signatures (`dict[str, str]`):
@@ -37,56 +46,61 @@ class TranslationMetrics:
         batches, self._batches = self._batches, []
         if compute_result is None:
             batches = []
-        batch = self._read(eval_prediction[0], eval_prediction[1])
-        if batches and type(batches[0]) is not type(batch):
-            raise ValueError("predictions: token ids in one batch and logits in another; pass one kind.")
-        batches.append(batch)
+        for predictions, labels in split_batches(eval_prediction[0], eval_prediction[1], label_dimensions=2):
+            batches.append(self._read(first_output(predictions, labels), labels))
+            if type(batches[0]) is not type(batches[-1]):
+                raise ValueError("predictions: token ids in one batch and logits in another; pass one kind.")
         if compute_result is False:
             self._batches = batches
             return {}
-        if isinstance(batch, RowScores):
-            metrics = summary(join_scores(batches))
-            return {f"token_{name}": metrics[name] for name in ("nll", "ece", "accuracy")}
+        if isinstance(batches[0], RowScores):
+            metrics = metrics_or_nan(join_scores(batches))
+            tokens = {f"token_{name}": metrics[name] for name in ("nll", "ece", "accuracy")}
+            return tokens | {"perplexity": perplexity(metrics["nll"])}
         return self._scores(*([item for part in column for item in part] for column in zip(*batches, strict=True)))
 
     def reset(self) -> None:
         """Forget remembered batches: call it after a `batch_eval_metrics` evaluation that was interrupted."""
         self._batches = []
 
-    def _read(self, predictions: Any, labels: Any) -> RowScores | tuple[list[str], list[str], list[int]]:
-        """Scores of the tokens, or translations with references and lengths."""
-        if isinstance(predictions, tuple) and len(predictions) and np.ndim(predictions[0]) >= 2:
-            predictions = predictions[0]
-        if np.ndim(predictions) == 3:
-            return row_scores(predictions, labels)
-        predictions, labels = _token_ids(predictions, "predictions"), _token_ids(labels, "labels")
+    def _read(self, predictions: Any, labels: Any) -> RowScores | tuple[list[str], list[str | None], list[int]]:
+        """Scores of the tokens, or translations with references (`None` where there is none) and lengths."""
+        array = as_array(predictions, "predictions")
+        if array.ndim == 3:
+            return row_scores(array, labels)
+        predictions, labels = _token_ids(array, "predictions"), _token_ids(labels, "labels")
         if len(predictions) != len(labels):
             raise ValueError(f"labels: {len(labels)} rows for {len(predictions)} predictions; pass one for each.")
-        if len(predictions) == 0:
-            raise ValueError("predictions: no rows; pass at least one translation.")
         tokenizer = getattr(self._processing_class, "tokenizer", self._processing_class)  # that of a processor
         special = np.array([IGNORED_LABEL, *getattr(tokenizer, "all_special_ids", [])])
         lengths = (~np.isin(predictions, special)).sum(axis=1)
-        return self._decode(predictions), self._decode(labels), lengths.tolist()
+        references = zip(self._decode(labels), (labels != IGNORED_LABEL).any(axis=1), strict=True)
+        return self._decode(predictions), [text if known else None for text, known in references], lengths.tolist()
 
     def _decode(self, ids: np.ndarray) -> list[str]:
         rows = [row[row != IGNORED_LABEL].tolist() for row in ids]  # no tokenizer knows -100
         return [text.strip() for text in self._processing_class.batch_decode(rows, skip_special_tokens=True)]
 
-    def _scores(self, translations: list[str], references: list[str], lengths: list[int]) -> dict[str, float]:
+    def _scores(self, translations: list[str], references: list[str | None], lengths: list[int]) -> dict[str, float]:
         try:
             from sacrebleu.metrics import BLEU, CHRF
         except ImportError as error:
             raise ImportError('sacrebleu is not installed: pip install "hf_selfkd[translation]"') from error
+        known = [index for index, reference in enumerate(references) if reference is not None]
+        if not known:
+            told = f"labels: none of {len(references)} rows has a token (all are {IGNORED_LABEL}); pass references."
+            logger.warning(f"{told} The metrics of this evaluation that need them are NaN.")
+        translations, references = [translations[index] for index in known], [references[index] for index in known]
         metrics = {}
         for name, metric in (("bleu", BLEU(tokenize=self._bleu_tokenizer)), ("chrf", CHRF())):
-            metrics[name] = float(metric.corpus_score(translations, [references]).score)
-            self.signatures[name] = str(metric.get_signature())
-        return metrics | {"gen_len": float(np.mean(lengths))}
+            metrics[name] = float(metric.corpus_score(translations, [references]).score) if known else math.nan
+            if known:
+                self.signatures[name] = str(metric.get_signature())
+        return metrics | {"gen_len": float(np.mean(lengths)) if lengths else math.nan}
 
 
 def compute_translation_metrics(processing_class: Any, bleu_tokenizer: str = "13a") -> TranslationMetrics:
-    """Figures of a translation model, for `compute_metrics` of `Seq2SeqTrainer`.
+    """Metrics of a translation model, for `compute_metrics` of `Seq2SeqTrainer`.
 
     Args:
         processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`): What decodes the token ids.
@@ -98,8 +112,8 @@ def compute_translation_metrics(processing_class: Any, bleu_tokenizer: str = "13
         - of generated token ids `[B, L]` (`predict_with_generate=True`): `bleu` and `chrf`, sacrebleu's corpus scores
           (0 to 100) against the decoded labels, and `gen_len`, the mean number of tokens that are not special ones;
         - of logits `[B, L, V]`: `token_nll`, `token_ece` (per cent, 10 bins) and `token_accuracy` of
-          [`calibration_metrics`] over the tokens whose label is not -100. Nothing is shifted: the decoder's inputs
-          already are.
+          [`calibration_metrics`] over the tokens whose label is not -100, and `perplexity`. Nothing is shifted: the
+          decoder's inputs already are.
 
         -100 and padding are left out. The references are what the tokenizer makes of the labels: a text cut at the
         maximum length, or characters unknown to the tokenizer, are lost from them as well.
@@ -107,7 +121,7 @@ def compute_translation_metrics(processing_class: Any, bleu_tokenizer: str = "13
     Raises:
         `ImportError`: sacrebleu is missing (when BLEU is first computed).
         `ValueError`: `processing_class` cannot decode; predictions of other shapes; the errors of
-            [`calibration_metrics`].
+            [`calibration_metrics`] about shapes and labels.
 
     Example:
         ```python
@@ -121,7 +135,7 @@ def compute_translation_metrics(processing_class: Any, bleu_tokenizer: str = "13
 
 def _token_ids(values: Any, field: str) -> np.ndarray:
     """Token ids as an array [B, L] of integers."""
-    ids = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+    ids = as_array(values, field)
     if ids.ndim != 2 or (ids.size and ids.dtype.kind not in "iu"):
         raise ValueError(
             f"{field}: shape {ids.shape} and dtype {ids.dtype} are no token ids; pass integers [B, L] "

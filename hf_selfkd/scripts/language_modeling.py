@@ -89,7 +89,7 @@ def settle_masking(
     if training_args.teacher == "auto" and not training_args.history_trace:
         training_args.teacher = "snapshot"
         logger.info("Masks change from epoch to epoch: teacher=snapshot. For the history, give --fixed_masking.")
-    elif training_args.teacher_kind == "history":
+    elif training_args.teacher in ("history", "auto"):
         raise ValueError(
             "--teacher history stores predictions of tokens that are not masked in the next epoch: give "
             "--fixed_masking, or --teacher snapshot."
@@ -330,7 +330,7 @@ class TokenScores:
             logits, labels = logits[:, :-1], labels[:, 1:]
         known = labels != NO_LABEL
         logits = logits[known].float()
-        own = logits.gather(-1, labels[known, None])[:, 0]
+        own = logits.gather(-1, labels[known][:, None])[:, 0]
         total, (largest, best) = logits.logsumexp(dim=-1), logits.max(dim=-1)
         scores = torch.full((*labels.shape, 3), float(NO_LABEL), device=logits.device)
         scores[known] = torch.stack([total - own, (largest - total).exp(), (best == labels[known]).float()], dim=-1)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..batch import Batch, BatchRecord, Mixing
+from ..devices import to_device
 from ..models import base_model, logits_of, num_classes_of
 from ..samples import SampleIndex, sample_index
 from .rows import Rows
@@ -20,8 +21,6 @@ class Task:
 
     A new task is a subclass: [`~Task.matches`] says which models the task is for, [`~Task.rows`] turns logits and
     labels into rows. Give the class to the trainer (`SelfKDTrainer(..., task=MyTask)`), or add a line to `TASKS`.
-    The hard loss of a model of transformers is then the cross-entropy of these rows. A class of model of one's own
-    keeps the loss that it computes, unless `hard_loss="cross_entropy"` is asked for.
 
     Args:
         model (`nn.Module`): the model, in any wrapper.
@@ -80,7 +79,7 @@ class Task:
         mixing = None
         if record.partner is not None:
             weight = torch.tensor(record.weight, dtype=torch.float32, device=labels.device)
-            mixing = Mixing(record.partner.to(labels.device, non_blocking=True), weight)
+            mixing = Mixing(to_device(record.partner, labels.device), weight)
         return Batch(inputs, labels, name, record.ids, samples, mixing)
 
     def accepts(self, inputs: dict[str, Any]) -> bool:

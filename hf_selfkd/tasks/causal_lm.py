@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..models import classes_of, is_encoder_decoder
+from ..models import classes_of, is_encoder_decoder, logits_of, virtual_tokens_of
 from ..samples import IGNORE_INDEX
 from .sample_classification import named
 from .token_classification import TokenClassification
@@ -23,12 +25,21 @@ class CausalLM(TokenClassification):
     mappings = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
     suffixes = ("ForCausalLM", "LMHeadModel")
 
+    def __init__(self, model: nn.Module, label_names: tuple[str, ...] = ("labels",)):
+        super().__init__(model, label_names)
+        self.virtual = virtual_tokens_of(self.wrapped)
+        self.shifts_labels = self.virtual == 0  # the last virtual token predicts the first label
+
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
         return not is_encoder_decoder(model) and named(model, classes_of(*cls.mappings), cls.suffixes)
 
+    def logits(self, outputs: Any, has_loss: bool) -> torch.Tensor:
+        logits = logits_of(outputs, has_loss)
+        return logits[:, self.virtual - 1 : -1] if self.virtual and logits.dim() == 3 else logits
+
     def row_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        return next_tokens(labels).reshape(-1)
+        return (next_tokens(labels) if self.shifts_labels else labels).reshape(-1)
 
 
 def next_tokens(labels: torch.Tensor) -> torch.Tensor:

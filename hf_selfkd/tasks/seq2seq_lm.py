@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..batch import Batch
-from ..models import classes_of, decoder_input_ids, is_encoder_decoder, takes
+from ..models import classes_of, decoder_input_ids, drops_cache, is_encoder_decoder
 from .sample_classification import named
 from .token_classification import TokenClassification
 
@@ -28,5 +28,4 @@ class Seq2SeqLM(TokenClassification):
         inputs = batch.inputs
         if not inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
             inputs = inputs | {"decoder_input_ids": decoder_input_ids(self.model, batch.labels)}
-        # Given labels, such a model keeps no cache of keys and values by itself.
-        return {"use_cache": False} | inputs if takes(self.model, "use_cache") else inputs
+        return {"use_cache": False} | inputs if drops_cache(self.model) else inputs

@@ -53,6 +53,9 @@ class Teacher:
         """Close the epoch before this one. Every process must call this; calling it again changes nothing."""
         self.epoch = epoch
 
+    def prepare(self, batch: Batch, num_classes: int | None) -> None:
+        """Get ready for rows of so many classes, if known, before the model runs. Every process must call this."""
+
     def targets(self, batch: Batch) -> Taught:
         """Soft targets for the rows of a batch. They need nothing of the student's outputs."""
         return Taught()

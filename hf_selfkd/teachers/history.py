@@ -39,6 +39,7 @@ class HistoryStore:
         rank (`int`): of this process.
         writes (`bool`): whether this process writes the files of its node.
         rows_per_sample (`float`, *optional*): labelled rows of a sample, on average; the first batch tells by default.
+        local_processes (`int`, *optional*): processes of this node.
     """
 
     def __init__(
@@ -53,17 +54,19 @@ class HistoryStore:
         rank: int = 0,
         writes: bool = True,
         rows_per_sample: float | None = None,
+        local_processes: int = 1,
     ):
         self.config, self.size, self.device, self.folder = config, size, device, folder
         self.ids = None if ids is None else np.sort(ids)
         self.num_epochs, self.gather, self.rank, self.writes = num_epochs, gather, rank, writes
-        self.rows_per_sample = rows_per_sample
+        self.rows_per_sample, self.local_processes = rows_per_sample, local_processes
         self.history: PredictionHistory | None = None
+        self._storage: Storage | None = None
 
     @property
     def storage(self) -> Storage | None:
         """[`~hf_selfkd.batch.Storage`]: what is kept of each row, once that is known."""
-        return None if self.history is None else Storage(self.history.codec.top_k)
+        return self._storage
 
     def end_epoch(self, epoch: int) -> None:
         """Let the predictions of an epoch be read from now on. Every process must call this."""
@@ -77,7 +80,7 @@ class HistoryStore:
     @torch.no_grad()
     def write(self, samples: SampleIndex, rows: Rows) -> None:
         """Note the present predictions of a batch."""
-        self.prepare(samples, rows)
+        self.prepare(samples, rows.logits.shape[-1])
         top_k = self.history.codec.top_k
         if top_k is None:
             self.history.write(samples, rows.log_probs, rows.labels)
@@ -87,13 +90,13 @@ class HistoryStore:
         log_probs = (summary.top - summary.log_norm.unsqueeze(-1)).clamp_min_(LOG_ZERO)
         self.history.write(samples, log_probs, rows.labels, summary.index, true)
 
-    def prepare(self, samples: SampleIndex, rows: Rows) -> None:
-        """Make the history, where that must happen though nothing is kept of a batch. Every process must call this."""
+    def prepare(self, samples: SampleIndex, num_classes: int) -> None:
+        """Make the history, also where nothing is kept of a batch. Every process must call this."""
         if self.history is None:
-            self._make_history(samples, rows)
-        elif rows.logits.shape[-1] != self.history.codec.num_classes:
+            self._make_history(samples, num_classes)
+        elif num_classes != self.history.codec.num_classes:
             raise ValueError(
-                f"the model has {rows.logits.shape[-1]} classes, the stored predictions "
+                f"the model has {num_classes} classes, the stored predictions "
                 f"{self.history.codec.num_classes}: resume with the model that made them."
             )
 
@@ -103,11 +106,10 @@ class HistoryStore:
             raise ValueError("no predictions are stored yet: train first.")
         return self.history.probabilities(np.asarray(torch.as_tensor(sample_ids).cpu()))
 
-    def _make_history(self, samples: SampleIndex, rows: Rows) -> None:
+    def _make_history(self, samples: SampleIndex, num_classes: int) -> None:
         ragged = samples.rows is not None
-        plan = plan_history(
-            self.config, self._num_rows(samples, ragged), rows.logits.shape[-1], self.device, self.folder
-        )
+        num_rows = self._num_rows(samples, ragged)
+        plan = self._plan(self.config, num_rows, num_classes)
         self.history = self._new_history(plan, ragged)
         logger.info(
             f"Prediction history: about {plan.num_bytes} bytes on {plan.place!r} for {self.size} samples, "
@@ -126,6 +128,7 @@ class HistoryStore:
         return -(-self.size * num_rows // of_samples)
 
     def _new_history(self, plan: Plan, ragged: bool) -> PredictionHistory:
+        self._storage = Storage(plan.codec.top_k)
         processes = 1 if self.gather is None else len(self.gather(torch.zeros(1)))
         return PredictionHistory(
             self.size,
@@ -138,6 +141,7 @@ class HistoryStore:
             trace_epochs=self.num_epochs if self.config.history_trace else 0,
             writes=self.writes,
             expected_rows=plan.num_rows * 17 // (16 * processes),  # some are replayed to fill the last batch
+            max_bytes=plan.max_bytes,
         )
 
     def load(self, state: State, journals: list[dict[str, torch.Tensor]]) -> None:
@@ -151,7 +155,7 @@ class HistoryStore:
         if not metadata.get("num_classes"):
             return  # saved before the first batch
         num_classes, ragged = int(metadata["num_classes"]), metadata["ragged"] == "True"
-        self._check_samples(tensors, metadata)
+        grown = self._has_grown(tensors, metadata)
         top_k = None if metadata["top_k"] == "None" else int(metadata["top_k"])
         for name, value in (("history_top_k", top_k), ("history_dtype", metadata["dtype"])):
             asked = getattr(self.config, name)
@@ -162,24 +166,45 @@ class HistoryStore:
         rows = int(tensors["counts"].sum()) if ragged else self.size
         # What is stored decides, not what would be chosen for a new history.
         config = replace(self.config, history_top_k=top_k or num_classes, history_dtype=metadata["dtype"])
-        plan = plan_history(config, max(rows, 1), num_classes, self.device, self.folder)
+        plan = self._plan(config, max(rows, 1), num_classes)
         self.history = self._new_history(plan, ragged)
-        self.history.load_state(tensors, self.gather)
+        moved = self.history.load_state(tensors, self.gather, keep_known=grown)
         for journal in journals:
-            self.history.add_journal(journal)
+            self.history.add_journal(journal, moved)
 
-    def _check_samples(self, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    def _plan(self, config: MethodArguments, num_rows: int, num_classes: int) -> Plan:
+        return plan_history(config, num_rows, num_classes, self.device, self.folder, self.local_processes)
+
+    def _has_grown(self, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bool:
+        """
+        Whether samples have come since, to those that the history was made for.
+
+        Raises:
+            ValueError: if it was made for others.
+        """
         stored_ids = tensors["ids"].numpy() if "ids" in tensors else None
-        same_ids = (stored_ids is None) == (self.ids is None) and (
-            stored_ids is None or np.array_equal(stored_ids, self.ids)
-        )
+        same_kind = (stored_ids is None) == (self.ids is None)
+        if (
+            same_kind
+            and stored_ids is not None
+            and len(stored_ids) < self.size
+            and np.isin(stored_ids, self.ids).all()
+        ):
+            logger.warning(
+                f"The training set has {self.size - len(stored_ids)} samples more than the checkpoint's history: the "
+                "rows of known ids are kept, new samples have no past yet."
+            )
+            return True
+        same_ids = same_kind and (stored_ids is None or np.array_equal(stored_ids, self.ids))
         if int(metadata["size"]) != self.size or not same_ids:
             raise ValueError(
                 f"the checkpoint's history was made for {metadata['size']} samples "
                 f"({'ids of their own' if stored_ids is not None else 'row numbers as ids'}), the training set has "
                 f"{self.size} ({'ids of their own' if self.ids is not None else 'row numbers as ids'}): give the same "
-                "dataset and sample_id_column as before, or start a new run from these weights with from_pretrained."
+                "dataset and sample_id_column as before, or start a new run from these weights with from_pretrained "
+                "(with a sample_id_column, data may grow: the rows of known ids are kept)."
             )
+        return False
 
 
 class HistoryTeacher(Teacher):
@@ -231,8 +256,14 @@ class HistoryTeacher(Teacher):
                 store.end_epoch(self.epoch)
         self.epoch = epoch
 
+    def prepare(self, batch: Batch, num_classes: int | None) -> None:
+        if batch.samples is not None and num_classes is not None:
+            self.store.prepare(batch.samples, num_classes)
+
     def targets(self, batch: Batch) -> Taught:
         labels = batch.labels
+        if batch.samples is None:
+            return Taught()
         taught = Taught(self.store.read(batch.samples, labels.numel(), labels.device))
         if self.head_stores:
             samples = self.head_samples(batch)
@@ -241,6 +272,8 @@ class HistoryTeacher(Teacher):
         return taught
 
     def observe(self, batch: Batch, rows: Rows, head_rows: list[Rows]) -> None:
+        if batch.samples is None:
+            return
         samples = self.head_samples(batch) if self.head_stores and head_rows else None
         for store, part in zip(self.head_stores, head_rows, strict=False):
             self._observe(store, samples, part, batch.mixing is not None)
@@ -248,7 +281,7 @@ class HistoryTeacher(Teacher):
 
     @staticmethod
     def _observe(store: HistoryStore, samples: SampleIndex, rows: Rows, mixed: bool) -> None:
-        store.prepare(samples, rows) if mixed else store.write(samples, rows)
+        store.prepare(samples, rows.logits.shape[-1]) if mixed else store.write(samples, rows)
 
     def stored(self, sample_ids: Any) -> torch.Tensor:
         return self.store.stored(sample_ids)

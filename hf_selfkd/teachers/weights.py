@@ -30,7 +30,7 @@ class SnapshotTeacher(Teacher):
             are to learn from the past; `run(inputs)` gives the outputs of the teacher for inputs of the model.
         broadcast (`Callable`, *optional*):
             gives every process the tensor of the first one; `None` for one process. Processes agree on weights but not
-            on batch statistics.
+            on batch statistics: those of the first one count. One call serves all buffers of a type.
         warm_start (`bool`): let the initial weights teach the first epoch.
         dropout (`bool`): whether dropout stays on; statistics of batches are those of evaluation all the same.
 
@@ -54,11 +54,10 @@ class SnapshotTeacher(Teacher):
         self.weights: dict[str, torch.Tensor] = {}
 
     def _live(self) -> dict[str, torch.Tensor]:
+        """The trainable weights of the model, which processes share, and the buffers of the first process."""
         live = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
-        for name in self.buffers:
-            buffer = self.model.get_buffer(name).detach()
-            live[name] = buffer if self.broadcast is None else self.broadcast(buffer.clone())
-        return live
+        buffers = {name: self.model.get_buffer(name).detach() for name in self.buffers}
+        return live | (buffers if self.broadcast is None else _broadcast_together(buffers, self.broadcast))
 
     def _copy(self) -> None:
         live = self._live()
@@ -113,6 +112,19 @@ class SnapshotTeacher(Teacher):
         self.weights = {name: torch.empty_like(tensor).copy_(stored[name]) for name, tensor in live.items()}
 
 
+def _broadcast_together(
+    tensors: dict[str, torch.Tensor], broadcast: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The tensors of the first process, sent as one for each type: a network may have a hundred small buffers."""
+    result = {}
+    for dtype in sorted({tensor.dtype for tensor in tensors.values()}, key=str):
+        group = {name: tensor for name, tensor in tensors.items() if tensor.dtype == dtype}
+        flat = broadcast(torch.cat([tensor.reshape(-1) for tensor in group.values()]))
+        pieces = flat.split([tensor.numel() for tensor in group.values()])
+        result |= {name: piece.view(group[name].shape) for name, piece in zip(group, pieces, strict=True)}
+    return result
+
+
 def _dense_targets(log_probs: torch.Tensor) -> SoftTargets:
     mask = torch.isfinite(log_probs).all(dim=-1)
     return SoftTargets(log_probs.nan_to_num_(nan=0.0), mask)
@@ -121,6 +133,9 @@ def _dense_targets(log_probs: torch.Tensor) -> SoftTargets:
 class EMATeacher(SnapshotTeacher):
     """
     A moving average of the weights, in evaluation mode, from the second epoch on; buffers are copied.
+
+    The average of half-precision weights is kept in float32 and rounded where it is used: a step of it is smaller than
+    what half precision can tell.
 
     Args:
         model (`nn.Module`): the model that is trained, unwrapped.
@@ -144,6 +159,7 @@ class EMATeacher(SnapshotTeacher):
     ):
         super().__init__(model, predict, broadcast, dropout=dropout)
         self.decay, self.updates = decay, 0
+        self.masters: dict[str, torch.Tensor] = {}  # float32 averages of half-precision weights
 
     def begin_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -155,18 +171,38 @@ class EMATeacher(SnapshotTeacher):
         else:
             live = self._live()
             weight = max(1 - self.decay, 9 / (10 + self.updates))
-            names = live.keys() - set(self.buffers)
-            torch._foreach_lerp_([self.weights[name] for name in names], [live[name] for name in names], weight)
+            averages = {name: tensor for name, tensor in self.weights.items() if name not in self.buffers}
+            averages |= self.masters
+            now = [live[name].to(average.dtype) for name, average in averages.items()]
+            torch._foreach_lerp_(list(averages.values()), now, weight)
             for name in self.buffers:
                 self.weights[name].copy_(live[name])
+            self._round()
         self.updates += 1
+
+    def _copy(self) -> None:
+        super()._copy()
+        self.masters = {name: self.weights[name].float() for name in self._half_precision()}
+
+    def _half_precision(self) -> list[str]:
+        averages = {name: tensor for name, tensor in self.weights.items() if name not in self.buffers}
+        return [name for name, tensor in averages.items() if tensor.is_floating_point() and tensor.element_size() < 4]
+
+    def _round(self) -> None:
+        for name, master in self.masters.items():
+            self.weights[name].copy_(master)
 
     def targets(self, batch: Batch) -> Taught:
         return super().targets(batch) if self.epoch > 0 else Taught()
 
     def states(self) -> Iterator[tuple[str, State]]:
-        yield "teacher", (self._tensors(), {"updates": str(self.updates)})
+        averages = {f"weights.{name}": tensor for name, tensor in self.masters.items()}
+        yield "teacher", (self._tensors() | averages, {"updates": str(self.updates)})
 
     def load(self, name: str, state: State, journals: list[dict[str, torch.Tensor]]) -> None:
         super().load(name, state, journals)
+        self.masters = {
+            key: torch.empty_like(self.weights[key], dtype=torch.float32).copy_(state[0][f"weights.{key}"])
+            for key in self._half_precision()
+        }
         self.updates = int(state[1]["updates"])
