@@ -133,12 +133,14 @@ def pushed_folder(trainer: Trainer, checkpoint: str | Path, private: str) -> Ite
         return
     copy = _copy_without(checkpoint, Path(trainer.args.output_dir) / "_hub", private)
     before = list(getattr(trainer.push_in_progress, "jobs", ()))
-    yield str(copy)
-    jobs = [job for job in getattr(trainer.push_in_progress, "jobs", ()) if job not in before]
-    if not jobs:  # nothing was uploaded
-        _remove(copy)
-    for job in jobs[-1:]:  # the folder itself, after the model
-        job.add_done_callback(lambda _: _remove(copy))
+    try:
+        yield str(copy)
+    finally:
+        jobs = [job for job in getattr(trainer.push_in_progress, "jobs", ()) if job not in before]
+        if not jobs:  # nothing was uploaded
+            _remove(copy)
+        for job in jobs[-1:]:  # the folder itself, after the model
+            job.add_done_callback(lambda _: _remove(copy))
 
 
 def _remove(copy: Path) -> None:

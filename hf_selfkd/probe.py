@@ -103,7 +103,7 @@ def _crc(value: Any, start: int) -> int:
     if isinstance(value, (list, tuple)):
         for part in value:
             start = _crc(part, start)
-        return zlib.crc32(str(len(value)).encode(), start)
+        return zlib.crc32(f"{len(value)} parts".encode(), start)
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()

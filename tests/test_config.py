@@ -59,6 +59,10 @@ def own(config):
     return {name: getattr(config, name) for name in DEFAULTS}
 
 
+def method(**fields):
+    return dataclasses.asdict(MethodArguments(**fields))
+
+
 def config(tmp_path, **fields):
     return SelfKDConfig(str(tmp_path), report_to="none", **fields)
 
@@ -72,7 +76,7 @@ def test_defaults_and_names_of_the_design(tmp_path):
     added = {f.name for f in dataclasses.fields(SelfKDConfig)} - {
         f.name for f in dataclasses.fields(TrainingArguments)
     }
-    assert added == DEFAULTS.keys()
+    assert added == DEFAULTS.keys() == {f.name for f in dataclasses.fields(MethodArguments)}
     assert all(f.metadata.get("help") for f in dataclasses.fields(SelfKDConfig) if f.name in added)
 
 
@@ -160,21 +164,37 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("arguments", [{}, PLAIN], ids=["defaults", "many"])
-def test_plain_arguments_keep_every_field(tmp_path, arguments):
-    """They are read and never changed: the method has its defaults."""
+def test_plain_arguments_have_the_defaults_and_stay_as_they_are(tmp_path, arguments):
+    """Every field, tokens included, and everything derived from fields when they were built."""
     plain = TrainingArguments(str(tmp_path), use_cpu=True, **arguments)
     before = {name: repr(value) for name, value in plain.__dict__.items()}
-    assert dataclasses.asdict(MethodArguments.read(plain)) == DEFAULTS
+    read = MethodArguments.read(plain)
+    assert dataclasses.asdict(read) == DEFAULTS and type(read) is MethodArguments
+    read.alpha = 0.1
     assert {name: repr(value) for name, value in plain.__dict__.items()} == before and not hasattr(plain, "alpha")
-    plain.alpha = 0.3  # as a search may set it
-    assert MethodArguments.read(plain).alpha == 0.3
+    assert type(plain) is TrainingArguments
+    if arguments:
+        assert plain.hub_token == "hf_not_a_token" and plain.to_dict()["hub_token"] != "hf_not_a_token"
 
 
-def test_a_selfkd_config_is_read_as_it_stands_now(tmp_path):
-    args = config(tmp_path, alpha=0.3)
+def test_the_fields_of_a_selfkd_config_are_read_as_they_stand_now(tmp_path):
+    """Every one of them; the arguments do not change."""
+    args = config(tmp_path, **OTHERS)
+    assert dataclasses.asdict(MethodArguments.read(args)) == OTHERS == own(args)
+    args.alpha = 0.3
     assert MethodArguments.read(args).alpha == 0.3
-    args.alpha = 0.4
-    assert MethodArguments.read(args).alpha == 0.4
+
+
+def test_fields_of_the_users_own(tmp_path):
+    """Arguments of a subclass are left alone; those that it has of the method are read."""
+
+    @dataclasses.dataclass
+    class Mine(TrainingArguments):
+        margin: float = 0.5
+        alpha: float = 0.6
+
+    args = Mine(str(tmp_path), margin=0.7)
+    assert dataclasses.asdict(MethodArguments.read(args)) == DEFAULTS | {"alpha": 0.6} and args.margin == 0.7
 
 
 def test_a_subclass_of_the_users_own(tmp_path):
@@ -194,10 +214,14 @@ def test_a_subclass_of_the_users_own(tmp_path):
         Mine(str(tmp_path), margin=2.0, report_to="none")
 
 
-def test_plain_label_smoothing_is_refused(tmp_path):
+def test_plain_label_smoothing_is_refused_when_read(tmp_path):
     """The defaults distil, so smoothing contradicts them."""
     with pytest.raises(ValueError, match="label_smoothing_factor=0.1 with alpha=0.8"):
         MethodArguments.read(TrainingArguments(str(tmp_path), label_smoothing_factor=0.1))
+
+
+def test_the_trace_is_left_out_for_heads():
+    assert dataclasses.asdict(MethodArguments(alpha=0.3, history_trace=True).without_trace()) == method(alpha=0.3)
 
 
 # Refusals
@@ -212,6 +236,8 @@ REFUSED = [
         "alpha_schedule='step' is unknown: choose one of linear, constant, cosine, linear_step",
     ),
     ({"teacher": "resnet"}, "teacher='resnet' is unknown: choose one of auto, history, snapshot, ema, none"),
+    ({"hard_loss": "focal"}, "hard_loss='focal' is unknown: choose one of auto, cross_entropy, additive, model"),
+    ({"history_tail": "other"}, "history_tail='other' is unknown: choose one of bucket, label, uniform, renormalize"),
     ({"history_dtype": "int8"}, "history_dtype='int8' is unknown"),
     ({"history_device": "tpu"}, "history_device='tpu' is unknown: choose one of auto, accelerator, cpu, disk"),
     ({"temperature": 0.0}, "temperature=0.0 must be positive"),
@@ -228,6 +254,17 @@ REFUSED = [
     ({"history_trace": True, "teacher": "none"}, "history_trace=True does nothing with teacher='none'"),
     ({"warm_start_teacher": True, "teacher": "ema"}, "warm_start_teacher=True does nothing with teacher='ema'"),
     ({"warm_start_teacher": True, "teacher": "none"}, "use 'history' or 'snapshot'"),
+    ({"teacher_dropout": True, "teacher": "history"}, "teacher_dropout=True does nothing with teacher='history'"),
+    ({"chunked_logits": True, "teacher": "ema"}, "chunked_logits=True with teacher='ema'"),
+    (
+        {"chunked_logits": True, "alpha": 0.0, "label_smoothing_factor": 0.2},
+        "chunked_logits=True with label_smoothing_factor=0.2",
+    ),
+    ({"auxiliary_heads": "no_such"}, "no_such"),
+    (
+        {"metric_for_best_model": "nll", "greater_is_better": True},
+        "metric_for_best_model='nll' is better when lower.*set greater_is_better=False",
+    ),
 ]
 
 
@@ -268,20 +305,27 @@ def test_accepted(tmp_path, fields):
 
 
 def test_values_set_later_are_accepted_too(tmp_path):
-    """Hyperparameter search sets fields, which are read at the next training."""
+    """Hyperparameter search: setattr, then they are read again."""
     args = config(tmp_path)
     for name, value in OTHERS.items():
         setattr(args, name, value)
-    MethodArguments.read(args)
-    assert own(args) == OTHERS
+    assert dataclasses.asdict(MethodArguments.read(args)) == OTHERS
 
 
 @pytest.mark.parametrize(
     ("teacher", "alpha", "distils"),
-    [("auto", 0.8, True), ("ema", 0.1, True), ("none", 0.8, False), ("auto", 0.0, False)],
+    [
+        ("auto", 0.8, True),
+        ("history", 0.8, True),
+        ("snapshot", 0.1, True),
+        ("ema", 0.1, True),
+        ("none", 0.8, False),
+        ("auto", 0.0, False),
+    ],
 )
-def test_what_distils(tmp_path, teacher, alpha, distils):
+def test_whether_past_predictions_can_enter_the_loss(tmp_path, teacher, alpha, distils):
     assert config(tmp_path, teacher=teacher, alpha=alpha).distils is distils
+    assert MethodArguments(alpha=alpha, teacher=teacher).distils is distils
 
 
 @pytest.mark.parametrize("name", ["ece", "eval_nll", "eval_aurc", "token_nll", "eval_valid_ece", "perplexity"])

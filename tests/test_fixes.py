@@ -2,7 +2,6 @@
 
 from concurrent.futures import Future
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +18,17 @@ from helpers import (
     train,
 )
 from safetensors.torch import load_file
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.utils import PushInProgress
 
 from hf_selfkd import SelfKDTrainer
-from hf_selfkd.fixes import EpochLengthGroupedSampler, load_renamed_weights, pushed_folder, stream_position
+from hf_selfkd.fixes import (
+    EpochLengthGroupedSampler,
+    last_whole_checkpoint,
+    load_renamed_weights,
+    pushed_folder,
+    stream_position,
+)
 
 
 def resumed_difference(folder, trainer, name, samples, step, **options):
@@ -350,28 +356,124 @@ def test_upstream_still_counts_the_first_label_of_gpt2(tmp_path):
 # The copy for the Hub
 
 
-@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints", "every_save", "end"])
-def test_what_an_upload_reads_leaves_out_what_is_private(tmp_path, strategy):
-    """A copy where the strategy uploads the folder, gone when the upload is done; else the checkpoint itself."""
-    checkpoint, jobs = tmp_path / "checkpoint-3", []
+class Pushing:
+    """What `pushed_folder` asks of a trainer."""
+
+    def __init__(self, output_dir, strategy="checkpoint", jobs=(), zero=True):
+        self.args = TrainingArguments(str(output_dir), hub_strategy=strategy, report_to="none")
+        self.push_in_progress = PushInProgress(list(jobs)) if jobs else None
+        self.is_world_process_zero = lambda: zero
+
+    def upload(self, *jobs):
+        before = [] if self.push_in_progress is None else self.push_in_progress.jobs
+        self.push_in_progress = PushInProgress([*before, *jobs])
+
+
+def make_checkpoint(folder):
+    checkpoint = folder / "checkpoint-3"
     for name in ("model.bin", "_selfkd/teacher.bin", "nested/kept.bin"):
         (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
         (checkpoint / name).write_text(name)
-    trainer = SimpleNamespace(
-        args=SimpleNamespace(hub_strategy=strategy, output_dir=str(tmp_path)),
-        is_world_process_zero=lambda: True,
-        push_in_progress=SimpleNamespace(jobs=jobs),
-    )
-    with pushed_folder(trainer, checkpoint, "_selfkd") as folder:
-        jobs += [Future(), Future()]  # the model, then the folder
-    if strategy in ("every_save", "end"):
-        assert folder == str(checkpoint)
-        return
-    copy = Path(folder)
-    assert copy.name == checkpoint.name
-    assert sorted(p.relative_to(copy).as_posix() for p in copy.rglob("*.bin")) == ["model.bin", "nested/kept.bin"]
-    assert (copy / "model.bin").read_text() == "model.bin" and (checkpoint / "_selfkd/teacher.bin").is_file()
-    jobs[0].set_result(None)
-    assert copy.is_dir()
-    jobs[1].set_result(None)
-    assert not copy.parent.exists()
+    return checkpoint
+
+
+def files_in(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.bin"))
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
+def test_the_hub_sees_a_checkpoint_without_what_is_private(tmp_path, strategy):
+    """Until the folder itself, the last job, is uploaded; again, over what an older upload left behind."""
+    checkpoint = make_checkpoint(tmp_path)
+    for _ in range(2):
+        model_job, folder_job, trainer = Future(), Future(), Pushing(tmp_path, strategy)
+        with pushed_folder(trainer, checkpoint, "_selfkd") as seen:
+            copy = Path(seen)
+            assert copy != checkpoint and copy.name == checkpoint.name
+            assert files_in(copy) == ["model.bin", "nested/kept.bin"]
+            assert (copy / "model.bin").read_text() == "model.bin"
+            trainer.upload(model_job, folder_job)
+        model_job.set_result(None)
+        assert files_in(copy) == ["model.bin", "nested/kept.bin"]
+        (copy / "older.bin").write_text("of an upload that was cut short")
+    folder_job.set_result(None)
+    assert not copy.exists() and list(tmp_path.iterdir()) == [checkpoint]
+    assert files_in(checkpoint) == ["_selfkd/teacher.bin", "model.bin", "nested/kept.bin"]
+
+
+def test_an_upload_under_way_does_not_hold_the_copy_of_the_next(tmp_path):
+    """Each copy goes with its own job; what holds them goes with the last."""
+    checkpoint, older, newer = make_checkpoint(tmp_path), Future(), Future()
+    (tmp_path / "_hub/checkpoint-2").mkdir(parents=True)
+    trainer = Pushing(tmp_path, jobs=[older])
+    with pushed_folder(trainer, checkpoint, "_selfkd") as copy:
+        trainer.upload(newer)
+    older.set_result(None)
+    assert Path(copy).is_dir()
+    newer.set_result(None)
+    assert not Path(copy).exists() and (tmp_path / "_hub/checkpoint-2").is_dir()
+
+
+def test_a_copy_that_nothing_uploads_is_gone_at_once(tmp_path):
+    """The Trainer skips a push while another is under way; one that fails raises an error."""
+    checkpoint = make_checkpoint(tmp_path)
+    with pushed_folder(Pushing(tmp_path, jobs=[Future()]), checkpoint, "_selfkd") as copy:
+        assert Path(copy).is_dir()
+    assert list(tmp_path.iterdir()) == [checkpoint]
+    with pytest.raises(OSError, match="no network"), pushed_folder(Pushing(tmp_path), checkpoint, "_selfkd"):
+        raise OSError("no network")
+    assert list(tmp_path.iterdir()) == [checkpoint]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "private", "zero"),
+    [("every_save", "_selfkd", True), ("end", "_selfkd", True), ("checkpoint", "none", True)]
+    + [("checkpoint", "_selfkd", False)],
+)
+def test_no_copy_where_no_folder_is_uploaded(tmp_path, strategy, private, zero):
+    """Or nothing in it is private, or another process uploads."""
+    checkpoint = make_checkpoint(tmp_path)
+    with pushed_folder(Pushing(tmp_path, strategy, zero=zero), checkpoint, private) as seen:
+        assert Path(seen) == checkpoint
+    assert list(tmp_path.iterdir()) == [checkpoint]
+
+
+# Checkpoints that a crash cut short
+
+
+def test_the_last_whole_checkpoint(tmp_path, caplog):
+    """By number and not by name; newer ones without a readable state are named; other names are no checkpoints."""
+    assert last_whole_checkpoint(tmp_path / "nowhere") is None
+    for step, text in ((8, "{}"), (9, "{}"), (10, "{}"), (90, '{"epoch": 1.0, "glo'), (100, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if text is not None:
+            (folder / "trainer_state.json").write_text(text)
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-1000").write_text("no folder")
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    named = [record.getMessage() for record in caplog.records]
+    assert len(named) == 2 and "checkpoint-100 " in named[0] and "checkpoint-90 " in named[1]
+    for step in (8, 9, 10):
+        (tmp_path / f"checkpoint-{step}/trainer_state.json").unlink()
+    assert last_whole_checkpoint(tmp_path) is None
+
+
+# Tied weights
+
+
+def test_tied_weights_that_are_saved_under_another_name_do_not_load_the_model_again(tmp_path, monkeypatch):
+    """The checkpoint holds one of two names of the same weight; every other name is in the file."""
+    saved, other = make_model("plain_gpt2"), make_model("plain_gpt2", seed=1)
+    saved.save_pretrained(tmp_path)
+    held = load_file(tmp_path / "model.safetensors").keys()
+    assert "lm_head.weight" not in held and "lm_head.weight" in other.state_dict()
+    calls, load = [], type(other).from_pretrained
+    monkeypatch.setattr(type(other), "from_pretrained", lambda *a, **k: calls.append(a) or load(*a, **k))
+    before = state_of(other)
+    load_renamed_weights(other, tmp_path)
+    assert not calls and difference(before, other) == 0
+    untied = make_model("plain_gpt2", seed=1)
+    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.clone())  # of a weight that is nowhere else
+    load_renamed_weights(untied, tmp_path)
+    assert len(calls) == 1

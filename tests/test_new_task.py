@@ -2,12 +2,15 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import collate, difference, logged, make_model, make_samples, train
+from helpers import CLASSES, collate, difference, logged, make_model, make_samples, make_trainer, train
+from transformers import BertForSequenceClassification, TrainerCallback, ViTForImageClassification
 
-from hf_selfkd import SelfKDTrainer
+from hf_selfkd import AuxiliaryHeadsConfig, SelfKDTrainer
+from hf_selfkd.heads import heads_of
 from hf_selfkd.tasks import Rows, Task
 
 
@@ -115,3 +118,161 @@ def test_it_trains_with_heads(tmp_path, teacher):
     model = type(model)(model.config)
     trainer = train(tmp_path, model, make_samples("plain_bert"), trainer=OrdinalTrainer, **heads)
     assert 0 <= logged(trainer, "head0_accuracy")[-1] <= 1 and logged(trainer, "head0_loss")
+
+
+# Against closed forms
+
+
+def ordinal(kind="images", layers=2):
+    """A classifier of transformers, without dropout, with one output less than classes."""
+    name = {"images": "plain_deep_vit", "texts": "plain_bert"}[kind]
+    config = make_model(name).config
+    config.num_labels, config.num_hidden_layers = CLASSES - 1, layers
+    torch.manual_seed(3)
+    model = {"images": ViTForImageClassification, "texts": BertForSequenceClassification}[kind](config)
+    torch.nn.init.normal_(model.classifier.weight, std=0.5)
+    return model
+
+
+SIZE, ALPHA = 16, 0.6
+
+
+class AfterEpochs(TrainerCallback):
+    """The probabilities of all samples after each epoch, of the model and of its heads."""
+
+    def __init__(self, model, batch):
+        self.model, self.batch, self.seen = model, batch, []
+        self.look()
+
+    @torch.no_grad()
+    def look(self):
+        heads, self.model = heads_of(self.model), self.model.eval()
+        inputs = {name: value for name, value in self.batch.items() if name != "labels"}
+        if heads is None:
+            logits = [self.model(**inputs).logits]
+        else:
+            with heads.watched():
+                logits = [self.model(**inputs).logits, *heads.results.logits]
+            heads.results = None
+        self.model.train()
+        self.seen.append([probabilities(part) for part in logits])
+
+    def on_epoch_end(self, *arguments, **named):
+        self.look()
+
+
+def probabilities(logits):
+    """The probabilities `[B, K]` of `K - 1` log-odds, one sample and class after the other."""
+    rows = []
+    for sample in logits.double().numpy():
+        beyond = 1 / (1 + np.exp(-sample))
+        rows.append([np.prod(beyond[:k]) * (1 - beyond[k]) for k in range(len(sample))] + [np.prod(beyond)])
+    return np.array(rows)
+
+
+def cross_entropy(targets, probs):
+    """The mean over the samples, from their definitions."""
+    return float(-(np.asarray(targets) * np.log(probs)).sum(axis=-1).mean())
+
+
+def run(tmp_path, kind="images", epochs=3, **options):
+    """All samples in one batch, so that the predictions of a step are those of a state of the weights."""
+    samples, model = make_samples(kind, size=SIZE), ordinal(kind)
+    trainer = make_trainer(
+        tmp_path,
+        model,
+        samples,
+        trainer=OrdinalTrainer,
+        per_device_train_batch_size=SIZE,
+        num_train_epochs=epochs,
+        alpha=ALPHA,
+        alpha_schedule="constant",
+        **options,
+    )
+    watcher = AfterEpochs(model, collate([samples[i] for i in range(SIZE)]))
+    trainer.add_callback(watcher)
+    trainer.train()
+    labels = [samples[i]["labels"] for i in range(SIZE)]
+    assert set(labels) == set(range(CLASSES))
+    return trainer, watcher.seen, np.eye(CLASSES)[labels]
+
+
+def mixed(onehot, past, alpha=ALPHA):
+    return (1 - alpha) * onehot + alpha * past
+
+
+@pytest.mark.parametrize("kind", ["images", "texts"])
+@pytest.mark.parametrize("teacher", ["history", "snapshot"])
+def test_it_learns_from_its_past(tmp_path, kind, teacher):
+    """The target is `(1 - alpha) * onehot + alpha * past`, over K classes; what is stored are their probabilities."""
+    trainer, seen, onehot = run(tmp_path, kind, teacher=teacher)
+    states = [state[0] for state in seen]  # before the first step, and after each of the three
+    past = states if teacher == "history" else states[1:]  # of the last visit, or of the last epoch's end
+    expected = [cross_entropy(onehot, states[0])]
+    expected += [cross_entropy(mixed(onehot, past[step]), states[step + 1]) for step in (0, 1)]
+    assert logged(trainer, "loss") == pytest.approx(expected, rel=1e-4)
+    assert expected[0] != pytest.approx(expected[1], rel=1e-3)
+    if teacher == "history":
+        stored = trainer.teacher.stored(range(SIZE))
+        assert stored.shape == (SIZE, CLASSES)
+        np.testing.assert_allclose(stored.sum(-1).numpy(), 1, atol=1e-5)
+        np.testing.assert_allclose(stored.numpy(), states[2], atol=1e-5)
+
+
+def test_its_loss_is_exact_for_every_class(tmp_path):
+    """The gradient too: two ways to one number, for labels at both ends."""
+    logits = torch.randn(8, CLASSES - 1, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 1, 2, 3, 4, 4, 0, 2])
+    rows = OrdinalClassification(ordinal()).rows(logits, labels)
+    np.testing.assert_allclose(rows.logits.exp().detach().numpy(), probabilities(logits.detach()), rtol=1e-6)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(rows.logits, labels, reduction="sum"), logits)
+    steps = torch.arange(CLASSES - 1)  # a sample takes part in the decisions up to its class
+    decides = (steps <= labels[:, None]).double()
+    expected = decides * (torch.sigmoid(logits.detach()) - (steps < labels[:, None]).double())
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("preset", ["deep_supervision", "byot"])
+@pytest.mark.parametrize("teacher", ["history", "snapshot"])
+def test_its_heads_learn_the_same_classes(tmp_path, preset, teacher):
+    """Each head has as many outputs as the model, which the task turns into the same classes."""
+    trainer, seen, onehot = run(tmp_path, epochs=2, auxiliary_heads=preset, teacher=teacher)
+    heads = heads_of(trainer.model)
+    assert {head.shape[1] for state in seen for head in state} == {CLASSES} and len(seen[0]) == 1 + len(heads.heads)
+    if preset == "deep_supervision":  # the labels for every head, and nothing else
+        weight = heads.config.hard_weight
+        first = [cross_entropy(onehot, probs) for probs in seen[0]]
+        assert logged(trainer, "loss")[0] == pytest.approx(first[0] + weight * sum(first[1:]), rel=1e-4)
+    head_losses = logged(trainer, "head0_loss")
+    assert head_losses[1] < head_losses[0]
+    right = [float((probs.argmax(-1) == onehot.argmax(-1)).mean()) for probs in seen[0][1:]]
+    assert [logged(trainer, f"head{i}_accuracy")[0] for i in range(len(right))] == pytest.approx(right)
+
+
+def softened(probs, temperature):
+    powers = probs ** (1 / temperature)
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("teacher", ["history", "snapshot"])
+def test_its_heads_learn_from_their_past_and_from_the_model(tmp_path, teacher):
+    """Labels, own past and divergence from the model, all over K classes, with their weights."""
+    config = AuxiliaryHeadsConfig(
+        head="linear", views="none", hard_weight=0.9, past_weight=0.5, deep_to_shallow_weight=0.1, temperature=3.0
+    )
+    trainer, seen, onehot = run(tmp_path, epochs=2, auxiliary_heads=config, teacher=teacher)
+    past = seen[0] if teacher == "history" else seen[1]
+    model, *heads = seen[1]
+    expected = cross_entropy(mixed(onehot, past[0]), model)
+    for own_past, probs in zip(past[1:], heads, strict=True):
+        deep, shallow = softened(model, 3), softened(probs, 3)
+        away = cross_entropy(deep, shallow) - cross_entropy(deep, deep)
+        expected += 0.9 * cross_entropy(mixed(onehot, own_past, ALPHA / 2), probs) + 0.1 * 9 * away
+    assert logged(trainer, "loss")[1] == pytest.approx(expected, rel=1e-4)
+
+
+def test_training_goes_on(tmp_path):
+    """Far below what chance gives, from labels and past alone."""
+    trainer, seen, onehot = run(tmp_path, "texts", epochs=12, teacher="history")
+    assert cross_entropy(onehot, seen[-1][0]) < 0.5 * cross_entropy(onehot, seen[0][0])
+    assert np.mean(seen[-1][0].argmax(-1) == onehot.argmax(-1)) > 0.8

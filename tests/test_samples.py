@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from transformers import BatchFeature, default_data_collator
 
 from hf_selfkd import SelfKDDataCollator, with_sample_ids
-from hf_selfkd.batch import pop_record
+from hf_selfkd.batch import peek_record, pop_record
 from hf_selfkd.collator import TrainingCollator
 from hf_selfkd.samples import (
     SAMPLE_ID,
@@ -26,37 +26,6 @@ from hf_selfkd.samples import (
     sample_index,
     seeded,
 )
-
-
-SAMPLE_INDEX, MIX_PARTNER, MIX_LAMBDA = "sample_index", "mix_partner", "mix_lambda"
-
-
-class Training:
-    """What the trainer collates with; its batches show what travels beside them under the names above."""
-
-    def __init__(self, collator=None, seed=0, epoch=None, **options):
-        mixer = collator if isinstance(collator, SelfKDDataCollator) else None
-        inner = mixer.collator if mixer else collator or default_data_collator
-        self.collator = TrainingCollator(inner, mixer, index=sample_index, seed=seed, epoch=epoch, **options)
-
-    def __call__(self, features):
-        if features and isinstance(features, list) and not isinstance(features, IdentifiedItems):
-            if isinstance(features[0], dict) and SAMPLE_ID in features[0] and self.collator.id_column is None:
-                ids = np.array([item[SAMPLE_ID] for item in features])
-                plain = [{key: value for key, value in item.items() if key != SAMPLE_ID} for item in features]
-                features = IdentifiedItems(plain, ids)
-        batch = self.collator(features)
-        record = pop_record(batch)
-        if record is None:
-            return batch
-        if record.ids is not None:
-            batch[SAMPLE_ID] = torch.from_numpy(record.ids)
-        if record.samples is not None:
-            batch[SAMPLE_INDEX] = record.samples
-        if record.partner is not None:
-            batch[MIX_PARTNER] = record.partner
-            batch[MIX_LAMBDA] = torch.full((len(record.partner),), record.weight, dtype=torch.float32)
-        return batch
 
 
 def table(rows=6):
@@ -214,26 +183,55 @@ def test_ids_that_travel_beside_the_items(workers):
         return {"own": all(own)} | default_data_collator(items)
 
     for dataset, ids in ((BatchIdDataset(plain), [3, 1, 4]), (BatchIdDataset(plain, np.arange(6) + 7), [10, 8, 11])):
-        loader = DataLoader(dataset, batch_size=3, sampler=[3, 1, 4], collate_fn=Training(inner), num_workers=workers)
+        collator = TrainingCollator(inner, index=sample_index)
+        loader = DataLoader(dataset, batch_size=3, sampler=[3, 1, 4], collate_fn=collator, num_workers=workers)
         (batch,) = loader
-        assert batch["own"] and batch[SAMPLE_ID].tolist() == batch[SAMPLE_INDEX].ids.tolist() == ids
-        assert batch["x"].tolist() == [3, 1, 4]
+        record = pop_record(batch)
+        assert batch["own"] and record.ids.tolist() == record.samples.ids.tolist() == ids
+        assert batch["x"].tolist() == [3, 1, 4] and batch.keys() == {"own", "x", "labels", "uid"}
     assert BatchIdDataset(plain)[5][SAMPLE_ID] == 5  # one by one, the items carry their ids
 
 
-def test_ids_beside_items_that_have_a_sample_id():
-    """The collator of the user sees the item as it is, with a sample_id of its own."""
+def test_a_sample_id_of_the_users_own():
+    """It stays in the items, and the user's collator makes of it what it likes; ids travel beside."""
     plain, seen = Plain(own=4), []
     for item in plain.items:
         item[SAMPLE_ID] = item["x"] + 20
-    collator = Training(lambda items: seen.extend(items) or default_data_collator(items))
+    collator = TrainingCollator(lambda items: seen.extend(items) or default_data_collator(items))
     for column, ids in ((None, [2, 5]), (SAMPLE_ID, [22, 25])):
         batch = collator(BatchIdDataset(plain, id_column=column).__getitems__([2, 5]))
-        assert batch[SAMPLE_ID].tolist() == ids
-    assert [item[SAMPLE_ID] for item in seen] == [22, 25] * 2 and plain.items[2][SAMPLE_ID] == 22
+        assert pop_record(batch).ids.tolist() == ids and batch[SAMPLE_ID].tolist() == [22, 25]
+    assert all(item is plain.items[item["x"]] for item in seen) and plain.items[2][SAMPLE_ID] == 22
+
+
+class Fields:
+    """An item that is no dictionary, and holds an id."""
+
+    def __init__(self, x):
+        self.x, self.uid = x, 10 * x + 5
+
+
+@pytest.mark.parametrize("make", [lambda i: (i, i % 3), lambda i: f"text {i}", lambda i: [i], Fields, lambda i: None])
+def test_items_of_any_kind(make):
+    """Row numbers are their ids, and the collator gets them as they are."""
+    plain = Plain()
+    plain.items = [make(i) for i in range(6)]
+    items = BatchIdDataset(plain).__getitems__([3, 1])
+    assert isinstance(items, IdentifiedItems) and items.ids.tolist() == [3, 1]
+    assert items[0] is plain.items[3] and items[1] is plain.items[1]
+    batch = TrainingCollator(lambda found: {"same": [a is b for a, b in zip(found, items, strict=True)]})(items)
+    assert pop_record(batch).ids.tolist() == [3, 1] and batch == {"same": [True, True]}
+
+
+def test_an_id_column_of_items_that_are_no_dictionaries():
+    """A field of an object is one; a tuple has none, and the message says which item."""
+    plain = Plain()
+    plain.items = [Fields(i) for i in range(6)]
+    assert BatchIdDataset(plain, id_column="uid").__getitems__([3, 1]).ids.tolist() == [35, 15]
     plain.items[4] = (1, 2)
-    items = BatchIdDataset(plain).__getitems__([3, 4])
-    assert items[1] == (1, 2) and items.ids.tolist() == [3, 4]
+    message = r"sample_id_column='uid' is not among the keys of train_dataset\[4\]: a tuple"
+    with pytest.raises(ValueError, match=message):
+        BatchIdDataset(plain, id_column="uid").__getitems__([3, 4])
 
 
 def test_a_dataset_that_gives_too_few_items():
@@ -306,6 +304,8 @@ def test_items_that_are_not_dictionaries(item):
     plain.items[2] = item
     with pytest.raises(TypeError, match=rf"dataset\[2\] is a {type(item).__name__}: .*dictionaries"):
         with_sample_ids(plain)[2]
+    with pytest.raises(TypeError, match=rf"dataset\[2\] is a {type(item).__name__}: .*dictionaries"):
+        with_sample_ids(plain).__getitems__([1, 2])
     assert with_sample_ids(plain)[1][SAMPLE_ID] == 1
 
 
@@ -515,67 +515,115 @@ def test_hash_is_the_same_for_other_integer_types():
 
 
 def features(count=4, images=False, **extra):
+    """Items as the dataset of a training gives them in a batch."""
     pixels = [{"pixel_values": torch.full((3, 6, 8), float(i))} for i in range(count)]
-    return [{"x": i, "labels": i % 3, SAMPLE_ID: 10 + i} | (pixels[i] if images else {}) | extra for i in range(count)]
+    items = [{"x": i, "labels": i % 3} | (pixels[i] if images else {}) | extra for i in range(count)]
+    return IdentifiedItems(items, np.arange(10, 10 + count))
 
 
 def test_the_inner_collator_does_not_see_the_ids():
-    """It gets fresh dictionaries; what is given is not changed."""
+    """It gets the items as they are; they are not changed."""
     seen = []
 
     def inner(items):
-        seen.extend(items)
+        seen.append(items)
         return default_data_collator(items)
 
     given = features()
-    batch = Training(inner)(given)
-    assert all(SAMPLE_ID not in item for item in seen) and all(SAMPLE_ID in item for item in given)
-    assert batch[SAMPLE_ID].tolist() == [10, 11, 12, 13] and batch[SAMPLE_ID].dtype == torch.int64
-    assert batch[SAMPLE_INDEX].ids.tolist() == [10, 11, 12, 13] and batch[SAMPLE_INDEX].label_hash.tolist() == [
-        0,
-        1,
-        2,
-        0,
-    ]
-    assert batch["x"].tolist() == [0, 1, 2, 3]
+    before = copy.deepcopy(list(given))
+    batch = TrainingCollator(inner, index=sample_index)(given)
+    assert list(seen[0]) == before == list(given) and all(a is b for a, b in zip(seen[0], given, strict=True))
+    record = pop_record(batch)
+    assert record.ids.tolist() == [10, 11, 12, 13] and record.ids.dtype == np.int64
+    assert record.samples.ids.tolist() == [10, 11, 12, 13] and record.samples.label_hash.tolist() == [0, 1, 2, 0]
+    assert batch["x"].tolist() == [0, 1, 2, 3] and record.partner is record.weight is None
 
 
 def test_collators_that_drop_columns():
     """Ids survive; so they do a collator that returns a BatchFeature."""
     for kind in (dict, BatchFeature):
-        batch = Training(lambda items, kind=kind: kind({"x": torch.tensor([i["x"] for i in items])}))(features())
-        assert batch[SAMPLE_ID].tolist() == [10, 11, 12, 13] and SAMPLE_INDEX not in batch
+        batch = TrainingCollator(
+            lambda items, kind=kind: kind({"x": torch.tensor([i["x"] for i in items])}), index=sample_index
+        )(features())
+        record = pop_record(batch)
+        assert record.ids.tolist() == [10, 11, 12, 13] and record.samples is None and type(batch) is kind
+        assert batch.keys() == {"x"}
 
 
 def test_default_collator():
-    batch = Training()(features())
-    expected = default_data_collator([{k: v for k, v in f.items() if k != SAMPLE_ID} for f in features()])
-    assert batch.keys() - expected.keys() == {SAMPLE_ID, SAMPLE_INDEX}
-    assert all(torch.equal(batch[key], expected[key]) for key in expected)
+    """Given to nobody, it is that of transformers; in a training, its batch is the same beside the record."""
+    expected = default_data_collator(list(features()))
+    given = SelfKDDataCollator()(list(features()))
+    trained = TrainingCollator(SelfKDDataCollator().collator, index=sample_index)(features())
+    assert pop_record(trained).samples is not None
+    for batch in (given, trained):
+        assert batch.keys() == expected.keys() and all(torch.equal(batch[key], expected[key]) for key in expected)
 
 
 def test_features_without_ids():
     """Evaluation: nothing is added; an id here and there is a fault of the data."""
     plain = [{"x": 1, "labels": 0}, {"x": 2, "labels": 1}]
-    assert Training()(plain).keys() == SelfKDDataCollator()(plain).keys() == {"x", "labels"}
+    for collator in (SelfKDDataCollator(), TrainingCollator(default_data_collator, index=sample_index)):
+        assert collator(plain).keys() == {"x", "labels"}
     with pytest.raises(ValueError, match="sample_id_column='uid' holds None: ids must be integers"):
-        Training(id_column="uid")([{"x": 1, "uid": 4}, {"x": 2}])
-    assert Training(lambda items: {"n": len(items)})([(1, 2), (3, 4)]) == {"n": 2}
+        TrainingCollator(default_data_collator, id_column="uid")([{"x": 1, "uid": 4}, {"x": 2}])
+    for collator in (SelfKDDataCollator, TrainingCollator):
+        assert collator(lambda items: {"n": len(items)})([(1, 2), (3, 4)]) == {"n": 2}
+
+
+@pytest.mark.parametrize("batch", [(1, 2), "text", None, torch.zeros(2)])
+def test_batches_of_another_make(batch):
+    """They are passed on as they are."""
+    assert TrainingCollator(lambda items: batch)(features()) is batch
 
 
 def test_an_id_column_of_a_stream():
-    """Taken from the features, as integers."""
-    collator = Training(id_column="uid")
-    batch = collator([{"x": 1, "uid": 7, "labels": 0}, {"x": 2, "uid": np.int32(3), "labels": 1}])
-    assert batch[SAMPLE_ID].tolist() == [7, 3] and "uid" not in batch
+    """Taken from the features, as integers; the items, which may be the dataset's own, are not changed."""
+    collator, items = TrainingCollator(default_data_collator, id_column="uid"), [{"x": 1, "uid": 7, "labels": 0}]
+    items.append({"x": 2, "uid": np.int32(3), "labels": 1})
+    batch = collator(items)
+    assert pop_record(batch).ids.tolist() == [7, 3] and "uid" not in batch
+    assert items[0] == {"x": 1, "uid": 7, "labels": 0} and items[1]["uid"] == 3
     with pytest.raises(ValueError, match="sample_id_column='uid' holds 2.5: ids must be integers"):
         collator([{"x": 1, "uid": 2.5, "labels": 0}])
 
 
 def test_tensors_only():
-    """Where batches travel between processes."""
-    batch = Training(as_tensors=True)(features())
-    assert SAMPLE_INDEX not in batch and batch[SAMPLE_ID].tolist() == [10, 11, 12, 13]
+    """Where batches travel between processes: ids as a tensor, and no address."""
+    batch = TrainingCollator(default_data_collator, index=sample_index, as_tensors=True)(features())
+    assert all(isinstance(value, torch.Tensor) and len(value) == 4 for value in batch.values())
+    assert len(batch) == 3 and peek_record(batch) is None
+    record = pop_record(batch)
+    assert record.ids.tolist() == [10, 11, 12, 13] and record.samples is None and batch.keys() == {"x", "labels"}
+
+
+@pytest.mark.parametrize(
+    ("labels", "ids", "addressed"),
+    [
+        (torch.tensor([0, 1, 2, 0]), True, True),
+        (torch.tensor([[0, 1], [2, 0], [1, -100], [1, 1]]), True, True),
+        (torch.tensor([0, 1, 2, 0], dtype=torch.int32), True, True),
+        (torch.rand(4), True, False),  # the task refuses them, with a message of its own
+        (torch.ones(4, dtype=torch.bool), True, False),
+        (torch.zeros(4, 2, 2, dtype=torch.int64), True, False),
+        (np.zeros(4, dtype=np.int64), True, False),
+        (torch.tensor([0, 1]), False, False),  # packed or dropped
+        (torch.tensor(0), False, False),
+    ],
+)
+def test_labels_that_can_be_addressed(labels, ids, addressed):
+    """One row of integers for each sample; samples that were packed have no ids, so that the step can say so."""
+    batch = TrainingCollator(lambda items: {"x": torch.zeros(4), "labels": labels}, index=sample_index)(features())
+    record = pop_record(batch)
+    assert (record is not None and record.ids is not None) is ids and batch.keys() == {"x", "labels"}
+    assert (record is not None and record.samples is not None) is addressed
+
+
+def test_labels_under_another_name():
+    batch = TrainingCollator(
+        lambda items: {"target": torch.tensor([2, 1, 0, 2])}, index=sample_index, label_names=("labels", "target")
+    )(features())
+    assert pop_record(batch).samples.label_hash.tolist() == [2, 1, 0, 2]
 
 
 @pytest.mark.parametrize(
@@ -599,8 +647,18 @@ def test_what_mixes():
 
 
 def test_mixing_needs_images():
+    collator = TrainingCollator(default_data_collator, SelfKDDataCollator(mixup_alpha=0.2))
     with pytest.raises(ValueError, match="mixup_alpha=0.2, cutmix_alpha=0.0: the batch has no pixel_values .*x"):
-        Training(SelfKDDataCollator(mixup_alpha=0.2))(features())
+        collator(features())
+
+
+def test_a_mixing_collator_outside_of_a_training():
+    """The labels would be those of the own images alone: it refuses, and one that does not mix works anywhere."""
+    for collator in (SelfKDDataCollator(mixup_alpha=0.2), SelfKDDataCollator(cutmix_alpha=1.0)):
+        with pytest.raises(ValueError, match="mixes images in the training of SelfKDTrainer only.*data_collator"):
+            collator(list(features(images=True)))
+    batch = SelfKDDataCollator(mixup_alpha=0.2, mix_probability=0.0)(list(features(images=True)))
+    assert batch.keys() == {"x", "labels", "pixel_values"}
 
 
 # Mixed images
@@ -611,9 +669,12 @@ def images(count, seed=0, height=6, width=8):
     return torch.rand(count, 3, height, width, generator=generator)
 
 
-def mixed(collator, pixels, base=0, **options):
-    items = [{"pixel_values": p, "labels": i % 3, SAMPLE_ID: base + i} for i, p in enumerate(pixels)]
-    return Training(collator, **options)(items)
+def mixed(collator, pixels, base=0, **training):
+    """A batch of a training, and how its images were mixed."""
+    items = [{"pixel_values": p, "labels": i % 3} for i, p in enumerate(pixels)]
+    made = TrainingCollator(collator.collator, collator, index=sample_index, **training)
+    batch = made(IdentifiedItems(items, np.arange(base, base + len(items))))
+    return batch, pop_record(batch)
 
 
 def box_of(batch, pixels):
@@ -627,11 +688,10 @@ def box_of(batch, pixels):
 def test_mixup(trial):
     """Every pixel is lambda * own + (1 - lambda) * partner's, with one lambda for the batch."""
     pixels = images(8, trial)
-    batch = mixed(SelfKDDataCollator(mixup_alpha=1.0), pixels, base=100 * trial)
-    partner, lam = batch[MIX_PARTNER], batch[MIX_LAMBDA]
-    assert sorted(partner.tolist()) == list(range(8)) and lam.shape == (8,) and lam.dtype == torch.float32
-    assert len(set(lam.tolist())) == 1 and 0 <= lam[0] <= 1
-    expected = lam[0].double() * pixels.double() + (1 - lam[0].double()) * pixels[partner].double()
+    batch, record = mixed(SelfKDDataCollator(mixup_alpha=1.0), pixels, base=100 * trial)
+    partner, lam = record.partner, record.weight
+    assert sorted(partner.tolist()) == list(range(8)) and type(lam) is float and 0 <= lam <= 1
+    expected = lam * pixels.double() + (1 - lam) * pixels[partner].double()
     torch.testing.assert_close(batch["pixel_values"].double(), expected, atol=1e-6, rtol=0)
     assert not torch.allclose(batch["pixel_values"], pixels, atol=1e-3)
     assert batch["labels"].tolist() == [i % 3 for i in range(8)]  # the partner's are found through the partner
@@ -643,14 +703,13 @@ def test_cutmix():
     for trial in range(60):
         pixels = images(8, trial)
         kept = pixels.clone()
-        batch = mixed(SelfKDDataCollator(cutmix_alpha=1.0), pixels, base=100 * trial)
+        batch, record = mixed(SelfKDDataCollator(cutmix_alpha=1.0), pixels, base=100 * trial)
         assert torch.equal(pixels, kept)
         top, bottom, left, right = box_of(batch, pixels)
         expected = pixels.clone()
-        expected[..., top:bottom, left:right] = pixels[batch[MIX_PARTNER]][..., top:bottom, left:right]
+        expected[..., top:bottom, left:right] = pixels[record.partner][..., top:bottom, left:right]
         assert torch.equal(batch["pixel_values"], expected)
-        lam = batch[MIX_LAMBDA][0].item()
-        assert lam == pytest.approx(1 - (bottom - top) * (right - left) / 48, abs=1e-6)
+        assert record.weight == pytest.approx(1 - (bottom - top) * (right - left) / 48, abs=1e-6)
         seen.add((top, bottom, left, right))
     assert len(seen) > 30 and any(top > 0 and bottom < 6 for top, bottom, _, _ in seen)
 
@@ -660,8 +719,10 @@ def test_mixing_does_not_change_the_tensors_of_the_collator(arguments):
     """They may be views of a dataset in memory."""
     pixels = images(6)
     kept = pixels.clone()
-    collator = SelfKDDataCollator(lambda items: {"pixel_values": pixels, "labels": torch.zeros(6).long()}, **arguments)
-    batch = Training(collator)([{SAMPLE_ID: i} for i in range(20, 26)])
+    collator = TrainingCollator(
+        lambda items: {"pixel_values": pixels, "labels": torch.zeros(6).long()}, SelfKDDataCollator(**arguments)
+    )
+    batch = collator(IdentifiedItems([{}] * 6, np.arange(20, 26)))
     assert torch.equal(pixels, kept) and not torch.equal(batch["pixel_values"], pixels)
 
 
@@ -670,7 +731,7 @@ def test_mixup_lambda_is_beta_distributed():
     from scipy.stats import beta, kstest
 
     pixels = images(2, height=1, width=1)
-    drawn = [mixed(SelfKDDataCollator(mixup_alpha=0.4), pixels, base=2 * i)[MIX_LAMBDA][0].item() for i in range(1500)]
+    drawn = [mixed(SelfKDDataCollator(mixup_alpha=0.4), pixels, base=2 * i)[1].weight for i in range(1500)]
     assert kstest(drawn, beta(0.4, 0.4).cdf).statistic < 0.04
     assert kstest(drawn, beta(1.0, 1.0).cdf).statistic > 0.1
 
@@ -685,9 +746,7 @@ def test_cutmix_boxes_have_the_drawn_area_and_land_everywhere():
         spans = [min(c + half, size) - max(c - half, 0) for c in (y, x)]
         areas.append(spans[0] * spans[1] / size**2)
     pixels = images(2, height=size, width=size)[:, :1]
-    shares = [
-        1 - mixed(SelfKDDataCollator(cutmix_alpha=1.0), pixels, 2 * i)[MIX_LAMBDA][0].item() for i in range(1500)
-    ]
+    shares = [1 - mixed(SelfKDDataCollator(cutmix_alpha=1.0), pixels, 2 * i)[1].weight for i in range(1500)]
     assert np.mean(shares) == pytest.approx(np.mean(areas), abs=0.02)
     assert np.std(shares) == pytest.approx(np.std(areas), abs=0.02)
 
@@ -697,8 +756,8 @@ def test_both_methods_share_the_batches():
     collator, cut = SelfKDDataCollator(mixup_alpha=1.0, cutmix_alpha=1.0), 0
     for trial in range(200):
         pixels = images(4, trial)
-        batch = mixed(collator, pixels, base=10 * trial)
-        own, partner = pixels, pixels[batch[MIX_PARTNER]]
+        batch, record = mixed(collator, pixels, base=10 * trial)
+        own, partner = pixels, pixels[record.partner]
         cut += bool(((batch["pixel_values"] == own) | (batch["pixel_values"] == partner)).all())
     assert 70 < cut < 130
 
@@ -710,10 +769,10 @@ def test_share_of_mixed_batches(probability, low, high):
     """Batches that are not mixed are untouched and carry no partner."""
     collator, count, pixels = SelfKDDataCollator(mixup_alpha=1.0, mix_probability=probability), 0, images(3)
     for trial in range(400):
-        batch = mixed(collator, pixels, base=10 * trial)
-        count += MIX_PARTNER in batch
-        if MIX_PARTNER not in batch:
-            assert torch.equal(batch["pixel_values"], pixels) and MIX_LAMBDA not in batch
+        batch, record = mixed(collator, pixels, base=10 * trial)
+        count += record.partner is not None
+        if record.partner is None:
+            assert torch.equal(batch["pixel_values"], pixels) and record.weight is None
     assert low <= count <= high
 
 
@@ -722,9 +781,9 @@ def test_mixing_is_reproducible_by_seed_epoch_and_ids(arguments):
     """Whatever else was drawn; and leaves the global generators alone."""
 
     def mix(seed=3, epoch=0, base=0):
-        options = {"seed": seed, "epoch": torch.tensor(epoch)}
-        batch = mixed(SelfKDDataCollator(**arguments), images(6, height=32, width=32), base, **options)
-        return batch["pixel_values"], batch[MIX_PARTNER].tolist(), batch[MIX_LAMBDA][0].item()
+        pixels = images(6, height=32, width=32)
+        batch, record = mixed(SelfKDDataCollator(**arguments), pixels, base, seed=seed, epoch=torch.tensor(epoch))
+        return batch["pixel_values"], record.partner.tolist(), record.weight
 
     pixels, partner, lam = mix()
     torch.rand(3), np.random.rand()
@@ -738,12 +797,12 @@ def test_mixing_is_reproducible_by_seed_epoch_and_ids(arguments):
 
 def test_mixing_without_ids_follows_the_global_generator():
     """There is nothing else that tells two batches apart."""
-    collator, pixels = Training(SelfKDDataCollator(mixup_alpha=1.0)), images(6)
+    collator, pixels = TrainingCollator(default_data_collator, SelfKDDataCollator(mixup_alpha=1.0)), images(6)
 
     def mix(seed=None):
         if seed is not None:
             torch.manual_seed(seed)
-        return collator([{"pixel_values": p, "labels": 0} for p in pixels])[MIX_LAMBDA][0].item()
+        return pop_record(collator([{"pixel_values": p, "labels": 0} for p in pixels])).weight
 
     assert mix(1) == mix(1) != mix(2)
     assert mix() != mix()
@@ -751,15 +810,15 @@ def test_mixing_without_ids_follows_the_global_generator():
 
 def test_mixing_other_shapes():
     """One image alone is its own partner; videos have a dimension more; half precision stays."""
-    alone = mixed(SelfKDDataCollator(mixup_alpha=1.0), images(1))
+    alone, _ = mixed(SelfKDDataCollator(mixup_alpha=1.0), images(1))
     torch.testing.assert_close(alone["pixel_values"], images(1))
     video = torch.rand(3, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    batch = mixed(SelfKDDataCollator(cutmix_alpha=1.0), video, base=1)
+    batch, record = mixed(SelfKDDataCollator(cutmix_alpha=1.0), video, base=1)
     moved = batch["pixel_values"] != video
     assert moved.any() and batch["pixel_values"].shape == video.shape
     share = moved.any(2).any(1).any(0).float().mean().item()
-    assert batch[MIX_LAMBDA][0].item() == pytest.approx(1 - share, abs=1e-6)
-    half = mixed(SelfKDDataCollator(mixup_alpha=1.0), images(2).half())
+    assert record.weight == pytest.approx(1 - share, abs=1e-6)
+    half, _ = mixed(SelfKDDataCollator(mixup_alpha=1.0), images(2).half())
     assert half["pixel_values"].dtype == torch.float16
 
 
@@ -768,6 +827,10 @@ def test_collators_can_be_copied_and_pickled():
     collator = SelfKDDataCollator(mixup_alpha=0.5, mix_probability=0.3)
     for other in (copy.deepcopy(collator), pickle.loads(pickle.dumps(collator))):
         assert (other.mixup_alpha, other.mix_probability) == (0.5, 0.3) and other.mixes
+    training = TrainingCollator(default_data_collator, collator, index=sample_index, seed=3, epoch=torch.tensor(2))
+    other, items = pickle.loads(pickle.dumps(training)), features(images=True)
+    (one, two) = (made(items)["pixel_values"] for made in (training, other))
+    assert torch.equal(one, two) and pop_record(other(items)).ids.tolist() == [10, 11, 12, 13]
 
 
 def test_direct_construction_with_ids():

@@ -1,14 +1,17 @@
-"""Rows: the adapter of real (tiny) models, what is refused, and where every row comes from."""
+"""Tasks: that of real (tiny) models, what is refused, and where every row comes from."""
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from hf_selfkd.batch import BatchRecord
 from hf_selfkd.models import base_model, logits_of
 from hf_selfkd.samples import sample_index
-from hf_selfkd.tasks import SUPPORTED, task_for
+from hf_selfkd.tasks import SUPPORTED, TASKS, Task, task_for
+from hf_selfkd.tasks.by_shape import ByShape
 from hf_selfkd.tasks.causal_lm import CausalLM
 from hf_selfkd.tasks.masked_lm import MaskedLM
 from hf_selfkd.tasks.sample_classification import SampleClassification
@@ -127,7 +130,7 @@ def build(cls, config):
     return model
 
 
-# Which adapter
+# Which task
 
 
 @pytest.mark.parametrize("name", SAMPLE_MODELS)
@@ -135,10 +138,11 @@ def test_sample_models(name):
     """One row per sample, in the order of the batch."""
     cls, config, inputs = SAMPLE_MODELS[name]
     model = build(cls, config())
-    assert type(task_for(model)) is SampleClassification
+    task = task_for(model)
+    assert type(task) is SampleClassification and task.num_classes == 3 and not task.per_token
     labels = torch.tensor([2, 0])
     with torch.no_grad():
-        rows = task_for(model).rows(logits_of(model(**inputs), has_loss=False), labels)
+        rows = task.rows(task.logits(model(**inputs), has_loss=False), labels)
         second = model(**{key: value[1:] for key, value in inputs.items()}).logits
     assert rows.logits.shape == (2, 3) and rows.labels.tolist() == [2, 0]
     torch.testing.assert_close(rows.logits[1:], second, atol=1e-5, rtol=1e-4)
@@ -150,11 +154,12 @@ def test_token_models(name):
     """Row b * L + l is position l of sample b."""
     cls, config = TOKEN_MODELS[name]
     model = build(cls, config())
-    assert type(task_for(model)) is TokenClassification
+    task = task_for(model)
+    assert type(task) is TokenClassification and task.num_classes == 3 and task.per_token
     labels = torch.tensor([[0, 1, 2, -100], [2, -100, 1, 0]])
     with torch.no_grad():
         outputs = model(**IDS, labels=labels)
-    rows = task_for(model).rows(logits_of(outputs, has_loss=True), labels)
+    rows = task.rows(task.logits(outputs, has_loss=True), labels)
     assert rows.logits.shape == (8, 3) and rows.labels.tolist() == [0, 1, 2, -100, 2, -100, 1, 0]
     for sample in range(2):
         for position in range(4):
@@ -166,7 +171,7 @@ def test_token_models(name):
 @PEFT
 @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
 def test_peft_models(task):
-    """The adapter is that of the model inside."""
+    """The task is that of the model inside."""
     peft = pytest.importorskip("peft")
     cls, expected = {
         "SEQ_CLS": (tf.BertForSequenceClassification, SampleClassification),
@@ -174,7 +179,8 @@ def test_peft_models(task):
     }[task]
     inner = build(cls, bert())
     wrapped = peft.get_peft_model(inner, peft.LoraConfig(r=2, target_modules=["query"], task_type=task))
-    assert type(task_for(wrapped)) is expected
+    assert type(task_for(wrapped)) is expected and task_for(wrapped).num_classes == 3
+    assert task_for(wrapped).wrapped is wrapped and task_for(wrapped).model is inner
     assert type(base_model(wrapped)) is cls and base_model(inner) is inner
 
 
@@ -203,14 +209,18 @@ class Classifier(tf.BertPreTrainedModel):
 
 
 def test_models_of_the_user():
-    """A subclass is known by its base; an unknown class decides by its shapes."""
+    """A subclass is known by its base; an unknown class decides by its shapes, and tells no classes before it runs."""
     assert type(task_for(build(Mine, bert()))) is SampleClassification
     for model in (build(Classifier, bert()), nn.Linear(2, 3)):
-        adapter = task_for(model).rows
-        assert adapter(torch.zeros(2, 3), torch.tensor([0, 1])).logits.shape == (2, 3)
-        assert adapter(torch.zeros(2, 4, 3), torch.zeros(2, 4, dtype=torch.long)).logits.shape == (8, 3)
+        task = task_for(model)
+        assert type(task) is ByShape and task.num_classes is None
+        assert task.rows(torch.zeros(2, 3), torch.tensor([0, 1])).logits.shape == (2, 3)
+        assert task.rows(torch.zeros(2, 4, 3), torch.zeros(2, 4, dtype=torch.long)).logits.shape == (8, 3)
         with pytest.raises(ValueError, match="needs"):
-            adapter(torch.zeros(3), torch.tensor([0, 1, 2]))
+            task.rows(torch.zeros(3), torch.tensor([0, 1, 2]))
+
+
+TASK = {task: task(nn.Linear(2, 3)) for task in (*TASKS, ByShape)}
 
 
 @pytest.mark.parametrize(
@@ -223,13 +233,32 @@ def test_models_of_the_user():
 )
 def test_language_models(name, config, expected):
     """Masked and encoder-decoder models have a row where its label is, causal ones where the label before it is."""
-    assert type(task_for(build(getattr(tf, name), config()))) is expected
+    task = task_for(build(getattr(tf, name), config()))
+    assert type(task) is expected and task.language_model and task.per_token and task.num_classes >= 30
+    assert task.shifts_labels is (expected is CausalLM)
+    logits, labels = torch.randn(2, 4, 7), torch.tensor([[5, 6, -100, 1], [2, 3, 4, -100]])
+    rows = task.rows(logits, labels)
+    assert torch.equal(rows.logits.view(2, 4, 7), logits)
+    in_place = [5, 6, -100, 1, 2, 3, 4, -100]
+    assert rows.labels.tolist() == ([6, -100, 1, -100, 3, 4, -100, -100] if expected is CausalLM else in_place)
+
+
+@pytest.mark.parametrize("config", [gpt2, llama])
+def test_the_loss_of_causal_rows_is_that_of_the_model(config):
+    """The mean over the positions that predict a word."""
+    model = build(tf.LlamaForCausalLM if config is llama else tf.GPT2LMHeadModel, config())
+    labels = torch.tensor([[5, 6, -100, 1], [2, 3, 4, -100]])
+    with torch.no_grad():
+        outputs = model(**IDS, labels=labels)
+    task = task_for(model)
+    rows = task.rows(task.logits(outputs, has_loss=True), labels)
+    torch.testing.assert_close(nn.functional.cross_entropy(rows.logits, rows.labels), outputs.loss)
 
 
 def test_causal_rows_predict_the_next_token():
     """The last position of a sample predicts nothing, nor does one whose next label is -100."""
     logits, labels = torch.randn(2, 4, 7), torch.tensor([[5, 6, -100, 1], [2, 3, 4, -100]])
-    rows = CausalLM(build(tf.GPT2LMHeadModel, gpt2())).rows(logits, labels)
+    rows = TASK[CausalLM].rows(logits, labels)
     assert rows.labels.tolist() == [6, -100, 1, -100, 3, 4, -100, -100]
     assert torch.equal(rows.logits.view(2, 4, 7), logits)
 
@@ -290,7 +319,8 @@ def test_subclasses_of_unsupported_models(cls):
 def test_problem_types_that_are_not_supported(problem, cls):
     with pytest.raises(ValueError, match=f"problem_type='{problem}' is not supported.*single_label_classification"):
         task_for(build(cls, bert(problem_type=problem)))
-    assert task_for(build(cls, bert(problem_type="single_label_classification"))).num_classes == 3
+    single = build(cls, bert(problem_type="single_label_classification"))
+    assert type(task_for(single)) in (SampleClassification, TokenClassification)
 
 
 def test_one_label_is_regression():
@@ -304,12 +334,15 @@ def test_one_label_is_regression():
 
 
 def test_sample_rows_take_labels_with_a_trailing_dimension():
-    rows = SampleClassification(nn.Linear(1, 1)).rows(torch.zeros(2, 3), torch.tensor([[1], [2]]))
-    assert rows.labels.tolist() == [1, 2]
+    task = TASK[SampleClassification]
+    assert task.rows(torch.zeros(2, 3), torch.tensor([[1], [2]])).labels.tolist() == [1, 2]
+    samples = task.sample_index(np.array([7, 8]), torch.tensor([[1], [2]]))
+    assert samples.label_hash.tolist() == [1, 2] and samples.rows is None
+    assert TASK[TokenClassification].sample_index(np.array([7, 8]), torch.tensor([[1], [2]])).rows.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
-    ("adapter", "logits", "labels"),
+    ("task", "logits", "labels"),
     [
         (SampleClassification, (2, 4, 3), (2,)),
         (SampleClassification, (2, 3), (3,)),
@@ -319,16 +352,16 @@ def test_sample_rows_take_labels_with_a_trailing_dimension():
         (TokenClassification, (2, 4, 3), (8,)),
     ],
 )
-def test_shapes_that_do_not_fit(adapter, logits, labels):
+def test_shapes_that_do_not_fit(task, logits, labels):
     """Both shapes are in the message."""
     with pytest.raises(ValueError) as error:
-        adapter(nn.Linear(1, 1)).rows(torch.zeros(logits), torch.zeros(labels, dtype=torch.long))
+        TASK[task].rows(torch.zeros(logits), torch.zeros(labels, dtype=torch.long))
     assert str(list(logits)) in str(error.value) and str(list(labels)) in str(error.value)
 
 
 def test_rows_carry_the_gradient():
     logits = torch.zeros(2, 4, 3, requires_grad=True)
-    TokenClassification(nn.Linear(1, 1)).rows(logits, torch.zeros(2, 4, dtype=torch.long)).logits[5].sum().backward()
+    TASK[TokenClassification].rows(logits, torch.zeros(2, 4, dtype=torch.long)).logits[5].sum().backward()
     assert logits.grad.nonzero().tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 2]]
 
 
@@ -384,35 +417,100 @@ def test_outputs_without_logits(outputs, has_loss, found):
         (None, "labels are a NoneType"),
         ({"boxes": 1}, "labels are a dict"),
         (torch.tensor([0.5, 1.0]), "labels are torch.float32: regression and multi-label"),
-        (torch.tensor([[1.0, 0.0]], dtype=torch.float16), "labels are torch.float16 of shape .*SelfKDDataCollator"),
+        (torch.tensor([[1.0, 0.0]], dtype=torch.float16), "labels are torch.float16.*as MixUp and CutMix of torchvis"),
         (torch.tensor([True, False]), "labels are torch.bool"),
     ],
 )
 def test_labels_that_are_refused(labels, message):
-    with pytest.raises(ValueError, match=message):
-        SampleClassification(nn.Linear(1, 1)).checked_labels(labels)
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
-def test_labels_of_every_integer_type_are_taken(dtype):
-    labels = SampleClassification(nn.Linear(1, 1)).checked_labels(torch.tensor([0, 2, 1]).to(dtype))
-    assert labels.dtype == torch.int64 and labels.tolist() == [0, 2, 1]
+    """By every task, when a batch is split."""
+    for task in TASK.values():
+        if task.per_token:
+            message = message.partition(".*")[0]
+        with pytest.raises(ValueError, match=message):
+            task.split({"x": 1, "labels": labels})
+        assert not task.accepts({"x": 1, "labels": labels})
 
 
 @pytest.mark.parametrize(
-    ("labels", "classes", "misfit"),
+    ("labels", "bad", "sample_id"),
     [
-        ([0, 3], 3, (3, 11)),
-        ([[-1, 2], [-100, 0]], 3, (-1, 10)),
-        ([[-100, 2], [5, 0]], 5, (5, 11)),
-        ([0, 2], 3, None),
-        ([-100, -100], 3, None),
-        ([[0, 2], [-100, -100]], 3, None),
+        (torch.tensor([0, 3]), 3, 41),
+        (torch.tensor([-1, 2]), -1, 40),
+        (torch.tensor([[-1, 2], [-100, 0]]), -1, 40),
+        (torch.tensor([[-100, 2], [7, 0]]), 7, 41),
     ],
 )
-def test_labels_that_are_no_classes_are_found_on_the_host(labels, classes, misfit):
-    """With the id of their sample."""
-    samples = sample_index(torch.tensor([10, 11]), torch.tensor(labels))
-    assert samples.fits(classes) is (misfit is None)
-    if misfit is not None:
-        assert samples.misfit(classes) == misfit
+def test_labels_that_are_no_classes(labels, bad, sample_id):
+    """The label and the id of its sample are found on the host."""
+    samples = sample_index(np.array([40, 41]), labels)
+    assert not samples.fits(3) and samples.misfit(3) == (bad, sample_id)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_labels_that_are_accepted(dtype):
+    """Batches have them as `int64`, whatever the collator made."""
+    for task in TASK.values():
+        batch = task.split({"labels": torch.tensor([0, 2, 1]).to(dtype)})
+        assert batch.labels.dtype == torch.int64 and batch.labels.tolist() == [0, 2, 1]
+    for labels in ([0, 2, 1], [[0, 2], [-100, -100]], [-100]):
+        assert sample_index(np.arange(len(labels)), torch.tensor(labels)).fits(3)
+    assert sample_index(np.arange(1), torch.tensor([7])).fits(8)
+
+
+# Batches
+
+
+def test_a_batch_is_split_into_what_the_model_sees_and_the_labels():
+    """The dictionary stays as it is; labels are found under the first of their names."""
+    task = SampleClassification(nn.Linear(2, 3), ("labels", "target"))
+    inputs = {"x": torch.ones(2), "target": torch.tensor([1, 2])}
+    batch = task.split(inputs, BatchRecord(np.array([7, 5])))
+    assert inputs.keys() == {"x", "target"} and batch.inputs.keys() == {"x"} and batch.label_name == "target"
+    assert batch.ids.tolist() == [7, 5] and batch.samples.label_hash.tolist() == [1, 2] and batch.mixing is None
+    assert task.accepts(inputs) and not task.accepts({"x": 1})
+    with pytest.raises(ValueError, match="the batch has no 'labels' or 'target', only x: .*label_names"):
+        task.split({"x": torch.ones(2)})
+    assert task.split(inputs).samples is None
+
+
+def test_what_travels_beside_a_batch_is_taken_as_it_is():
+    """The address that the collator found, and how images were mixed."""
+    task, samples = TASK[SampleClassification], sample_index(np.array([7, 5]), torch.tensor([1, 2]))
+    record = BatchRecord(np.array([7, 5]), samples, torch.tensor([1, 0]), 0.25)
+    batch = task.split({"labels": torch.tensor([1, 2])}, record)
+    assert batch.samples is samples and batch.mixing.partner.tolist() == [1, 0]
+    assert batch.mixing.weight.item() == 0.25 and batch.mixing.weight.shape == ()
+
+
+def test_a_causal_model_addresses_the_next_words():
+    """In the address of samples, in rows and in their labels alike."""
+    labels = torch.tensor([[5, 6, -100, 1], [2, 3, 4, -100]])
+    task = TASK[CausalLM]
+    samples = task.sample_index(np.array([0, 1]), labels)
+    row_labels = task.row_labels(labels)
+    assert samples.rows.tolist() == (row_labels != -100).nonzero().flatten().tolist() == [0, 2, 4, 5]
+    assert samples.total == 4 and task.rows(torch.zeros(2, 4, 7), labels).labels.tolist() == row_labels.tolist()
+
+
+def test_encoder_decoder_models_without_labels_get_what_their_decoder_starts_from():
+    """The same logits as with labels; what the batch has already stays."""
+    model = build(tf.T5ForConditionalGeneration, t5())
+    model.config.decoder_start_token_id = 0
+    labels = torch.tensor([[5, 6, 1], [2, 1, -100]])
+    task = task_for(model)
+    batch = task.split({**IDS, "labels": labels})
+    with torch.no_grad():
+        expected = model(**IDS, labels=labels).logits
+        given = task.inputs_without_labels(batch)
+        torch.testing.assert_close(model(**given).logits, expected)
+    assert "labels" not in given and given["decoder_input_ids"].tolist() == [[0, 5, 6], [0, 2, 1]]
+    own = torch.tensor([[0, 1, 2], [0, 3, 4]])
+    batch.inputs["decoder_input_ids"] = own
+    assert task.inputs_without_labels(batch)["decoder_input_ids"] is own
+
+
+def test_a_task_of_ones_own_says_what_is_missing():
+    task = Task(nn.Linear(2, 3))
+    with pytest.raises(NotImplementedError, match="Task.rows"):
+        task.rows(torch.zeros(1, 3), torch.zeros(1))
+    assert not Task.matches(nn.Linear(2, 3)) and task.row_labels(torch.tensor([[1, 2]])).tolist() == [1, 2]

@@ -98,7 +98,8 @@ def _patched(model: nn.Module) -> bool:
     own = held.get("_original_forward", held.get("_old_forward", held.get("forward")))
     if own is None:
         return False
-    return inspect.unwrap(getattr(own, "__func__", own)) is not inspect.unwrap(forward_owner(model).forward)
+    function = inspect.unwrap(own)  # which may end at a method of the object
+    return getattr(function, "__func__", function) is not inspect.unwrap(forward_owner(model).forward)
 
 
 def _balances_experts(model: nn.Module) -> bool:
