@@ -7,14 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from .batch import Batch
 from .heads import heads_of
 from .heads.layered import HeadMetrics
+from .losses.choose import hard_loss_kind
 from .metrics import ClassificationMetrics, is_lower_better
 from .metrics.tokens import TokenMetrics
+from .samples import IGNORE_INDEX
 from .tasks import Task
 
 
@@ -49,7 +52,24 @@ class Evaluation:
             # The stock Trainer takes the labels off, and with them what the decoder starts from.
             others = {name: value for name, value in inputs.items() if name != "labels"}
             inputs = task.inputs_without_labels(Batch(others, inputs["labels"])) | {"labels": inputs["labels"]}
+        if task is not None and own and self._loss_is_of_rows(task):
+            return self._loss_of_rows(model, task, inputs, return_outputs)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _loss_is_of_rows(self, task: Task) -> bool:
+        """Whether the rows of a task of the user's are what is learned, and not what the model makes of its labels."""
+        asked = self.method.hard_loss
+        return not task.has_known_rows and (
+            hard_loss_kind(task) == "unchecked" if asked == "auto" else asked != "model"
+        )
+
+    def _loss_of_rows(self, model, task, inputs, return_outputs):
+        batch = task.split(inputs)
+        outputs = model(**task.inputs_without_labels(batch))
+        rows = task.rows(task.logits(outputs, has_loss=False), batch.labels)
+        loss = F.cross_entropy(rows.logits.float(), rows.labels, ignore_index=IGNORE_INDEX)
+        # The stock Trainer takes the first of a tuple for the loss.
+        return (loss, outputs if isinstance(outputs, dict) else (loss, *outputs)) if return_outputs else loss
 
     def _find_task_quietly(self) -> Task | None:
         """The task of the model; `None` for one that is not supported."""

@@ -219,11 +219,18 @@ class Halved(SampleClassification):
         return super().rows(logits / 2, labels)
 
 
+class OnlyRenamed(SampleClassification):
+    """A task of one's own with the rows of another."""
+
+    name = "my task"
+
+
 def test_a_task_of_ones_own():
     """Of its rows no class of transformers computes the loss; a class of one's own may know them."""
     for model in (make_model("plain_bert"), make_model("resnet"), make_model("plain_gpt2")):
         assert hard_loss_kind(Halved(model)) == "unchecked"
         assert choose_hard_loss(Halved(model)).check is False
+    assert hard_loss_kind(OnlyRenamed(make_model("plain_bert"))) == "cross_entropy"  # its rows are known
     assert hard_loss_kind(Halved(Own())) == hard_loss_kind(Halved(bert_of(Weighted))) == "model"
     assert hard_loss_kind(Halved(WithoutLabels())) == "unchecked"
 

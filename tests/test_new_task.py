@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CLASSES, collate, difference, logged, make_model, make_samples, make_trainer, train
+from helpers import CLASSES, collate, difference, logged, make_model, make_samples, make_trainer, refused, train
 from transformers import BertForSequenceClassification, TrainerCallback, ViTForImageClassification
 
 from hf_selfkd import AuxiliaryHeadsConfig, SelfKDTrainer
@@ -276,3 +276,40 @@ def test_training_goes_on(tmp_path):
     trainer, seen, onehot = run(tmp_path, "texts", epochs=12, teacher="history")
     assert cross_entropy(onehot, seen[-1][0]) < 0.5 * cross_entropy(onehot, seen[0][0])
     assert np.mean(seen[-1][0].argmax(-1) == onehot.argmax(-1)) > 0.8
+
+
+@pytest.mark.parametrize("options", [{}, {"auxiliary_heads": "byot", "evaluate_heads": True}], ids=["model", "heads"])
+@pytest.mark.parametrize("kind", ["images", "texts"])
+def test_its_evaluation_has_the_loss_of_its_rows(tmp_path, kind, options):
+    """All K labels are told, the last included, of which the model has no logit."""
+    samples, model = make_samples(kind, size=SIZE), ordinal(kind)
+    trainer = make_trainer(
+        tmp_path,
+        model,
+        samples,
+        trainer=OrdinalTrainer,
+        eval_dataset=samples,
+        per_device_eval_batch_size=SIZE,
+        **options,
+    )
+    metrics = trainer.evaluate()
+    inputs = collate([samples[i] for i in range(SIZE)])
+    onehot = np.eye(CLASSES)[inputs.pop("labels").tolist()]
+    with torch.no_grad():
+        probs = probabilities(trainer.model.eval()(**inputs).logits)
+    assert metrics["eval_loss"] == pytest.approx(cross_entropy(onehot, probs), rel=1e-5)
+    assert trainer.predict(samples).predictions.shape == (SIZE, CLASSES - 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"auxiliary_heads": "lsskd"}, ("views='rotation'", "OrdinalClassification", "views='none'")),
+        ({"alpha": 0.0, "label_smoothing_factor": 0.1}, ("label_smoothing_factor", "OrdinalClassification")),
+    ],
+)
+def test_what_it_cannot_have_is_refused(tmp_path, options, parts):
+    def start():
+        make_trainer(tmp_path, ordinal(), make_samples("images"), trainer=OrdinalTrainer, **options).train()
+
+    refused(start, *parts)

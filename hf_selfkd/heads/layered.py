@@ -99,6 +99,11 @@ class Layered(NoHeads):
 
     def __init__(self, task: Task, distils: bool = True, seed: int = 0, temperature: float = 1.0):
         super().__init__(task)
+        if self.rotates and not task.rotates:
+            raise ValueError(
+                f"views='rotation' with task {type(task).__name__}, which does not say that rotated images are views "
+                "of the same sample (rotates = True): set views='none' in auxiliary_heads."
+            )
         self.seed, self.temperature = seed, temperature
         self.uses_past = distils and self.config.uses_past
         self.terms = tuple(f"head{index}_{name}" for index in range(self.count) for name in ("loss", "accuracy"))

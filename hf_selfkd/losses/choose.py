@@ -40,6 +40,11 @@ def choose_hard_loss(
     Raises:
         ValueError: if the choices contradict each other.
     """
+    if function is None and smoother is not None and not task.has_known_rows:
+        raise ValueError(
+            f"label_smoothing_factor smooths the logits of the model, and {type(task).__name__} makes rows of its own "
+            "of them: set label_smoothing_factor=0."
+        )
     if function is not None or smoother is not None:
         if chunked:
             raise ValueError(
@@ -68,16 +73,17 @@ def choose_hard_loss(
 def hard_loss_kind(task: Task) -> str:
     """
     What the class of a model tells of its loss: `"cross_entropy"` (a class of transformers for this task),
-    `"unchecked"` (no loss of its own, or a task of the user's), `"additive"` (cross-entropy and further terms),
-    `"unshifted"` (a causal model that learns to copy) or `"model"` (of unknown make).
+    `"unchecked"` (no loss of its own, or none of the rows that a task of the user's makes), `"additive"`
+    (cross-entropy and further terms), `"unshifted"` (a causal model that learns to copy) or `"model"` (of unknown
+    make).
     """
     model = task.model
     if not any(takes(model, name) for name in task.label_names):
         return "unchecked"
     if not is_stock(model) or hasattr(model, "_loss_function") or _patched(model):
         return "model"
-    if not type(task).__module__.startswith("hf_selfkd."):
-        return "unchecked"  # the task is the user's own, and its rows tell the loss
+    if not task.has_known_rows:
+        return "unchecked"
     if type(model).__name__.startswith(OTHER_LOSSES):
         return "model"
     if type(task).shifts_labels and not _shifts(model):

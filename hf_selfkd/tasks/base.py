@@ -21,6 +21,8 @@ class Task:
 
     A new task is a subclass: [`~Task.matches`] says which models the task is for, [`~Task.rows`] turns logits and
     labels into rows. Give the class to the trainer (`SelfKDTrainer(..., task=MyTask)`), or add a line to `TASKS`.
+    The loss of a model of transformers, in training and evaluation, is then the cross-entropy of these rows. A model
+    class of one's own keeps the loss that it computes, unless `hard_loss="cross_entropy"` is asked for.
 
     Args:
         model (`nn.Module`): the model, in any wrapper.
@@ -52,6 +54,12 @@ class Task:
     def num_classes(self) -> int | None:
         """`int`: classes of a row, as far as the model tells before it has run."""
         return num_classes_of(self.wrapped)
+
+    @property
+    def has_known_rows(self) -> bool:
+        """`bool`: whether the rows are made by this package, so that the loss of a model of transformers is theirs."""
+        owner = next(kind for kind in type(self).__mro__ if "rows" in vars(kind))
+        return owner.__module__.partition(".")[0] == __name__.partition(".")[0]
 
     def split(self, inputs: dict[str, Any], record: BatchRecord | None = None) -> Batch:
         """
