@@ -39,7 +39,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_selfkd import SelfKDConfig, SelfKDTrainer
+from hf_selfkd import AuxiliaryHeadsConfig, SelfKDConfig, SelfKDTrainer
 from hf_selfkd.metrics import compute_classification_metrics
 
 
@@ -62,6 +62,19 @@ LAYERED = {
     "lsskd_full, alpha 0": {"alpha": 0.0, "auxiliary_heads": "lsskd_full"},
     "lsskd_full": {"auxiliary_heads": "lsskd_full"},
 }
+# The terms of `lsskd` one at a time, all at alpha 0 unless stated: what each gives and takes.
+TERMS = {
+    "heads": {},
+    "heads + deep to shallow": {"deep_to_shallow_weight": 0.1},
+    "heads + features": {"feature_weight": 0.03},
+    "heads teach": {"heads_to_model_weight": 1.0},
+    "heads, no rotation": {"views": "none", "layers": [0, 1, 2]},
+    "heads, 3 views": {"views_per_step": 3},
+}
+LAYERED |= {
+    name: {"alpha": 0.0, "auxiliary_heads": AuxiliaryHeadsConfig(**({"views": "rotation"} | terms))}
+    for name, terms in TERMS.items()
+}
 FIGURES = {"error": ("error %", 2), "nll": ("NLL", 3), "ece": ("ECE %", 2), "aurc": ("AURC x1000", 2)}
 COST = {"cpu_ms_per_image": ("CPU ms an image", 2)}
 REPORTED = ("accuracy", "top5_accuracy", "nll", "brier", "ece", "ece_15", "aurc", "eaurc")
@@ -69,14 +82,16 @@ MEAN, STD = torch.tensor((0.5071, 0.4865, 0.4409)), torch.tensor((0.2673, 0.2564
 
 
 class Images(torch.utils.data.Dataset):
-    """Decoded images; for training with the usual CIFAR augmentation (crop from a border of 4, flip)."""
+    """Decoded images; for training with the usual CIFAR augmentation (crop from a border of an eighth, flip)."""
 
-    def __init__(self, dataset: Dataset, image_column: str, label_column: str, augment: bool):
+    def __init__(self, dataset: Dataset, image_column: str, label_column: str, augment: bool, size: int = 32):
         stacked = np.stack([np.asarray(image.convert("RGB")) for image in dataset[image_column]])
         pixels = torch.from_numpy(stacked).permute(0, 3, 1, 2).float().div_(255)
+        if pixels.shape[-1] != size:
+            pixels = nn.functional.interpolate(pixels, size=size, mode="area")
         pixels = (pixels - MEAN[:, None, None]) / STD[:, None, None]
-        self.size, self.augment = pixels.shape[-1], augment
-        self.pixels = nn.functional.pad(pixels, (4, 4, 4, 4)) if augment else pixels
+        self.size, self.augment, self.border = size, augment, size // 8
+        self.pixels = nn.functional.pad(pixels, (self.border,) * 4) if augment else pixels
         self.labels = list(dataset[label_column])
 
     def __len__(self) -> int:
@@ -85,7 +100,7 @@ class Images(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         image = self.pixels[index]
         if self.augment:
-            top, left, flip = torch.randint(0, 9, (2,)).tolist() + [bool(torch.rand(()) < 0.5)]
+            top, left, flip = torch.randint(0, 2 * self.border + 1, (2,)).tolist() + [bool(torch.rand(()) < 0.5)]
             image = image[:, top : top + self.size, left : left + self.size]
             image = image.flip(-1) if flip else image
         return {"pixel_values": image, "labels": self.labels[index]}
@@ -97,6 +112,7 @@ def small_resnet(name: str, num_labels: int, channels: int = 3) -> ResNetForImag
         "digits": ([16, 32, 64], [1, 1, 1], 1),
         "resnet8_narrow": ([16, 32, 64], [1, 1, 1], 2),
         "resnet8": ([32, 64, 128], [1, 1, 1], 2),
+        "resnet14": ([32, 64, 128], [2, 2, 2], 1),
         "resnet18": ([64, 128, 256, 512], [2, 2, 2, 2], 1),
     }
     widths, depths, stride = sizes[name]
@@ -130,6 +146,14 @@ def cifar_vit(num_labels: int) -> ViTForImageClassification:
     )
 
 
+def first_of_each_class(dataset: Dataset, column: str, count: int | None) -> Dataset:
+    """The first `count` samples of each class."""
+    if count is None:
+        return dataset
+    labels = np.asarray(dataset[column])
+    return dataset.select(np.concatenate([np.flatnonzero(labels == label)[:count] for label in np.unique(labels)]))
+
+
 def few_shot(dataset: Dataset, column: str, fraction: float) -> Dataset:
     """A part of each class, the same in every run."""
     if fraction == 1:
@@ -154,12 +178,12 @@ def cifar100(args: argparse.Namespace) -> dict:
     )
     image, label = ("image", "label") if "label" in train.column_names else ("img", "fine_label")
     classes = train.features[label].num_classes
-    train = few_shot(train, label, args.few_shot_fraction)
+    train = first_of_each_class(few_shot(train, label, args.few_shot_fraction), label, args.images_per_class)
     name = args.model or "resnet8"
     return {
         "make_model": lambda: cifar_vit(classes) if name == "vit" else small_resnet(name, classes),
-        "train_dataset": Images(train, image, label, augment=True),
-        "eval_dataset": Images(test, image, label, augment=False),
+        "train_dataset": Images(train, image, label, True, args.pixels),
+        "eval_dataset": Images(test, image, label, False, args.pixels),
         "arguments": {
             "per_device_train_batch_size": args.batch_size,
             "learning_rate": args.learning_rate,
@@ -237,9 +261,10 @@ def ag_news(args: argparse.Namespace) -> dict:
     }
 
 
-def run(task: dict, method: str, seed: int) -> dict:
+def run(task: dict, method: str, seed: int, max_grad_norm: float = 1.0) -> dict:
     """Train once and evaluate the last epoch on the test set."""
-    task = dict(task)
+    task, settings = dict(task), dict((METHODS | LAYERED)[method])
+    heads = settings.pop("auxiliary_heads", None)
     make_model, arguments = task.pop("make_model"), task.pop("arguments")
     set_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -252,10 +277,13 @@ def run(task: dict, method: str, seed: int) -> dict:
             disable_tqdm=True,
             log_level="error",
             logging_strategy="epoch",
+            max_grad_norm=max_grad_norm,
             **arguments,
-            **(METHODS | LAYERED)[method],
+            **settings,
         )
-        trainer = SelfKDTrainer(make_model(), config, compute_metrics=compute_classification_metrics, **task)
+        trainer = SelfKDTrainer(
+            make_model(), config, compute_metrics=compute_classification_metrics, auxiliary_heads=heads, **task
+        )
         start = time.perf_counter(), time.process_time()
         trainer.train()
         seconds, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
@@ -266,6 +294,7 @@ def run(task: dict, method: str, seed: int) -> dict:
         "seed": seed,
         "epochs": arguments["num_train_epochs"],
         "train_samples": len(task["train_dataset"]),
+        "max_grad_norm": max_grad_norm,
         "error": 100 * (1 - metrics["accuracy"]),
         **{key: metrics[key] for key in REPORTED},
         "train_seconds": seconds,
@@ -286,9 +315,12 @@ def main() -> None:
     parser.add_argument("--layered", action="store_true", help="compare auxiliary heads instead of teachers")
     parser.add_argument("--methods", nargs="+", help="all of the comparison by default")
     parser.add_argument("--few_shot_fraction", type=float, default=1.0, help="part of each class of images")
+    parser.add_argument("--images_per_class", type=int, help="the first ones of each class, for training")
+    parser.add_argument("--pixels", type=int, default=32, help="size of the images of CIFAR-100")
+    parser.add_argument("--max_grad_norm", type=float, default=1.0, help="of the Trainer; 0 does not clip")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int)
-    parser.add_argument("--model", choices=("resnet8_narrow", "resnet8", "resnet18", "vit"))
+    parser.add_argument("--model", choices=("resnet8_narrow", "resnet8", "resnet14", "resnet18", "vit"))
     parser.add_argument("--results", type=Path, help="JSON lines; results_TASK.jsonl by default")
     parser.add_argument("--table", action="store_true", help="print the table of the results and stop")
     args = parser.parse_args()
@@ -300,7 +332,11 @@ def main() -> None:
     if not args.table:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         task = {"cifar100": cifar100, "digits": digits, "ag_news": ag_news}[args.task](args)
-        run_missing(path, args.seeds, methods, lambda method, seed: run(task, method, seed), tuple(FIGURES))
+
+        def train(method: str, seed: int) -> dict:
+            return run(task, method, seed, args.max_grad_norm)
+
+        run_missing(path, args.seeds, methods, train, tuple(FIGURES))
     print(table(read_results(path), list(known), FIGURES | (COST if args.layered else {})))
 
 

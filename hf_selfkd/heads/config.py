@@ -38,7 +38,15 @@ class AuxiliaryHeadsConfig:
     ```
 
     averaged over the views of a sample, and added to the loss of the model itself, which is that of upright images
-    only. `alpha_t` is the weight of the past that the trainer has for the model itself.
+    only. `alpha_t` is the weight of the past that the trainer has for the model itself. What the heads know is taught
+    to the model in turn, by one more term of its loss:
+
+    ```
+    heads_to_model_weight * temperature**2 * KL(softmax(z / temperature) || p)
+    ```
+
+    where `p` is the model's prediction at that temperature and `z` the mean of the scores of all heads (of a rotated
+    view, those of its own rotation) over heads and views, which learns nothing from the model.
 
     Args:
         layers (`list` of `int` or `str`, or `"auto"`, *optional*, defaults to `"auto"`):
@@ -66,7 +74,10 @@ class AuxiliaryHeadsConfig:
         feature_weight (`float`, *optional*, defaults to 0.0):
             Weight of the squared distance between the features of a head and those of the last layer, which learns
             nothing from it; a linear adapter is in between.
-        temperature (`float`, *optional*, defaults to 3.0): of the divergence, which is multiplied by its square.
+        heads_to_model_weight (`float`, *optional*, defaults to 0.0):
+            Weight of the divergence of the model itself from the aggregate of its heads (SLA+SD, Lee et al., ICML
+            2020, has it of one head and all views). The heads must learn from labels.
+        temperature (`float`, *optional*, defaults to 3.0): of the divergences, which are multiplied by its square.
 
     Raises:
         ValueError: if a field is out of range.
@@ -80,6 +91,7 @@ class AuxiliaryHeadsConfig:
     past_weight: float = 0.0
     deep_to_shallow_weight: float = 0.0
     feature_weight: float = 0.0
+    heads_to_model_weight: float = 0.0
     temperature: float = 3.0
 
     def __post_init__(self):
@@ -95,12 +107,18 @@ class AuxiliaryHeadsConfig:
             )
         if not _is_a(self.views_per_step, int) or self.views_per_step not in range(ROTATIONS):
             raise ValueError(f"views_per_step={self.views_per_step} is not one of 0, 1, 2, 3 rotated views.")
-        for name in ("hard_weight", "past_weight", "deep_to_shallow_weight", "feature_weight"):
+        weights = ("hard_weight", "past_weight", "deep_to_shallow_weight", "feature_weight", "heads_to_model_weight")
+        for name in weights:
             value = getattr(self, name)
             if not (_is_a(value, (int, float)) and value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name}={value!r} must be a number of at least 0: it is the weight of a loss.")
         if self.past_weight > 1:
             raise ValueError(f"past_weight={self.past_weight} is above 1: it is a share of the trainer's alpha.")
+        if self.heads_to_model_weight > 0 and self.hard_weight == 0:
+            raise ValueError(
+                f"heads_to_model_weight={self.heads_to_model_weight} with hard_weight=0: heads that learn no labels "
+                "have nothing to teach; set hard_weight=1.0."
+            )
         value = self.temperature
         if not (_is_a(value, (int, float)) and value > 0 and math.isfinite(value)):
             raise ValueError(f"temperature={value!r} must be positive and finite: 3.0 is HSAKD's value.")

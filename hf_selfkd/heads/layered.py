@@ -107,6 +107,8 @@ class Layered(NoHeads):
         self.seed, self.temperature = seed, temperature
         self.uses_past = distils and self.config.uses_past
         self.terms = tuple(f"head{index}_{name}" for index in range(self.count) for name in ("loss", "accuracy"))
+        if self.config.heads_to_model_weight > 0:
+            self.terms += ("heads_to_model",)
 
     @property
     def config(self) -> AuxiliaryHeadsConfig:
@@ -235,6 +237,11 @@ class Layered(NoHeads):
             for part, own in zip(head_rows, soft, strict=True)
         ]
         of_heads, terms = self.loss(results, head_rows, targets, rows.logits, alpha)
+        if self.config.heads_to_model_weight > 0:
+            mask, aggregate = labelled(rows.labels), self.aggregate(head_rows, batch.rotations)
+            away = where_mask(divergence(rows.logits, aggregate, self.config.temperature), mask).sum()
+            of_heads = of_heads + self.config.heads_to_model_weight * away
+            terms["heads_to_model"] = (away.detach(), mask.sum())
         return loss + of_heads / num_items, terms
 
     def loss(
@@ -277,6 +284,25 @@ class Layered(NoHeads):
             right = ((part.logits.detach().argmax(dim=-1) == part.labels) & mask).sum()
             terms |= {f"head{index}_loss": (loss.detach(), weight), f"head{index}_accuracy": (right, weight)}
         return total / self.views, terms
+
+    def aggregate(self, rows: list[Rows], rotations: np.ndarray | None) -> torch.Tensor:
+        """
+        What the heads say together (Lee et al., ICML 2020): the mean of their scores, of a rotated view those of the
+        classes in its own rotation, over views and heads.
+
+        Args:
+            rows (`list[Rows]`): of each head, with logits `[R, C]`, or `[B * V, 4 * C]` of rotated views.
+            rotations (`numpy.ndarray` of shape `[B, V]`, *optional*): of the views, in quarter turns.
+
+        Returns:
+            `torch.FloatTensor` of shape `[R, C]` or `[B, C]`: float32, without a gradient.
+        """
+        total = sum(part.logits.detach().float() for part in rows) / len(rows)
+        if rotations is None:
+            return total
+        own = to_device(torch.from_numpy(rotations), total.device)[..., None, None]
+        joint = total.unflatten(-1, (-1, ROTATIONS)).unflatten(0, rotations.shape)
+        return joint.gather(-1, own.expand(*joint.shape[:-1], 1)).squeeze(-1).mean(dim=1)
 
     def _label_loss(self, rows: Rows, targets: list[Target], alpha: float) -> torch.Tensor:
         if targets[0].soft_targets is None or alpha == 0:
