@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
 from .batch import BatchRecord, attach_record
-from .samples import IdentifiedItems, SampleIndex, ids_in, without_key
+from .samples import IdentifiedItems, SampleIndex, has_key, ids_in, without_key
 
 
 class SelfKDDataCollator:
@@ -137,7 +137,7 @@ class TrainingCollator:
         ids = None
         if isinstance(features, IdentifiedItems):
             ids = features.ids
-        elif self.id_column is not None and isinstance(features[0], Mapping) and self.id_column in features[0]:
+        elif self.id_column is not None and has_key(features[0], self.id_column):
             ids, features = ids_in(features, self.id_column), without_key(features, self.id_column)
         batch = self.collator(features)
         if not hasattr(batch, "get") or not hasattr(batch, "__setitem__"):

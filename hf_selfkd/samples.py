@@ -271,9 +271,10 @@ def ids_in(items: list[Any], name: str) -> np.ndarray:
     return np.array([_as_id(value, name) for value in values], dtype=np.int64)
 
 
-def without_key(items: list[Mapping], name: str) -> list[Mapping]:
-    """The items without this key; they may be the dataset's own, so they are copied where one has the key."""
-    if name not in itertools.chain.from_iterable(items):
+def without_key(items: list[Any], name: str) -> list[Any]:
+    """The items without this key; they may be the dataset's own, so they are copied where one has the key. Objects
+    keep their fields, as the model does not see them."""
+    if not isinstance(items[0], Mapping) or name not in itertools.chain.from_iterable(items):
         return items
     return [{key: value for key, value in item.items() if key != name} for item in items]
 

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import random
+from collections import namedtuple
 from itertools import permutations, product
 
 import datasets
@@ -586,6 +587,13 @@ def test_an_id_column_of_a_stream():
     assert items[0] == {"x": 1, "uid": 7, "labels": 0} and items[1]["uid"] == 3
     with pytest.raises(ValueError, match="sample_id_column='uid' holds 2.5: ids must be integers"):
         collator([{"x": 1, "uid": 2.5, "labels": 0}])
+
+
+def test_an_id_column_of_a_stream_of_objects():
+    item = namedtuple("Item", "x uid")
+    collator = TrainingCollator(lambda items: {"labels": torch.tensor([i.x for i in items])}, id_column="uid")
+    assert pop_record(collator([item(1, 7), item(2, 3)])).ids.tolist() == [7, 3]
+    assert pop_record(TrainingCollator(collator.collator, id_column="other")([item(1, 7)])) is None
 
 
 def test_tensors_only():
