@@ -73,6 +73,7 @@ class Checkpoints:
             "processes": str(self.args.world_size),
             "schedule": self._schedule(),
             "content": str(self._probe.content),
+            **({} if distiller.calibrated is None else distiller.calibrated.state()),
         }
 
     def _schedule(self) -> str:
@@ -121,6 +122,8 @@ class Checkpoints:
         distiller.next_epoch = epoch if half and epoch >= 0 else epoch + 1
         if self.state.num_train_epochs < 2**31:
             distiller.num_epochs = distiller.next_epoch + max(self.state.num_train_epochs - epochs_over, 1)
+        if distiller.calibrated is not None:
+            distiller.calibrated.load(metadata)
         if metadata["schedule"] != self._schedule():
             logger.warning(f"The schedule of alpha was {metadata['schedule']} and is now {self._schedule()}.")
 

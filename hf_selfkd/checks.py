@@ -66,6 +66,22 @@ def check_engine(trainer: Trainer, method: MethodArguments, kind: str) -> None:
         )
 
 
+def check_calibration(trainer: Trainer, method: MethodArguments) -> None:
+    """
+    Raises:
+        ValueError: if `alpha_schedule="calibrated"` has no data to look at, or cannot run the model on its own.
+    """
+    if method.alpha_schedule != "calibrated" or not method.distils or trainer.train_dataset is None:
+        return
+    trainer._calibration_set()
+    sharded = sharded_by(trainer)
+    if sharded is not None:
+        raise ValueError(
+            f"alpha_schedule='calibrated' runs a whole model in every process, which {sharded} shards: use "
+            "alpha_schedule='linear'."
+        )
+
+
 def check_heads(trainer: Trainer, method: MethodArguments, heads: AuxiliaryHeads | None) -> None:
     """
     Raises:

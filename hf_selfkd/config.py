@@ -12,7 +12,7 @@ from .heads.config import AuxiliaryHeadsConfig
 from .metrics import is_lower_better
 
 
-AlphaSchedule = Literal["linear", "constant", "cosine", "linear_step"]
+AlphaSchedule = Literal["linear", "constant", "cosine", "linear_step", "calibrated"]
 Teacher = Literal["auto", "history", "snapshot", "ema", "none"]
 HistoryDtype = Literal["auto", "float32", "float16", "bfloat16"]
 HistoryTail = Literal["bucket", "label", "uniform", "renormalize"]
@@ -34,7 +34,12 @@ class MethodArguments:
             Weight of the past prediction at the end of training, in [0, 1]. 0 is plain training.
         alpha_schedule (`str`, *optional*, defaults to `"linear"`):
             How the weight grows: `"linear"` (`alpha * t / T`, per epoch, as published), `"constant"`, `"cosine"`
-            (`alpha * (1 - cos(pi * t / T)) / 2`) or `"linear_step"` (linear in optimizer steps).
+            (`alpha * (1 - cos(pi * t / T)) / 2`), `"linear_step"` (linear in optimizer steps) or `"calibrated"` (up
+            to `alpha` while predictions on held-out data are over-confident, down to 0 while they are not; measured
+            before every epoch on 2,048 samples of `eval_dataset`, or of `calibration_fraction`).
+        calibration_fraction (`float`, *optional*, defaults to `0.0`):
+            Share of the training set that is held out for `alpha_schedule="calibrated"` and not trained on, in
+            [0, 0.5]; 0 takes `eval_dataset`, which then must not be the test set.
         teacher (`str`, *optional*, defaults to `"auto"`):
             Where the past prediction comes from: `"history"` (the row stored when the sample was last trained on, in
             an earlier epoch; no extra forward pass), `"snapshot"` (the weights at the end of the previous epoch, on
@@ -102,7 +107,11 @@ class MethodArguments:
         default=0.8, metadata={"help": "Weight of the past prediction at the end of training, in [0, 1]."}
     )
     alpha_schedule: AlphaSchedule = field(
-        default="linear", metadata={"help": "How alpha grows: linear (per epoch), constant, cosine or linear_step."}
+        default="linear",
+        metadata={"help": "How alpha grows: linear (per epoch), constant, cosine, linear_step or calibrated."},
+    )
+    calibration_fraction: float = field(
+        default=0.0, metadata={"help": "Share of the training set held out for alpha_schedule='calibrated'."}
     )
     teacher: Teacher = field(
         default="auto", metadata={"help": "Where the past prediction comes from: history, snapshot, ema or none."}
@@ -206,6 +215,15 @@ class MethodArguments:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha} is outside [0, 1]: it is the weight of the past prediction.")
+        if not 0 <= self.calibration_fraction <= 0.5:
+            raise ValueError(
+                f"calibration_fraction={self.calibration_fraction} is outside [0, 0.5]: use for instance 0.1."
+            )
+        if self.calibration_fraction > 0 and self.alpha_schedule != "calibrated":
+            raise ValueError(
+                f"calibration_fraction={self.calibration_fraction} does nothing with "
+                f"alpha_schedule={self.alpha_schedule!r}: set alpha_schedule='calibrated', or leave it out."
+            )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} is outside [0, 1): use for instance 0.999.")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):

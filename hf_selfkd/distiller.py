@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -17,7 +18,7 @@ from .losses.hard import CrossEntropy
 from .losses.soft_targets import SoftTargets, labelled, make_targets
 from .metrics.running import RunningMeans
 from .samples import sample_index
-from .schedule import Progress, alpha_at
+from .schedule import CalibratedAlpha, Progress, alpha_at
 from .tasks.base import Task
 from .tasks.rows import Rows
 from .teachers.base import State, Taught, Teacher
@@ -48,6 +49,7 @@ class SelfDistiller:
     Attributes:
         epoch (`int`): the epoch of the method that is being trained, counted from 0; -1 before.
         alpha_reached (`float`): weight of the past prediction in the last step.
+        calibrated ([`~hf_selfkd.schedule.CalibratedAlpha`], *optional*): the weight, if it follows held-out data.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class SelfDistiller:
         self.teacher = Teacher() if teacher is None else teacher
         self.heads = NoHeads(task) if heads is None else heads
         self.alpha, self.schedule, self.num_epochs = alpha, schedule, num_epochs
+        self.calibrated = CalibratedAlpha(alpha) if alpha > 0 and schedule == "calibrated" else None
         self.metrics = RunningMeans(self.heads.terms)
         self.epoch, self.next_epoch, self.alpha_reached = -1, 0, 0.0
         self.num_classes = task.num_classes  # looked up once: a model must be searched for them
@@ -129,6 +132,9 @@ class SelfDistiller:
     def _alpha(self, progress: Progress) -> float:
         if self.alpha == 0:
             return 0.0
+        if self.calibrated is not None:
+            self.alpha_reached = self.calibrated.value
+            return self.alpha_reached
         self.alpha_reached = alpha_at(
             self.alpha, self.schedule, self.epoch, self.num_epochs, progress.step, progress.num_steps
         )
@@ -168,7 +174,10 @@ class SelfDistiller:
     def take_metrics(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """What is logged since the last call, of all processes; this waits for the device."""
         distils = self.alpha > 0 and self.teacher.kind != "none"
-        return self.metrics.take(reduce, distils)
+        figures = self.metrics.take(reduce, distils)
+        if self.calibrated is not None and self.calibrated.log_temperature is not None:
+            figures["held_out_temperature"] = math.exp(self.calibrated.log_temperature)
+        return figures
 
     # What a checkpoint holds
 

@@ -38,3 +38,58 @@ def alpha_at(
         return alpha * min((step + 1) / num_steps, 1.0)
     share = min((epoch + 1) / num_epochs, 1.0)
     return alpha * (1 - math.cos(math.pi * share)) / 2 if schedule == "cosine" else alpha * share
+
+
+class CalibratedAlpha:
+    """
+    A weight of the past prediction that looks after itself: it rises while predictions on held-out data are
+    over-confident and falls while they are not confident enough, so that a model that needs no softening is trained
+    plainly. It is 0 in the first epoch, and before every other one
+
+    ```
+    alpha = clip(alpha + 4 * limit * log(temperature) / num_epochs, 0, limit)
+    ```
+
+    with the temperature that would calibrate the held-out predictions.
+
+    Args:
+        limit (`float`): the weight is never above it.
+
+    Attributes:
+        value (`float`): the weight in the present epoch.
+        epoch (`int`): the epoch that it was chosen for, counted from 0; -1 before.
+        log_temperature (`float`, *optional*): natural log of the temperature that it was chosen by.
+    """
+
+    gain = 4.0
+
+    def __init__(self, limit: float):
+        self.limit, self.value, self.epoch = limit, 0.0, -1
+        self.log_temperature: float | None = None
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether the weight of an epoch, counted from 0, is still to be chosen; a half epoch has its when resumed."""
+        return epoch > self.epoch
+
+    def update(self, epoch: int, num_epochs: int, log_temperature: float) -> None:
+        """Choose the weight of an epoch of so many."""
+        if epoch > 0:  # before, it is the temperature of random weights
+            wanted = self.value + self.gain * self.limit * log_temperature / num_epochs
+            self.value = min(max(wanted, 0.0), self.limit)
+        self.epoch, self.log_temperature = epoch, log_temperature
+
+    def state(self) -> dict[str, str]:
+        """What a checkpoint holds."""
+        if self.log_temperature is None:
+            return {}
+        return {
+            "alpha": repr(self.value),
+            "alpha_epoch": str(self.epoch),
+            "log_temperature": repr(self.log_temperature),
+        }
+
+    def load(self, state: dict[str, str]) -> None:
+        """Take over what `state` gave; a checkpoint of another schedule has nothing of it."""
+        if "log_temperature" in state:
+            self.value, self.epoch = float(state["alpha"]), int(state["alpha_epoch"])
+            self.log_temperature = float(state["log_temperature"])

@@ -27,6 +27,7 @@ from .batch import RecordedBatches, peek_record, pop_record
 from .building import Building
 from .checkpoints import Checkpoints
 from .checks import (
+    check_calibration,
     check_compute_loss,
     check_engine,
     check_heads,
@@ -45,6 +46,7 @@ from .models import uncompiled
 from .samples import IGNORE_INDEX, seeded
 from .schedule import Progress
 from .tasks import Task
+from .tasks.rows import Rows
 from .teachers import Teacher
 
 
@@ -185,7 +187,9 @@ class SelfKDMixin(Building, DataLoading, Checkpoints, Evaluation):
         check_compute_loss(self, SelfKDMixin)
         check_engine(self, method, method.teacher)
         self._hard_loss(method, task)
+        self._split_training_set(method)
         self._check_dataset(method)
+        check_calibration(self, method)
 
     # The run
 
@@ -216,10 +220,14 @@ class SelfKDMixin(Building, DataLoading, Checkpoints, Evaluation):
             self._warm_start()
 
     def _begin_epoch(self) -> None:
-        if self.distiller is None:
+        distiller = self.distiller
+        if distiller is None:
             self._set_epoch(int(self.state.epoch or 0))
-        else:
-            self._set_epoch(self.distiller.begin_epoch())
+            return
+        epoch = distiller.begin_epoch()
+        self._set_epoch(epoch)
+        if distiller.calibrated is not None and distiller.calibrated.is_due(epoch):
+            distiller.calibrated.update(epoch, distiller.num_epochs, self._held_out_temperature())
 
     def _end_training(self) -> None:
         distiller = self.distiller
@@ -237,12 +245,29 @@ class SelfKDMixin(Building, DataLoading, Checkpoints, Evaluation):
                 f"teacher={distiller.teacher.kind!r} never taught: training ended in its first pass over the data, so "
                 "this was plain training. Let the dataset end several times before max_steps."
             )
-        elif distiller.alpha_reached < 0.75 * distiller.alpha:
+        elif distiller.calibrated is None and distiller.alpha_reached < 0.75 * distiller.alpha:
             logger.warning(
                 f"alpha reached {distiller.alpha_reached:.3g} of {distiller.alpha:.3g}: training ended in epoch "
                 f"{distiller.epoch + 1} of the {distiller.num_epochs} that alpha was planned for. Plan fewer epochs "
                 "(num_train_epochs, max_steps), or set alpha_schedule='constant'."
             )
+
+    def _held_out_temperature(self) -> float:
+        """Natural log of the temperature that calibrates the model on held-out data."""
+        task, several = self.distiller.task, self.args.world_size > 1
+
+        def rows_of(inputs: dict[str, Any]) -> Rows:
+            batch = task.split(self._prepare_inputs(inputs), None)
+            with self.compute_loss_context_manager():
+                outputs = self.model(**task.inputs_without_labels(batch))
+            return task.rows(task.logits(outputs, has_loss=False), batch.labels)
+
+        reduce = (lambda sums: self.accelerator.reduce(sums, "sum")) if several else (lambda sums: sums)
+        with seeded(self.args.seed):  # training draws the same random numbers with and without this pass
+            self.model.eval()
+            measured = self._make_held_out().log_temperature(rows_of, self.args.device, reduce)
+            self.model.train()
+        return measured
 
     @torch.no_grad()
     def _warm_start(self) -> None:

@@ -1,0 +1,105 @@
+"""Data that a run is calibrated on and never trained on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from .metrics.temperature import TemperatureFit
+from .samples import SampleIdDataset, is_hf_dataset
+from .tasks.rows import Rows
+
+
+LIMIT = 2048  # samples, and rows, that a temperature is fitted to: its error is then a few per cent
+
+
+def select(dataset: Any, indices: np.ndarray) -> Any:
+    """Some samples of a map-style dataset, with the ids that they have, if they have any."""
+    if isinstance(dataset, SampleIdDataset):
+        ids = indices if dataset.ids is None else dataset.ids[indices]
+        return SampleIdDataset(select(dataset.dataset, indices), None if dataset.id_column else ids, dataset.id_column)
+    return dataset.select(indices) if is_hf_dataset(dataset) else Subset(dataset, indices.tolist())
+
+
+def split_off(dataset: Any, fraction: float, seed: int) -> tuple[Any, Any]:
+    """
+    Split a map-style dataset by chance.
+
+    Args:
+        dataset: with a length.
+        fraction (`float`): share of the second part, which has at least one sample.
+        seed (`int`): decides which samples.
+
+    Returns:
+        `tuple`: the rest and the part, both in the order of the dataset.
+
+    Raises:
+        ValueError: if the dataset has no length or is too small.
+    """
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or len(dataset) < 2:
+        raise ValueError(
+            f"calibration_fraction={fraction} needs a map-style train_dataset of at least 2 samples, and this is a "
+            f"{type(dataset).__name__}: give an eval_dataset instead, and leave calibration_fraction out."
+        )
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    count = max(round(fraction * len(dataset)), 1)
+    return select(dataset, np.sort(order[count:])), select(dataset, np.sort(order[:count]))
+
+
+class HeldOut:
+    """
+    Samples of which a model's temperature is measured; each process reads its share.
+
+    Args:
+        dataset: map-style or iterable; up to 2,048 samples of it are read, of a map-style one evenly from all of it.
+        collator (`Callable`): makes batches of its items.
+        batch_size (`int`): samples of a batch.
+        num_workers (`int`, *optional*): of the dataloader.
+        rank (`int`, *optional*): of this process.
+        processes (`int`, *optional*): number of processes.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collator: Callable[[list[Any]], Any],
+        batch_size: int,
+        num_workers: int = 0,
+        rank: int = 0,
+        processes: int = 1,
+    ):
+        if isinstance(dataset, IterableDataset):
+            samples = list(islice(dataset, rank, LIMIT, processes))
+        else:
+            every = np.linspace(0, len(dataset), min(len(dataset), LIMIT), endpoint=False).astype(np.int64)
+            samples = Subset(dataset, every[rank::processes].tolist())
+        self.loader = DataLoader(samples, batch_size, collate_fn=collator, num_workers=num_workers)
+
+    @torch.no_grad()
+    def log_temperature(
+        self,
+        rows_of: Callable[[dict[str, Any]], Rows],
+        device: torch.device,
+        reduce: Callable[[torch.Tensor], torch.Tensor],
+    ) -> float:
+        """
+        Natural log of the temperature that calibrates a model. Every process must call this.
+
+        Args:
+            rows_of (`Callable`): runs the model on a batch and gives its rows.
+            device (`torch.device`): of the sums.
+            reduce (`Callable`): adds the sums of all processes up.
+        """
+        fit = TemperatureFit(device)
+        for inputs in self.loader:
+            rows = rows_of(inputs)
+            known = (rows.labels != -100).nonzero().squeeze(-1)
+            known = known[:: max(math.ceil(len(known) * len(self.loader) / LIMIT), 1)]
+            fit.update(rows.logits[known], rows.labels[known])
+        return fit.log_temperature(reduce)

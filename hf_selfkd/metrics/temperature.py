@@ -1,0 +1,64 @@
+"""The temperature at which predictions are calibrated, from sums that need no logits to be kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..samples import IGNORE_INDEX
+
+
+LOG_TEMPERATURES = torch.linspace(-1.5, 1.5, 31)  # temperatures 0.22 to 4.5
+
+
+class TemperatureFit:
+    """
+    Temperature scaling (Guo et al., ICML 2017): the temperature that minimizes the negative log-likelihood of labels.
+
+    With `b = 1 / temperature`, the derivative of that likelihood to `b`, the sum over rows of `E_p[z] - z_label` under
+    `p = softmax(b * z)`, only rises with `b`. Its sums at 31 temperatures show where it is zero.
+
+    Args:
+        device (`torch.device`, *optional*): of the sums.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.sums = torch.zeros(len(LOG_TEMPERATURES), device=device)
+
+    @torch.no_grad()
+    def update(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """
+        Take note of rows.
+
+        Args:
+            logits (`torch.FloatTensor` of shape `[R, C]`): scores.
+            labels (`torch.LongTensor` of shape `[R]`): classes; rows with -100 do not count.
+        """
+        known = labels != IGNORE_INDEX
+        logits = logits.float()
+        logits = logits - logits.amax(dim=-1, keepdim=True)
+        at_label = logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        allowed = logits.clamp_min(torch.finfo(torch.float32).min)  # scores of -inf: 0 * inf would be NaN
+        sums = [
+            torch.where(known, ((logits / scale).softmax(dim=-1) * allowed).sum(dim=-1) - at_label, 0.0).sum()
+            for scale in LOG_TEMPERATURES.exp().tolist()
+        ]
+        self.sums += torch.stack(sums).to(self.sums.device)
+
+    def log_temperature(self, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums) -> float:
+        """
+        The natural log of the temperature: above 0 where predictions are over-confident. It ends at -1.5 and 1.5, and
+        is 0 if no row had a label or the scores are not finite.
+
+        Args:
+            reduce (`Callable`, *optional*): adds the sums of all processes up.
+        """
+        sums = reduce(self.sums).cpu()
+        if not bool(sums.isfinite().all()) or not bool(sums.any()):
+            return 0.0
+        above = int((sums > 0).sum())  # the sums fall with the temperature
+        if above in (0, len(sums)):
+            return float(LOG_TEMPERATURES[0 if above == 0 else -1])
+        (before, after), (left, right) = sums[above - 1 : above + 1], LOG_TEMPERATURES[above - 1 : above + 1]
+        return float(left + (right - left) * before / (before - after))

@@ -1,0 +1,319 @@
+"""A weight of the past that looks after itself: the temperature, the rule, the held-out data, whole runs."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from helpers import (
+    Samples,
+    SizedStream,
+    Stream,
+    collate,
+    difference,
+    logged,
+    make_samples,
+    make_trainer,
+    refused,
+    same_weights,
+    train,
+)
+from test_resume import check_resume, saves
+from transformers import TrainerCallback
+
+from hf_selfkd import SelfKDConfig, with_sample_ids
+from hf_selfkd.held_out import HeldOut, split_off
+from hf_selfkd.metrics.temperature import TemperatureFit
+from hf_selfkd.schedule import CalibratedAlpha
+from hf_selfkd.tasks.rows import Rows
+
+
+CALIBRATED = {"alpha_schedule": "calibrated", "num_train_epochs": 3, "learning_rate": 0.02}
+
+
+def fitted(logits, labels):
+    """Log of the temperature that minimizes the likelihood, by an optimizer."""
+    known = labels != -100
+    logits, labels = logits[known].double(), labels[known]
+    log_t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_t], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(logits / log_t.exp(), labels)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return float(log_t.detach())
+
+
+# The temperature
+
+
+@pytest.mark.parametrize("log_t", [-1.0, -0.35, 0.0, 0.07, 0.8, 1.3])
+@pytest.mark.parametrize("classes", [2, 40])
+def test_temperature_is_the_one_that_minimizes_the_likelihood(classes, log_t):
+    torch.manual_seed(classes)
+    calm = 2 * torch.randn(3000, classes)
+    labels = torch.distributions.Categorical(logits=calm).sample()
+    labels[::7] = -100
+    logits = calm * math.exp(log_t)
+    fit = TemperatureFit()
+    for part in (slice(0, 1000), slice(1000, 1001), slice(1001, None)):
+        fit.update(logits[part], labels[part])
+    expected = fitted(logits, labels)
+    assert abs(expected - log_t) < 0.15
+    assert fit.log_temperature() == pytest.approx(expected, abs=0.01)
+
+
+def test_temperature_of_what_cannot_be_fitted():
+    logits, labels = torch.eye(5) * 3, torch.arange(5)
+    right, wrong = TemperatureFit(), TemperatureFit()
+    right.update(logits, labels)
+    wrong.update(logits, labels.flip(0) + torch.tensor([0, 0, 1, 0, 0]))
+    assert right.log_temperature() == -1.5 and wrong.log_temperature() == 1.5
+    assert TemperatureFit().log_temperature() == 0.0
+    for poison in (float("nan"), float("inf")):
+        broken = TemperatureFit()
+        broken.update(torch.full((2, 3), poison), torch.tensor([0, 1]))
+        assert broken.log_temperature() == 0.0
+    masked = TemperatureFit()
+    masked.update(torch.tensor([[2.0, 0.0, -math.inf], [2.0, 0.0, -math.inf]]), torch.tensor([0, 1]))
+    assert masked.log_temperature() == 1.5
+
+
+def test_half_precision_counts_as_its_values():
+    torch.manual_seed(0)
+    logits, labels = 4 * torch.randn(500, 6).bfloat16(), torch.randint(6, (500,))
+    fits = [TemperatureFit(), TemperatureFit()]
+    fits[0].update(logits, labels)
+    fits[1].update(logits.float(), labels)
+    assert fits[0].log_temperature() == fits[1].log_temperature()
+
+
+# The rule
+
+
+def test_rule():
+    alpha = CalibratedAlpha(0.8)
+    assert alpha.value == 0 and alpha.is_due(0) and alpha.state() == {}
+    alpha.update(0, 10, 1.5)
+    assert alpha.value == 0 and not alpha.is_due(0) and alpha.is_due(1)
+    alpha.update(1, 10, 0.5)
+    assert alpha.value == pytest.approx(4 * 0.8 * 0.5 / 10)
+    alpha.update(2, 10, -0.25)
+    assert alpha.value == pytest.approx(4 * 0.8 * 0.25 / 10)
+    other = CalibratedAlpha(0.8)
+    other.load(alpha.state())
+    assert vars(other) == vars(alpha) and not other.is_due(2)
+    alpha.update(3, 10, -1.0)
+    assert alpha.value == 0
+    for epoch in range(4, 9):
+        alpha.update(epoch, 10, 1.5)
+    assert alpha.value == 0.8
+
+
+# Held-out data
+
+
+@pytest.mark.parametrize("kind", ["list", "datasets", "with ids", "own ids"])
+def test_split(kind):
+    rows = [{"x": n, "uid": 100 + n} for n in range(40)]
+    dataset = {
+        "list": lambda: Samples(rows),
+        "datasets": lambda: Dataset.from_list(rows),
+        "with ids": lambda: with_sample_ids(Samples(rows)),
+        "own ids": lambda: with_sample_ids(Samples(rows), "uid"),
+    }[kind]()
+    rest, part = split_off(dataset, 0.2, seed=3)
+    assert len(rest) == 32 and len(part) == 8
+    of_rest, of_part = ([side[n]["x"] for n in range(len(side))] for side in (rest, part))
+    assert sorted(of_rest + of_part) == list(range(40)) and of_rest == sorted(of_rest) and of_part == sorted(of_part)
+    again = split_off(dataset, 0.2, seed=3)[1]
+    assert [again[n]["x"] for n in range(8)] == of_part != [split_off(dataset, 0.2, 4)[1][n]["x"] for n in range(8)]
+    if kind == "with ids":
+        assert rest.ids.tolist() == of_rest
+    if kind == "own ids":
+        assert [rest[n]["sample_id"] for n in range(3)] == [100 + n for n in of_rest[:3]]
+
+
+def test_split_of_little():
+    assert [len(part) for part in split_off([1, 2, 3], 0.01, 0)] == [2, 1]
+    refused(lambda: split_off([1], 0.1, 0), "calibration_fraction=0.1", "at least 2", "eval_dataset")
+
+
+@pytest.mark.parametrize("dataset", ["map", "stream"])
+def test_processes_share_the_samples(dataset):
+    torch.manual_seed(0)
+    items = [{"x": 3 * torch.randn(4), "labels": int(label)} for label in torch.randint(4, (5000,))]
+    data = Samples(items) if dataset == "map" else Stream(items)
+
+    def rows_of(inputs):
+        return Rows(inputs["x"], inputs["labels"])
+
+    sums, seen = [], []
+    for rank, processes in ((0, 1), (0, 3), (1, 3), (2, 3)):
+        held = HeldOut(data, collate, 16, rank=rank, processes=processes)
+        held.log_temperature(rows_of, "cpu", lambda part: sums.append(part.clone()) or part)
+        seen.append(sum(len(batch["labels"]) for batch in held.loader))
+    assert seen[0] == 2048 == sum(seen[1:])
+    torch.testing.assert_close(sums[0], sum(sums[1:]))
+
+
+def test_tokens_are_thinned_out():
+    items = [{"x": torch.randn(64, 3), "labels": torch.randint(3, (64,)).tolist()} for _ in range(256)]
+    counted = []
+
+    class Counting(TemperatureFit):
+        def update(self, logits, labels):
+            counted.append(len(labels))
+
+    held = HeldOut(Samples(items), collate, 8)
+    rows_of = lambda inputs: Rows(inputs["x"].reshape(-1, 3), inputs["labels"].reshape(-1))  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_selfkd.held_out.TemperatureFit", Counting)
+        with pytest.raises(AttributeError):
+            held.log_temperature(rows_of, "cpu", lambda sums: sums.nothing)
+    assert sum(counted) == 2048
+
+
+# Whole runs
+
+
+class Watching(TrainerCallback):
+    """Measures, before every epoch, what temperature the evaluation set asks for."""
+
+    def __init__(self, samples, rows):
+        self.samples, self.rows, self.measured = samples, rows, []
+
+    def on_epoch_begin(self, args, state, control, model=None, **kwargs):
+        model.eval()
+        with torch.no_grad():
+            logits, labels = self.rows(model, collate([self.samples[n] for n in range(len(self.samples))]))
+        model.train()
+        self.measured.append(fitted(logits, labels))
+
+
+def rows_of(model, batch):
+    labels = batch.pop("labels")
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+    logits = model(**batch).logits
+    if "CausalLM" in type(model).__name__ or "GPT2LM" in type(model).__name__:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+
+
+@pytest.mark.parametrize("teacher", ["history", "snapshot"])
+@pytest.mark.parametrize("name", ["plain_vit", "bert_tokens", "plain_gpt2", "plain_marian"])
+def test_alpha_follows_the_evaluation_set(tmp_path, name, teacher):
+    samples, held = make_samples(name, 12), make_samples(name, 20)
+    watching = Watching(held, rows_of)
+    trainer = make_trainer(
+        tmp_path, name, samples, eval_dataset=held, teacher=teacher, callbacks=[watching], **CALIBRATED
+    )
+    trainer.train()
+    value, expected = 0.0, []
+    for epoch, log_t in enumerate(watching.measured):
+        if epoch:
+            value = min(max(value + 4 * 0.8 * min(max(log_t, -1.5), 1.5) / 3, 0.0), 0.8)
+        expected.append(value)
+    assert len(expected) == 3 and trainer.distiller.calibrated.value == pytest.approx(value, abs=0.02)
+    temperatures = logged(trainer, "held_out_temperature")
+    assert math.log(temperatures[-1]) == pytest.approx(min(max(watching.measured[-1], -1.5), 1.5), abs=0.02)
+    assert logged(trainer, "alpha")[0] == 0 and max(logged(trainer, "alpha")) <= 0.8
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+@pytest.mark.parametrize("found", [-1.0, 1.5])
+def test_an_under_confident_model_is_trained_plainly(tmp_path, monkeypatch, name, found):
+    """Bit for bit, dropout and statistics included; the control is an over-confident one."""
+    monkeypatch.setattr(TemperatureFit, "log_temperature", lambda self, reduce: found)
+    samples = make_samples(name)
+    plain = train(tmp_path, name, samples, alpha=0.0, num_train_epochs=3, learning_rate=0.02)
+    ours = train(tmp_path, name, samples, eval_dataset=make_samples(name, 8), **CALIBRATED)
+    assert same_weights(plain.model, ours.model) is (found < 0)
+    if found > 0:
+        assert ours.distiller.calibrated.value == 0.8 and difference(plain, ours) > 1e-4
+
+
+@pytest.mark.parametrize("teacher", ["history", "ema"])
+def test_resume_is_exact(tmp_path, teacher):
+    options = saves(2) | CALIBRATED | {"teacher": teacher, "eval_dataset": make_samples("vit", 16)}
+    whole = check_resume(tmp_path, "vit", make_samples("vit"), [2, 4, 6, 8], **options)
+    assert whole.distiller.calibrated.log_temperature is not None
+
+
+def test_a_share_of_the_training_set_is_held_out(tmp_path):
+    samples, seen = make_samples("plain_vit", 40), set()
+
+    class Recording(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            seen.update(trainer.sample_ids.tolist() if trainer.sample_ids is not None else [])
+
+    trainer = make_trainer(tmp_path, "plain_vit", samples, calibration_fraction=0.25, **CALIBRATED)
+    trainer.add_callback(Recording())
+    trainer.train()
+    assert trainer.state.max_steps == 3 * math.ceil(30 / 4) and len(trainer.train_dataset) == 30
+    assert logged(trainer, "held_out_temperature")
+    stored = trainer.teacher.stored(np.arange(30))
+    assert torch.isfinite(stored).all()
+    refused(lambda: trainer.teacher.stored([30]), "30")
+
+
+def test_resume_with_a_share_held_out(tmp_path):
+    options = saves(4) | CALIBRATED | {"calibration_fraction": 0.25}
+    check_resume(tmp_path, "vit", make_samples("vit", 32), [4, 8], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({}, ["alpha_schedule='calibrated'", "no eval_dataset", "calibration_fraction=0.1"]),
+        ({"eval_dataset": "dictionary"}, ["dictionary of several", "calibration_fraction=0.1"]),
+    ],
+)
+def test_without_data_to_look_at(tmp_path, options, parts):
+    samples = make_samples("vit", 8)
+    options = {name: {"a": samples, "b": samples} for name in options}
+    refused(lambda: make_trainer(tmp_path, "vit", samples, **options, **CALIBRATED), *parts)
+
+
+def test_a_stream_cannot_be_split(tmp_path):
+    stream = SizedStream(make_samples("vit", 8))
+    options = CALIBRATED | {"calibration_fraction": 0.1, "teacher": "snapshot"}
+    refused(lambda: make_trainer(tmp_path, "vit", stream, **options), "calibration_fraction=0.1", "SizedStream")
+    trainer = make_trainer(
+        tmp_path, "vit", stream, teacher="snapshot", eval_dataset=Stream(make_samples("vit", 8)), **CALIBRATED
+    )
+    trainer.train()
+    assert logged(trainer, "held_out_temperature")
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"calibration_fraction": 0.6, "alpha_schedule": "calibrated"}, ["calibration_fraction=0.6", "[0, 0.5]"]),
+        ({"calibration_fraction": -0.1}, ["calibration_fraction=-0.1"]),
+        ({"calibration_fraction": 0.1}, ["alpha_schedule='linear'", "'calibrated'"]),
+    ],
+)
+def test_fields(tmp_path, options, parts):
+    refused(lambda: SelfKDConfig(str(tmp_path), use_cpu=True, **options), *parts)
+
+
+def test_without_distillation_nothing_is_asked_for(tmp_path):
+    plain = train(tmp_path, "vit", make_samples("vit"), alpha=0.0)
+    ours = train(tmp_path, "vit", make_samples("vit"), alpha=0.0, alpha_schedule="calibrated")
+    assert same_weights(plain.model, ours.model)
+
+
+def test_held_out_data_that_do_not_fit_are_found_before_the_first_step(tmp_path):
+    held = [{"pixel_values": item["pixel_values"]} for item in make_samples("vit", 8).items]
+    trainer = make_trainer(tmp_path, "vit", make_samples("vit"), eval_dataset=Samples(held), **CALIBRATED)
+    with pytest.raises((KeyError, ValueError), match="labels"):
+        trainer.train()
+    assert trainer.state.global_step == 0
