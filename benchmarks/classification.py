@@ -7,9 +7,12 @@ can be stopped and started again. `--table` prints the Markdown table of what is
     python benchmarks/classification.py cifar100 --train_files "train-00000*.parquet" --test_files "test-*.parquet"
     python benchmarks/classification.py ag_news --train_files "train*.parquet" --test_files "test*.parquet"
     python benchmarks/classification.py cifar100 --layered --train_files "train-00000*.parquet" ...
+    python benchmarks/classification.py ag_news --pretrained MODEL --max_train_samples 400 --label_noise 0.3 ...
     python benchmarks/classification.py digits --layered --few_shot_fraction 0.1 --batch_size 32 --learning_rate 0.05
 
-`--layered` compares auxiliary heads instead of teachers; `--few_shot_fraction` keeps a part of each class.
+`--layered` compares auxiliary heads instead of teachers; `--few_shot_fraction` keeps a part of each class. What looks
+at held-out data (`PS-KD calibrated`) sees `--validation_files` or, of CIFAR-100, the ten images a class that come after
+`--images_per_class`; never the test set, which every figure is of.
 
 Without files the data come from the Hub (`uoft-cs/cifar100`, `fancyzhx/ag_news`); the digits are scikit-learn's.
 """
@@ -28,6 +31,8 @@ from comparison import load, read_results, run_missing, table
 from datasets import Dataset
 from torch import nn
 from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     DataCollatorWithPadding,
@@ -49,11 +54,13 @@ METHODS = {
     "PS-KD history": {"teacher": "history"},
     "PS-KD snapshot": {"teacher": "snapshot"},
     "PS-KD ema": {"teacher": "ema"},
+    "PS-KD calibrated": {"teacher": "history", "alpha_schedule": "calibrated"},
 }
 LAYERED = {
     "plain": METHODS["plain"],
     "label smoothing 0.1": METHODS["label smoothing 0.1"],
     "PS-KD history": METHODS["PS-KD history"],
+    "PS-KD calibrated": METHODS["PS-KD calibrated"],
     "deep_supervision": {"alpha": 0.0, "auxiliary_heads": "deep_supervision"},
     "byot": {"alpha": 0.0, "auxiliary_heads": "byot"},
     "joint": {"alpha": 0.0, "auxiliary_heads": "joint"},
@@ -146,12 +153,12 @@ def cifar_vit(num_labels: int) -> ViTForImageClassification:
     )
 
 
-def first_of_each_class(dataset: Dataset, column: str, count: int | None) -> Dataset:
-    """The first `count` samples of each class."""
+def of_each_class(dataset: Dataset, column: str, start: int, count: int | None) -> Dataset:
+    """Some samples of each class, in the order of the dataset; all without a `count`."""
     if count is None:
         return dataset
-    labels = np.asarray(dataset[column])
-    return dataset.select(np.concatenate([np.flatnonzero(labels == label)[:count] for label in np.unique(labels)]))
+    labels, part = np.asarray(dataset[column]), slice(start, start + count)
+    return dataset.select(np.concatenate([np.flatnonzero(labels == label)[part] for label in np.unique(labels)]))
 
 
 def few_shot(dataset: Dataset, column: str, fraction: float) -> Dataset:
@@ -178,11 +185,16 @@ def cifar100(args: argparse.Namespace) -> dict:
     )
     image, label = ("image", "label") if "label" in train.column_names else ("img", "fine_label")
     classes = train.features[label].num_classes
-    train = first_of_each_class(few_shot(train, label, args.few_shot_fraction), label, args.images_per_class)
+    kept = args.images_per_class
+    train, every = of_each_class(few_shot(train, label, args.few_shot_fraction), label, 0, kept), train
+    held_out = (
+        None if kept is None else Images(of_each_class(every, label, kept, 10), image, label, False, args.pixels)
+    )
     name = args.model or "resnet8"
     return {
         "make_model": lambda: cifar_vit(classes) if name == "vit" else small_resnet(name, classes),
         "train_dataset": Images(train, image, label, True, args.pixels),
+        "validation_dataset": held_out,
         "eval_dataset": Images(test, image, label, False, args.pixels),
         "arguments": {
             "per_device_train_batch_size": args.batch_size,
@@ -220,13 +232,52 @@ def digits(args: argparse.Namespace) -> dict:
 
 
 def ag_news(args: argparse.Namespace) -> dict:
-    """What the trainer needs for AG News: a small BERT from scratch and a tokenizer trained on the training texts."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
+    """What the trainer needs for AG News: a pretrained model, or a small BERT from scratch with its own tokenizer."""
     train, test = (
         load(getattr(args, f"{split}_files"), "fancyzhx/ag_news", split, getattr(args, f"max_{split}_samples"))
         for split in ("train", "test")
     )
+    validation = load(args.validation_files, "fancyzhx/ag_news", "train", 1000) if args.validation_files else None
+    if args.pretrained:
+        return pretrained_texts(args, train, validation, test)
+    return small_bert(args, train, test)
+
+
+def wrong_labels(dataset: Dataset, share: float, classes: int) -> Dataset:
+    """The dataset with a share of its labels replaced by another class, the same ones in every run."""
+    rng, labels = np.random.default_rng(0), np.asarray(dataset["label"])
+    wrong = rng.permutation(len(labels))[: round(share * len(labels))]
+    labels[wrong] = (labels[wrong] + rng.integers(1, classes, len(wrong))) % classes
+    return dataset.remove_columns("label").add_column("label", labels)
+
+
+def pretrained_texts(args: argparse.Namespace, train: Dataset, validation: Dataset | None, test: Dataset) -> dict:
+    """Fine-tuning of a pretrained encoder, clean or with wrong labels; held-out and test labels stay as they are."""
+    tokenizer = AutoTokenizer.from_pretrained(args.pretrained)
+
+    def encode(batch: dict) -> dict:
+        return dict(tokenizer(batch["text"], truncation=True, max_length=48))
+
+    train = wrong_labels(train, args.label_noise, 4).map(encode, batched=True)
+    return {
+        "make_model": lambda: AutoModelForSequenceClassification.from_pretrained(args.pretrained, num_labels=4),
+        "train_dataset": train,
+        "validation_dataset": None if validation is None else validation.map(encode, batched=True),
+        "eval_dataset": test.map(encode, batched=True),
+        "data_collator": DataCollatorWithPadding(tokenizer),
+        "arguments": {
+            "per_device_train_batch_size": 16,
+            "learning_rate": 1e-4,
+            "warmup_steps": 20,
+            "num_train_epochs": args.epochs or 6,
+        },
+    }
+
+
+def small_bert(args: argparse.Namespace, train: Dataset, test: Dataset) -> dict:
+    """A small BERT from scratch and a tokenizer trained on the training texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     raw = Tokenizer(models.BPE(unk_token="[UNK]"))
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
     raw.train_from_iterator(
@@ -264,7 +315,10 @@ def ag_news(args: argparse.Namespace) -> dict:
 def run(task: dict, method: str, seed: int, max_grad_norm: float = 1.0) -> dict:
     """Train once and evaluate the last epoch on the test set."""
     task, settings = dict(task), dict((METHODS | LAYERED)[method])
-    heads = settings.pop("auxiliary_heads", None)
+    heads, held_out = settings.pop("auxiliary_heads", None), task.pop("validation_dataset", None)
+    test = task.pop("eval_dataset")
+    if settings.get("alpha_schedule") == "calibrated" and held_out is None:
+        settings["calibration_fraction"] = 0.1
     make_model, arguments = task.pop("make_model"), task.pop("arguments")
     set_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -282,12 +336,17 @@ def run(task: dict, method: str, seed: int, max_grad_norm: float = 1.0) -> dict:
             **settings,
         )
         trainer = SelfKDTrainer(
-            make_model(), config, compute_metrics=compute_classification_metrics, auxiliary_heads=heads, **task
+            make_model(),
+            config,
+            eval_dataset=held_out,
+            compute_metrics=compute_classification_metrics,
+            auxiliary_heads=heads,
+            **task,
         )
         start = time.perf_counter(), time.process_time()
         trainer.train()
         seconds, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
-        metrics = trainer.evaluate()
+        metrics = trainer.evaluate(test)
     metrics = {key.removeprefix("eval_"): value for key, value in metrics.items()}
     return {
         "method": method,
@@ -300,6 +359,7 @@ def run(task: dict, method: str, seed: int, max_grad_norm: float = 1.0) -> dict:
         "train_seconds": seconds,
         "cpu_ms_per_image": 1000 * cpu / len(task["train_dataset"]) / arguments["num_train_epochs"],
         "train_loss_by_epoch": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "alpha_by_epoch": [entry["alpha"] for entry in trainer.state.log_history if "alpha" in entry],
     }
 
 
@@ -308,6 +368,9 @@ def main() -> None:
     parser.add_argument("task", choices=("cifar100", "digits", "ag_news"))
     parser.add_argument("--train_files", nargs="+", help="local parquet files; the Hub otherwise")
     parser.add_argument("--test_files", nargs="+")
+    parser.add_argument("--validation_files", nargs="+", help="held-out texts")
+    parser.add_argument("--pretrained", help="folder or name of the model that AG News fine-tunes")
+    parser.add_argument("--label_noise", type=float, default=0.0, help="share of wrong training labels, AG News")
     parser.add_argument("--max_train_samples", type=int)
     parser.add_argument("--max_test_samples", type=int)
     parser.add_argument("--batch_size", type=int, default=128, help="images of a step")

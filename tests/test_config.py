@@ -14,6 +14,7 @@ from hf_selfkd.schedule import alpha_at
 DEFAULTS = {
     "alpha": 0.8,
     "alpha_schedule": "linear",
+    "calibration_fraction": 0.0,
     "teacher": "auto",
     "hard_loss": "auto",
     "temperature": 1.0,
@@ -34,7 +35,8 @@ DEFAULTS = {
 }
 OTHERS = {
     "alpha": 0.5,
-    "alpha_schedule": "linear_step",
+    "alpha_schedule": "calibrated",
+    "calibration_fraction": 0.25,
     "teacher": "history",
     "hard_loss": "additive",
     "temperature": 2.0,
