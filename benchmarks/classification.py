@@ -11,8 +11,8 @@ can be stopped and started again. `--table` prints the Markdown table of what is
     python benchmarks/classification.py digits --layered --few_shot_fraction 0.1 --batch_size 32 --learning_rate 0.05
 
 `--layered` compares auxiliary heads instead of teachers; `--few_shot_fraction` keeps a part of each class. What looks
-at held-out data (`PS-KD calibrated`) sees `--validation_files` or, of CIFAR-100, the ten images a class that come after
-`--images_per_class`; never the test set, which every figure is of.
+at held-out data (`PS-KD calibrated`) sees `--validation_files` or, of CIFAR-100, the ten images a class after the
+`--images_per_class` that are trained on; never the test set, which every figure is of.
 
 Without files the data come from the Hub (`uoft-cs/cifar100`, `fancyzhx/ag_news`); the digits are scikit-learn's.
 """
