@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from helpers import CLASSES, collate, difference, logged, make_model, make_samples, make_trainer, refused, train
 from transformers import BertForSequenceClassification, TrainerCallback, ViTForImageClassification
 
-from hf_selfkd import AuxiliaryHeadsConfig, SelfKDTrainer
+from hf_selfkd import AuxiliaryHeadsConfig, SelfKDTrainer, attach_auxiliary_heads
 from hf_selfkd.heads import heads_of
 from hf_selfkd.tasks import Rows, Task
 
@@ -243,8 +243,9 @@ def test_its_heads_learn_the_same_classes(tmp_path, preset, teacher):
         weight = heads.config.hard_weight
         first = [cross_entropy(onehot, probs) for probs in seen[0]]
         assert logged(trainer, "loss")[0] == pytest.approx(first[0] + weight * sum(first[1:]), rel=1e-4)
-    head_losses = logged(trainer, "head0_loss")
-    assert head_losses[1] < head_losses[0]
+        assert logged(trainer, "head0_loss")[1] < logged(trainer, "head0_loss")[0]
+    before = attach_auxiliary_heads(ordinal(), preset, seed=trainer.args.seed).state_dict()
+    assert not torch.equal(heads.heads[0].classifier.weight.cpu(), before["selfkd_heads.heads.0.classifier.weight"])
     right = [float((probs.argmax(-1) == onehot.argmax(-1)).mean()) for probs in seen[0][1:]]
     assert [logged(trainer, f"head{i}_accuracy")[0] for i in range(len(right))] == pytest.approx(right)
 
