@@ -15,7 +15,6 @@ from .collator import SelfKDDataCollator, TrainingCollator
 from .config import MethodArguments
 from .fixes import EpochLengthGroupedSampler
 from .heads import heads_of
-from .held_out import HeldOut, split_off
 from .probe import DataProbe, probe_data
 from .samples import BatchIdDataset, SampleIdDataset, checked_ids, is_hf_dataset, with_sample_ids
 from .tasks import Task
@@ -33,7 +32,6 @@ class DataLoading:
     _train_collator: TrainingCollator | None = None
     _epoch_sampler: EpochLengthGroupedSampler | None = None
     _probe = DataProbe()  # what a few samples told
-    _split_off: Any = None  # the part of the training set that calibrates and is not trained on
 
     def _check_dataset(self, method: MethodArguments) -> None:
         """Everything about the training set that is known before it is read."""
@@ -231,42 +229,6 @@ class DataLoading:
             num_workers=self.args.dataloader_num_workers,
         )
         return self.accelerator.prepare(dataloader)
-
-    # Held-out data
-
-    def _split_training_set(self, method: MethodArguments) -> None:
-        """Take the share for calibration off the training set."""
-        if method.calibration_fraction > 0 and method.distils and self.train_dataset is not None:
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            parts = split_off(self.train_dataset, method.calibration_fraction, seed)
-            self.train_dataset, self._split_off = parts
-
-    def _calibration_set(self) -> Any:
-        """
-        The data that `alpha_schedule="calibrated"` looks at.
-
-        Raises:
-            ValueError: if there are none, or several sets of them.
-        """
-        dataset = self.eval_dataset if self._split_off is None else self._split_off
-        if dataset is None or isinstance(dataset, dict):
-            found = "there is no eval_dataset" if dataset is None else "eval_dataset is a dictionary of several"
-            raise ValueError(
-                f"alpha_schedule='calibrated' looks at data that are not trained on, and {found}: set "
-                "calibration_fraction=0.1 to hold a part of the training set out."
-            )
-        return dataset
-
-    def _make_held_out(self) -> HeldOut:
-        args, dataset = self.args, self._calibration_set()
-        collator = self.data_collator
-        collator = collator.collator if isinstance(collator, SelfKDDataCollator) else collator
-        if is_hf_dataset(dataset):
-            dataset = self._remove_unused_columns(dataset, "calibration")
-        else:
-            collator = super()._get_collator_with_removed_columns(collator, "calibration")
-        share = (args.process_index, args.world_size)
-        return HeldOut(dataset, collator, args.eval_batch_size, args.dataloader_num_workers, *share)
 
     # Samplers
 

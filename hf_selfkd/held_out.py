@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from .collator import SelfKDDataCollator
+from .config import MethodArguments
 from .metrics.temperature import TemperatureFit
-from .samples import SampleIdDataset, is_hf_dataset
+from .samples import IGNORE_INDEX, SampleIdDataset, is_hf_dataset, seeded
 from .tasks.rows import Rows
 
 
@@ -99,7 +101,64 @@ class HeldOut:
         fit = TemperatureFit(device)
         for inputs in self.loader:
             rows = rows_of(inputs)
-            known = (rows.labels != -100).nonzero().squeeze(-1)
+            known = (rows.labels != IGNORE_INDEX).nonzero().squeeze(-1)
             known = known[:: max(math.ceil(len(known) * len(self.loader) / LIMIT), 1)]
             fit.update(rows.logits[known], rows.labels[known])
         return fit.log_temperature(reduce)
+
+
+class Calibration:
+    """Part of [`~hf_selfkd.SelfKDMixin`]: the data that `alpha_schedule="calibrated"` looks at, and the looking."""
+
+    _split_off: Any = None  # the part of the training set that calibrates and is not trained on
+
+    def _split_training_set(self, method: MethodArguments) -> None:
+        """Take the share for calibration off the training set."""
+        if method.calibration_fraction > 0 and method.distils and self.train_dataset is not None:
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            parts = split_off(self.train_dataset, method.calibration_fraction, seed)
+            self.train_dataset, self._split_off = parts
+
+    def _calibration_set(self) -> Any:
+        """
+        The data that `alpha_schedule="calibrated"` looks at.
+
+        Raises:
+            ValueError: if there are none, or several sets of them.
+        """
+        dataset = self.eval_dataset if self._split_off is None else self._split_off
+        if dataset is None or isinstance(dataset, dict):
+            found = "there is no eval_dataset" if dataset is None else "eval_dataset is a dictionary of several"
+            raise ValueError(
+                f"alpha_schedule='calibrated' looks at data that are not trained on, and {found}: set "
+                "calibration_fraction=0.1 to hold a part of the training set out."
+            )
+        return dataset
+
+    def _make_held_out(self) -> HeldOut:
+        args, dataset = self.args, self._calibration_set()
+        collator = self.data_collator
+        collator = collator.collator if isinstance(collator, SelfKDDataCollator) else collator
+        if is_hf_dataset(dataset):
+            dataset = self._remove_unused_columns(dataset, "calibration")
+        else:
+            collator = super()._get_collator_with_removed_columns(collator, "calibration")
+        share = (args.process_index, args.world_size)
+        return HeldOut(dataset, collator, args.eval_batch_size, args.dataloader_num_workers, *share)
+
+    def _held_out_temperature(self) -> float:
+        """Natural log of the temperature that calibrates the model on held-out data."""
+        task, several = self.distiller.task, self.args.world_size > 1
+
+        def rows_of(inputs: dict[str, Any]) -> Rows:
+            batch = task.split(self._prepare_inputs(inputs), None)
+            with self.compute_loss_context_manager():
+                outputs = self.model(**task.inputs_without_labels(batch))
+            return task.rows(task.logits(outputs, has_loss=False), batch.labels)
+
+        reduce = (lambda sums: self.accelerator.reduce(sums, "sum")) if several else (lambda sums: sums)
+        with seeded(self.args.seed):  # training draws the same random numbers with and without this pass
+            self.model.eval()
+            measured = self._make_held_out().log_temperature(rows_of, self.args.device, reduce)
+            self.model.train()
+        return measured

@@ -42,11 +42,11 @@ from .evaluation import Evaluation
 from .fixes import stream_position
 from .heads import attach_auxiliary_heads, heads_of, strip_auxiliary_heads
 from .heads.config import AuxiliaryHeadsConfig
+from .held_out import Calibration
 from .models import uncompiled
 from .samples import IGNORE_INDEX, seeded
 from .schedule import Progress
 from .tasks import Task
-from .tasks.rows import Rows
 from .teachers import Teacher
 
 
@@ -79,7 +79,7 @@ class _NotTrained(Teacher):
         raise ValueError("no predictions are stored yet: train first.")
 
 
-class SelfKDMixin(Building, DataLoading, Checkpoints, Evaluation):
+class SelfKDMixin(Building, DataLoading, Calibration, Checkpoints, Evaluation):
     """
     Progressive self-distillation for [`~transformers.Trainer`] and its subclasses: put it before the trainer class.
 
@@ -251,23 +251,6 @@ class SelfKDMixin(Building, DataLoading, Checkpoints, Evaluation):
                 f"{distiller.epoch + 1} of the {distiller.num_epochs} that alpha was planned for. Plan fewer epochs "
                 "(num_train_epochs, max_steps), or set alpha_schedule='constant'."
             )
-
-    def _held_out_temperature(self) -> float:
-        """Natural log of the temperature that calibrates the model on held-out data."""
-        task, several = self.distiller.task, self.args.world_size > 1
-
-        def rows_of(inputs: dict[str, Any]) -> Rows:
-            batch = task.split(self._prepare_inputs(inputs), None)
-            with self.compute_loss_context_manager():
-                outputs = self.model(**task.inputs_without_labels(batch))
-            return task.rows(task.logits(outputs, has_loss=False), batch.labels)
-
-        reduce = (lambda sums: self.accelerator.reduce(sums, "sum")) if several else (lambda sums: sums)
-        with seeded(self.args.seed):  # training draws the same random numbers with and without this pass
-            self.model.eval()
-            measured = self._make_held_out().log_temperature(rows_of, self.args.device, reduce)
-            self.model.train()
-        return measured
 
     @torch.no_grad()
     def _warm_start(self) -> None:
