@@ -6,6 +6,7 @@ import logging
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast
 from torch.utils.data import IterableDataset
@@ -21,7 +22,15 @@ from .losses.choose import choose_hard_loss, hard_loss_kind
 from .losses.hard import CrossEntropy
 from .models import uncompiled
 from .tasks import Task, task_for
-from .teachers import EMATeacher, HistoryStore, HistoryTeacher, SnapshotTeacher, Teacher
+from .teachers import (
+    EMATeacher,
+    HistoryStore,
+    HistoryTeacher,
+    Predictions,
+    PredictionsTeacher,
+    SnapshotTeacher,
+    Teacher,
+)
 from .teachers.choose import Facts, choose_teacher
 
 
@@ -97,7 +106,7 @@ class Building:
 
     def _make_teacher(self, method: MethodArguments, task: Task, heads: NoHeads) -> Teacher:
         facts = Facts(self.state.num_train_epochs, heads.uses_past)
-        if (method.distils and method.teacher in ("auto", "history")) or method.history_trace:
+        if (method.distils and method.teacher in ("auto", "history", "predictions")) or method.history_trace:
             self._add_data_facts(facts, method, task)
         kind, reason = choose_teacher(method, facts)
         if reason:
@@ -107,11 +116,36 @@ class Building:
         check_engine(self, method, kind)
         if kind == "history":
             return self._make_history(method, heads)
+        if kind == "predictions":
+            return self._make_predictions(method, task)
         share = broadcast if self.args.world_size > 1 else None
         model, dropout = uncompiled(self.model), method.teacher_dropout
         if kind == "snapshot":
             return SnapshotTeacher(model, heads.predictions, share, method.warm_start_teacher, dropout)
         return EMATeacher(model, heads.predictions, method.ema_decay, share, dropout)
+
+    def _make_predictions(self, method: MethodArguments, task: Task) -> Teacher:
+        """
+        Raises:
+            ValueError: if the file is not one of predictions for this training set.
+        """
+        predictions = Predictions.load(method.teacher_predictions)
+        told, (size, ids) = f"teacher_predictions={method.teacher_predictions!r}", self._size_and_ids()
+        rows, classes = predictions.values.shape
+        if task.per_token:
+            raise ValueError(f"{told} with {task.name}: it is for tasks with one label a sample.")
+        if task.num_classes not in (None, classes):
+            raise ValueError(f"{told} has {classes} classes and the model {task.num_classes}: they must be the same.")
+        if predictions.order is None and (method.sample_id_column is not None or rows != size):
+            raise ValueError(
+                f"{told} has {rows} rows without ids for {size} training samples"
+                + (f" with sample_id_column={method.sample_id_column!r}" if method.sample_id_column else "")
+                + ": give one row for each in their order, or add an array of ids."
+            )
+        known = predictions.places(np.arange(size) if ids is None else ids) >= 0
+        if method.sample_id_column is None and not known.any():
+            raise ValueError(f"{told} has no row for any of the ids of the training set: give those of its samples.")
+        return PredictionsTeacher(predictions)
 
     def _make_history(self, method: MethodArguments, heads: NoHeads) -> HistoryTeacher:
         args, (size, ids) = self.args, self._size_and_ids()

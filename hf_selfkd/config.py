@@ -13,7 +13,7 @@ from .metrics import is_lower_better
 
 
 AlphaSchedule = Literal["linear", "constant", "cosine", "linear_step", "calibrated"]
-Teacher = Literal["auto", "history", "snapshot", "ema", "none"]
+Teacher = Literal["auto", "history", "snapshot", "ema", "predictions", "none"]
 HistoryDtype = Literal["auto", "float32", "float16", "bfloat16"]
 HistoryTail = Literal["bucket", "label", "uniform", "renormalize"]
 HardLossKind = Literal["auto", "cross_entropy", "additive", "model"]
@@ -43,9 +43,15 @@ class MethodArguments:
         teacher (`str`, *optional*, defaults to `"auto"`):
             Where the past prediction comes from: `"history"` (the row stored when the sample was last trained on, in
             an earlier epoch; no extra forward pass), `"snapshot"` (the weights at the end of the previous epoch, on
-            the same view), `"ema"` (a moving average of the weights, from epoch 2) or `"none"` (plain training with
-            the loss scaled correctly). `"auto"` is `"history"`, and `"snapshot"` with auxiliary heads that learn from
-            past predictions, whose history would be many times larger.
+            the same view), `"ema"` (a moving average of the weights, from epoch 2), `"predictions"` (a file of your
+            own, `teacher_predictions`) or `"none"` (plain training with the loss scaled correctly). `"auto"` is
+            `"history"`, and `"snapshot"` with auxiliary heads that learn from past predictions, whose history would
+            be many times larger; what data and length do not allow, it leaves.
+        teacher_predictions (`str`, *optional*):
+            Path of a `.npz` or `.safetensors` file with one array `probs`, `log_probs` or `logits` of shape
+            `[samples, classes]` for the training set, of any other model, an ensemble or an earlier run; with `ids`
+            `[samples]` beside it where samples have ids of their own. It teaches from the first epoch on and stays as
+            it is (born-again networks, Furlanello et al., ICML 2018). For one label a sample.
         hard_loss (`str`, *optional*, defaults to `"auto"`):
             What the model's own loss is, where no `compute_loss_func` is given: `"cross_entropy"` (of its rows; hard
             and soft part are computed in one pass), `"additive"` (cross-entropy and further terms, which keep their
@@ -114,7 +120,11 @@ class MethodArguments:
         default=0.0, metadata={"help": "Share of the training set held out for alpha_schedule='calibrated'."}
     )
     teacher: Teacher = field(
-        default="auto", metadata={"help": "Where the past prediction comes from: history, snapshot, ema or none."}
+        default="auto",
+        metadata={"help": "Where the past prediction comes from: history, snapshot, ema, predictions or none."},
+    )
+    teacher_predictions: str | None = field(
+        default=None, metadata={"help": "A .npz or .safetensors file of predictions to learn from."}
     )
     hard_loss: HardLossKind = field(
         default="auto",
@@ -242,18 +252,25 @@ class MethodArguments:
                 "give the configuration itself to the trainer, SelfKDTrainer(..., auxiliary_heads=config)."
             )
         AuxiliaryHeadsConfig.resolve(self.auxiliary_heads)  # an error, if it stands for nothing
+        given = self.teacher_predictions is not None
+        if self.teacher != "auto" and (self.teacher == "predictions") != given:
+            raise ValueError(
+                f"teacher={self.teacher!r} with teacher_predictions={self.teacher_predictions!r}: one needs the "
+                "other, set teacher='predictions' and the path of a file, or neither."
+            )
+        asked = "predictions" if given else self.teacher
         for name, kinds in (
             ("history_trace", ("history",)),
             ("warm_start_teacher", ("history", "snapshot")),
             ("teacher_dropout", ("snapshot", "ema")),
         ):
-            if getattr(self, name) and self.teacher not in (*kinds, "auto"):
+            if getattr(self, name) and asked not in (*kinds, "auto"):
                 raise ValueError(
-                    f"{name}=True does nothing with teacher={self.teacher!r}: use {' or '.join(map(repr, kinds))}."
+                    f"{name}=True does nothing with teacher={asked!r}: use {' or '.join(map(repr, kinds))}."
                 )
-        if self.chunked_logits and self.distils and self.teacher not in ("history", "auto"):
+        if self.chunked_logits and self.distils and asked not in ("history", "auto"):
             raise ValueError(
-                f"chunked_logits=True with teacher={self.teacher!r}: it works with teacher='history' or alpha=0."
+                f"chunked_logits=True with teacher={asked!r}: it works with teacher='history' or alpha=0."
             )
 
     def check_with(self, args: TrainingArguments) -> None:

@@ -145,9 +145,9 @@ class SelfDistiller:
         samples = batch.samples
         if samples is None and self.teacher.needs_ids:
             told = (
-                f"the batch tells no sample ids for teacher='history' ({len(batch.labels)} rows of labels): a "
-                "collator that drops, repeats or packs samples leaves no place to address their predictions, and a "
-                "dataloader of your own must come from SelfKDTrainer. Use teacher='snapshot'."
+                f"the batch tells no sample ids for teacher={self.teacher.kind!r} ({len(batch.labels)} rows of "
+                "labels): a collator that drops, repeats or packs samples leaves no place to address their "
+                "predictions, and a dataloader of your own must come from SelfKDTrainer. Use teacher='snapshot'."
             )
             if self.strict:
                 raise ValueError(told)

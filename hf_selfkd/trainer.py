@@ -240,7 +240,7 @@ class SelfKDMixin(Building, DataLoading, Calibration, Checkpoints, Evaluation):
 
     def _warn_of_little(self, distiller: SelfDistiller) -> None:
         """Say at the end what self-distillation could not do, for a reason that the loss does not show."""
-        if distiller.epoch < 1 and not self.method.warm_start_teacher:
+        if distiller.epoch < distiller.teacher.first_epoch and not self.method.warm_start_teacher:
             logger.warning(
                 f"teacher={distiller.teacher.kind!r} never taught: training ended in its first pass over the data, so "
                 "this was plain training. Let the dataset end several times before max_steps."

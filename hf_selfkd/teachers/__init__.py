@@ -2,7 +2,17 @@
 
 from .base import Taught, Teacher
 from .history import HistoryStore, HistoryTeacher
+from .predictions import Predictions, PredictionsTeacher
 from .weights import EMATeacher, SnapshotTeacher
 
 
-__all__ = ["EMATeacher", "HistoryStore", "HistoryTeacher", "SnapshotTeacher", "Taught", "Teacher"]
+__all__ = [
+    "EMATeacher",
+    "HistoryStore",
+    "HistoryTeacher",
+    "Predictions",
+    "PredictionsTeacher",
+    "SnapshotTeacher",
+    "Taught",
+    "Teacher",
+]

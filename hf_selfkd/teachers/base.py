@@ -40,6 +40,7 @@ class Teacher:
 
     kind = "none"
     needs_ids = False
+    first_epoch = 1  # in which there can be something to learn from, counted from 0
 
     def __init__(self):
         self.epoch = -1

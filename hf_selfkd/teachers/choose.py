@@ -41,6 +41,10 @@ def choose_teacher(method: MethodArguments, facts: Facts) -> tuple[str, str]:
     """
     if not method.distils and not method.history_trace:
         return "none", ""
+    if method.teacher_predictions is not None:
+        if facts.no_ids:
+            raise ValueError(facts.no_ids.replace("'history'", "'predictions'"))
+        return "predictions", ""
     short = facts.num_epochs < 2 and not method.warm_start_teacher and method.distils
     if method.teacher != "auto":
         if short:
