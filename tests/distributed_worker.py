@@ -1,5 +1,6 @@
 """Runs that `test_distributed.py` compares: torchrun runs this file on two processes, the test calls it on one."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -79,6 +80,8 @@ def equal(out, world, model="plain_vit", size=32, **more):
         "rows_with_history",
         "past_agreement",
         "target_entropy",
+        "heads_to_model",
+        "held_out_temperature",
         "loss",
     )
     result["logs"] = [
@@ -164,6 +167,20 @@ def evaluated_heads(out, world):
     return {"metrics": {name: value for name, value in trainer.evaluate().items() if "head" in name}}
 
 
+def calibrated(out, world):
+    """A weight that follows 13 held-out samples, which do not divide into the processes."""
+    held = make_samples("plain_vit", 13, seed=5)
+    return equal(out, world, alpha_schedule="calibrated", eval_dataset=held)
+
+
+def predictions(out, world):
+    """Predictions from a file."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"past{world}_{os.environ.get('RANK', 0)}.npz"
+    np.savez(path, probs=np.random.default_rng(0).dirichlet(np.ones(CLASSES), 32))
+    return equal(out, world, teacher_predictions=str(path))
+
+
 # Heads without batch statistics, which each process would have for itself.
 STAGES = {"auxiliary_heads": "lsskd_full"}
 SMOOTHING = {"label_smoothing_factor": 0.1, "alpha": 0.0}
@@ -184,6 +201,8 @@ SCENARIOS = {
     "resume_history": lambda out, world: resumed(out, world, "vit"),
     "resume_snapshot": lambda out, world: resumed(out, world, "resnet", teacher="snapshot"),
     "resume_ema": lambda out, world: resumed(out, world, "resnet", teacher="ema", save=2),
+    "calibrated": calibrated,
+    "predictions": predictions,
     "stream": lambda out, world: stream(out, world),
     "processes_changed": with_processes_changed,
     "translation": lambda out, world: translation(out, world),
@@ -192,6 +211,9 @@ SCENARIOS = {
     "translation_chunked": lambda out, world: translation(out, world, history_top_k=4, chunked_logits=True),
     "translation_plain": lambda out, world: translation(out, world, alpha=0.0),
     "heads": lambda out, world: equal(out, world, **STAGES),
+    "heads_teach": lambda out, world: equal(
+        out, world, auxiliary_heads=AuxiliaryHeadsConfig(head="stages", heads_to_model_weight=1.0)
+    ),
     "heads_history": lambda out, world: equal(out, world, teacher="history", **STAGES),
     "heads_accumulation": lambda out, world: equal(
         out, world, per_device_train_batch_size=4 // world, gradient_accumulation_steps=2, **STAGES

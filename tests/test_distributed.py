@@ -34,6 +34,8 @@ def two(tmp_path_factory):
     "name",
     ["history", "snapshot", "ema", "accumulation", "tokens", "disk", "warm_start", "plain", "stream"]
     + [
+        "calibrated",
+        "predictions",
         "translation",
         "translation_accumulation",
         "translation_top_k",
@@ -44,6 +46,7 @@ def two(tmp_path_factory):
         "heads",
         "heads_history",
         "heads_accumulation",
+        "heads_teach",
         "heads_muted",
         "heads_translation",
         "heads_causal",
