@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
 from .checkpoints import STATE_FOLDER
-from .checks import check_engine, check_even, sharded_by
+from .checks import check_engine, check_even, sharded_by, warn_of_clipping
 from .config import MethodArguments
 from .distiller import SelfDistiller
 from .heads import heads_of
@@ -81,6 +81,7 @@ class Building:
         heads = NoHeads(task)
         if self._heads_learn():
             heads = Layered(task, method.distils, self.args.seed, method.temperature)
+            warn_of_clipping(self)
             if heads.views > 1 and hard_loss.shows_labels:
                 raise ValueError(
                     f"views='rotation' with {type(task.model).__name__}, whose own loss is not plain cross-entropy "

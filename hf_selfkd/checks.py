@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -11,6 +12,9 @@ from transformers import Trainer, TrainingArguments
 
 from .config import MethodArguments
 from .heads import AuxiliaryHeads, heads_of
+
+
+logger = logging.getLogger(__name__)
 
 
 def check_launch(args: TrainingArguments, distils: bool) -> None:
@@ -101,6 +105,20 @@ def check_heads(trainer: Trainer, method: MethodArguments, heads: AuxiliaryHeads
                 "the optimizer given does not hold the weights of the auxiliary heads: call "
                 "attach_auxiliary_heads(model, config) before you build it."
             )
+
+
+def warn_of_clipping(trainer: Trainer) -> None:
+    """
+    Say that clipped gradients slow SGD down, where auxiliary heads make them larger. Adam does not notice the scale.
+    """
+    args, given = trainer.args, trainer.optimizer
+    sgd = args.optim == "sgd" if given is None else "SGD" in type(getattr(given, "optimizer", given)).__name__
+    if sgd and args.max_grad_norm > 0:
+        logger.warning(
+            f"max_grad_norm={args.max_grad_norm} with SGD and auxiliary heads: the gradient of all heads together is "
+            "several times longer than that of the model alone, so clipping makes the steps of the model smaller, and "
+            "the model underfits. Set max_grad_norm=0 to leave gradients as they are."
+        )
 
 
 def check_compute_loss(trainer: Trainer, mixin: type) -> None:

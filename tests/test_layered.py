@@ -402,6 +402,28 @@ def test_mixed_images(tmp_path, preset, teacher):
     assert all(math.isfinite(value) for value in logged(trainer, "loss"))
 
 
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({"optim": "sgd"}, True),
+        ({"optim": "sgd", "max_grad_norm": 0.0}, False),
+        ({}, False),
+        ({"optim": "sgd", "auxiliary_heads": None}, False),
+    ],
+    ids=str,
+)
+def test_clipping_of_sgd_is_named(tmp_path, caplog, options, warned):
+    train(tmp_path, "vit", make_samples("vit", 8), **({"auxiliary_heads": "byot", "num_train_epochs": 2} | options))
+    assert ("max_grad_norm=1.0 with SGD" in caplog.text) is warned
+
+
+def test_clipping_of_an_sgd_of_ones_own_is_named(tmp_path, caplog):
+    model = attach_auxiliary_heads(make_model("vit"), "byot")
+    optimizers = (torch.optim.SGD(model.parameters(), 0.01), None)
+    train(tmp_path, model, make_samples("vit", 8), optimizers=optimizers, num_train_epochs=2)
+    assert "max_grad_norm=1.0 with SGD" in caplog.text
+
+
 # Histories of heads
 
 
