@@ -64,6 +64,8 @@ LAYERED = {
     "deep_supervision": {"alpha": 0.0, "auxiliary_heads": "deep_supervision"},
     "byot": {"alpha": 0.0, "auxiliary_heads": "byot"},
     "joint": {"alpha": 0.0, "auxiliary_heads": "joint"},
+    "sla, alpha 0": {"alpha": 0.0, "auxiliary_heads": "sla"},
+    "sla": {"auxiliary_heads": "sla"},
     "lsskd, alpha 0": {"alpha": 0.0, "auxiliary_heads": "lsskd"},
     "lsskd": {"auxiliary_heads": "lsskd"},
     "lsskd_full, alpha 0": {"alpha": 0.0, "auxiliary_heads": "lsskd_full"},
@@ -74,7 +76,6 @@ TERMS = {
     "heads": {},
     "heads + deep to shallow": {"deep_to_shallow_weight": 0.1},
     "heads + features": {"feature_weight": 0.03},
-    "heads teach": {"heads_to_model_weight": 1.0},
     "heads, no rotation": {"views": "none", "layers": [0, 1, 2]},
     "heads, 3 views": {"views_per_step": 3},
 }

@@ -14,7 +14,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from .files import load_tensors, save_tensors
 from .fixes import last_whole_checkpoint, load_renamed_weights, pushed_folder
-from .heads import head_names, heads_of
+from .heads import AuxiliaryHeadsConfig, head_names, heads_of
 
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,8 @@ class Checkpoints:
                 f"{'with' if heads else 'without'}: resume with the same auxiliary_heads."
             )
         tensors, metadata = load_tensors(path)
-        written = json.loads(metadata["config"])
+        # Of an earlier version, which did not know every field.
+        written = AuxiliaryHeadsConfig().to_dict() | json.loads(metadata["config"])
         if written != heads.config.to_dict():
             changed = [name for name, value in heads.config.to_dict().items() if written.get(name) != value]
             raise ValueError(

@@ -100,8 +100,8 @@ class MethodArguments:
             better calibration).
         auxiliary_heads (`str`, *optional*):
             Layered self-distillation: a preset of [`AuxiliaryHeadsConfig`] (`"lsskd"`, `"lsskd_full"`, `"joint"`,
-            `"byot"`, `"deep_supervision"`) or where a configuration was saved. The trainer's argument of that name
-            takes a configuration itself.
+            `"sla"`, `"byot"`, `"deep_supervision"`) or where a configuration was saved. The trainer's argument of that
+            name takes a configuration itself.
         evaluate_heads (`bool`, *optional*, defaults to `False`):
             Report every auxiliary head as a classifier of its own in evaluation (`eval_head0_accuracy` and so on).
 
@@ -168,7 +168,7 @@ class MethodArguments:
     )
     auxiliary_heads: str | None = field(
         default=None,
-        metadata={"help": "Layered self-distillation: a preset (lsskd, joint, byot, ...) or a saved configuration."},
+        metadata={"help": "Layered self-distillation: a preset (sla, lsskd, byot, ...) or a saved configuration."},
     )
     evaluate_heads: bool = field(
         default=False, metadata={"help": "Report every auxiliary head as a classifier of its own in evaluation."}

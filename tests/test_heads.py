@@ -102,6 +102,7 @@ def test_file_that_is_no_config_is_refused(tmp_path, content):
         ("past_weight", 1.5),
         ("deep_to_shallow_weight", math.nan),
         ("feature_weight", math.inf),
+        ("heads_to_model_weight", -0.5),
         ("temperature", 0.0),
     ],
 )
@@ -110,7 +111,10 @@ def test_bad_fields_are_refused(field, value):
 
 
 def test_names_that_do_not_exist_are_refused(tmp_path):
-    refused(lambda: AuxiliaryHeadsConfig.preset("best"), "'best'", "lsskd, lsskd_full, joint, byot, deep_supervision")
+    refused(lambda: AuxiliaryHeadsConfig.preset("best"), "'best'", "lsskd, lsskd_full, joint, sla, byot")
+    refused(
+        lambda: AuxiliaryHeadsConfig(hard_weight=0, heads_to_model_weight=1.0), "hard_weight=0", "nothing to teach"
+    )
     refused(lambda: AuxiliaryHeadsConfig.resolve(str(tmp_path / "no")), "preset", "joint")
     refused(lambda: AuxiliaryHeadsConfig.resolve({"head": "mlp"}), "dict", "AuxiliaryHeadsConfig")
 

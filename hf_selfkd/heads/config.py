@@ -144,6 +144,8 @@ class AuxiliaryHeadsConfig:
         - `"lsskd_full"`: the same at the papers' cost: heads that copy the remaining stages, all four views.
         - `"joint"`: hard joint labels only, the teacher-free part of HSAKD (Yang et al., IJCAI 2021): heads that copy
           the remaining stages, all four views, all weights 1, as published.
+        - `"sla"`: light heads on every stage that learn hard joint labels and teach the model what they know together
+          (SLA+SD, Lee et al., ICML 2020, which has one head and all four views). Weight and temperature are untuned.
         - `"byot"`: Be Your Own Teacher (Zhang et al., ICCV 2019): heads tell the class, learn from the label and from
           the model itself. 0.9 and 0.1 at temperature 3 are those of a reproduction that reached the published figure
           with the square of the temperature as a factor; the features are compared after pooling, averaged over their
@@ -244,6 +246,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "lsskd": {**_LSSKD, "views_per_step": 1},
     "lsskd_full": {**_LSSKD, "head": "stages", "views_per_step": 3},
     "joint": {"head": "stages", "views_per_step": 3},
+    "sla": {"heads_to_model_weight": 1.0},
     "byot": {"views": "none", "hard_weight": 0.9, "deep_to_shallow_weight": 0.1, "feature_weight": 0.03},
     "deep_supervision": {"head": "linear", "views": "none"},
 }
