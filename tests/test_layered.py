@@ -1,6 +1,7 @@
 """Layered self-distillation in the trainer: views, losses, histories, figures, checkpoints."""
 
 import copy
+import json
 import math
 
 import numpy as np
@@ -35,6 +36,7 @@ from hf_selfkd import (
     strip_auxiliary_heads,
 )
 from hf_selfkd.batch import Batch
+from hf_selfkd.files import load_tensors, save_tensors
 from hf_selfkd.heads.auxiliary import heads_of
 from hf_selfkd.heads.config import PRESETS
 from hf_selfkd.heads.rotation import choose_rotations, rotate
@@ -271,6 +273,37 @@ def test_training_is_the_formulas(tmp_path, options, teacher):
     assert difference(reference, control) > 1e-4
 
 
+@pytest.mark.parametrize("name", ["plain_gpt2", "plain_marian", "plain_bert_tokens", "plain_bert"])
+def test_heads_of_text_teach_the_model_token_by_token(tmp_path, name):
+    """The first step's loss, against a loop over the labelled tokens; and the model learns from the term."""
+    samples = make_samples(name, 4)
+    config = AuxiliaryHeadsConfig(heads_to_model_weight=0.5, temperature=2.0, layers=[0])
+    options = {"alpha": 0.0, "num_train_epochs": 2} | SGD
+    model = attach_auxiliary_heads(make_model(name), config)
+    batch = collate([samples[n] for n in range(4)])
+    labels = batch.pop("labels")
+    if "marian" in name:
+        batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+    with torch.no_grad():
+        outputs = model.train()(**batch)
+    total, rows = 0.0, 0
+    own, said, labels = outputs.logits, outputs["auxiliary"][0], labels.reshape(4, -1)
+    for sentence in range(4):
+        for place in range(labels.shape[1]):
+            at = place - 1 if "gpt2" in name else place
+            if at < 0 or labels[sentence, place] == -100:
+                continue
+            now, then = (s.reshape(4, -1, s.shape[-1])[sentence, at] / 2 for s in (own, said))
+            total += 4 * float(F.kl_div(now.log_softmax(-1), then.softmax(-1), reduction="sum"))
+            rows += 1
+    trainer = train(tmp_path, copy.deepcopy(model), samples, auxiliary_heads=config, **options)
+    assert logged(trainer, "heads_to_model")[0] == pytest.approx(total / rows, rel=1e-4)
+    config = AuxiliaryHeadsConfig(temperature=2.0, layers=[0])
+    without = train(tmp_path, attach_auxiliary_heads(make_model(name), config), samples, **options)
+    assert logged(trainer, "loss")[0] == pytest.approx(logged(without, "loss")[0] + 0.5 * total / rows, rel=1e-4)
+    assert difference(bare(trainer), bare(without)) > 1e-5
+
+
 def test_divergence_is_torchs_and_gives_the_teacher_no_gradient():
     """Invariant 30."""
     logits, teacher = (torch.randn(5, 7, requires_grad=True) for _ in range(2))
@@ -422,6 +455,19 @@ def test_clipping_of_an_sgd_of_ones_own_is_named(tmp_path, caplog):
     optimizers = (torch.optim.SGD(model.parameters(), 0.01), None)
     train(tmp_path, model, make_samples("vit", 8), optimizers=optimizers, num_train_epochs=2)
     assert "max_grad_norm=1.0 with SGD" in caplog.text
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes(tmp_path):
+    """It knows nothing of a field that has come since."""
+    samples, options = make_samples("vit"), saves(4) | {"auxiliary_heads": "byot", "teacher": "history"}
+    whole = train(tmp_path, "vit", samples, **options)
+    path = tmp_path / "checkpoint-4/_selfkd/auxiliary_heads.safetensors"
+    tensors, metadata = load_tensors(path)
+    written = json.loads(metadata["config"])
+    del written["heads_to_model_weight"]
+    save_tensors(path, tensors, {"config": json.dumps(written)})
+    resumed = train(tmp_path / "again", "vit", samples, resume=tmp_path / "checkpoint-4", **options)
+    assert difference(whole, resumed) == 0
 
 
 # Histories of heads
