@@ -7,7 +7,7 @@ OLDEST ?= .venv-oldest
 OLDEST_PYTHON ?= python3.10
 
 .NOTPARALLEL:
-.PHONY: demo demo-translation test test-oldest lint docs clean
+.PHONY: demo demo-translation test test-oldest lint results docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo_digits.py
@@ -25,6 +25,10 @@ test-oldest: $(OLDEST)/.oldest
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The tables of docs/results.md, from the runs that are logged in docs/results.
+results: $(VENV)/.dev
+	$(BIN)/python benchmarks/results.py
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from comparison import load, read_results, run_missing, table
+from comparison import COST, FIGURES, load, read_results, run_missing, table
 from datasets import Dataset
 from torch import nn
 from transformers import (
@@ -55,6 +55,11 @@ METHODS = {
     "PS-KD snapshot": {"teacher": "snapshot"},
     "PS-KD ema": {"teacher": "ema"},
     "PS-KD calibrated": {"teacher": "history", "alpha_schedule": "calibrated"},
+    "PS-KD calibrated, tenth of the training set": {
+        "teacher": "history",
+        "alpha_schedule": "calibrated",
+        "calibration_fraction": 0.1,
+    },
 }
 LAYERED = {
     "plain": METHODS["plain"],
@@ -83,8 +88,6 @@ LAYERED |= {
     name: {"alpha": 0.0, "auxiliary_heads": AuxiliaryHeadsConfig(**({"views": "rotation"} | terms))}
     for name, terms in TERMS.items()
 }
-FIGURES = {"error": ("error %", 2), "nll": ("NLL", 3), "ece": ("ECE %", 2), "aurc": ("AURC x1000", 2)}
-COST = {"cpu_ms_per_image": ("CPU ms an image", 2)}
 REPORTED = ("accuracy", "top5_accuracy", "nll", "brier", "ece", "ece_15", "aurc", "eaurc")
 MEAN, STD = torch.tensor((0.5071, 0.4865, 0.4409)), torch.tensor((0.2673, 0.2564, 0.2762))
 

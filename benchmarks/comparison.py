@@ -13,6 +13,10 @@ import transformers
 from datasets import Dataset, load_dataset
 
 
+FIGURES = {"error": ("error %", 2), "nll": ("NLL", 3), "ece": ("ECE %", 2), "aurc": ("AURC x1000", 2)}
+COST = {"cpu_ms_per_image": ("CPU ms an image", 2)}
+
+
 def load(files: list[str] | None, name: str, split: str, limit: int | None) -> Dataset:
     """A split from local parquet files, or from the Hub."""
     if files:

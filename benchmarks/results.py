@@ -1,0 +1,22 @@
+"""
+The table of every file of JSON lines in docs/results, as docs/results.md has them.
+
+    python benchmarks/results.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from comparison import COST, FIGURES, read_results, table
+
+
+def main() -> None:
+    for path in sorted((Path(__file__).parents[1] / "docs" / "results").glob("*.jsonl")):
+        rows = read_results(path)
+        methods = list(dict.fromkeys(row["method"] for row in rows))
+        print(f"{path.name}\n\n{table(rows, methods, FIGURES | COST)}\n")
+
+
+if __name__ == "__main__":
+    main()
