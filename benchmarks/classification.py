@@ -124,6 +124,7 @@ def small_resnet(name: str, num_labels: int, channels: int = 3) -> ResNetForImag
         "resnet8_narrow": ([16, 32, 64], [1, 1, 1], 2),
         "resnet8": ([32, 64, 128], [1, 1, 1], 2),
         "resnet14": ([32, 64, 128], [2, 2, 2], 1),
+        "resnet14_narrow": ([16, 32, 64], [2, 2, 2], 1),
         "resnet18": ([64, 128, 256, 512], [2, 2, 2, 2], 1),
     }
     widths, depths, stride = sizes[name]
@@ -387,7 +388,8 @@ def main() -> None:
     parser.add_argument("--max_grad_norm", type=float, default=1.0, help="of the Trainer; 0 does not clip")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int)
-    parser.add_argument("--model", choices=("resnet8_narrow", "resnet8", "resnet14", "resnet18", "vit"))
+    models = ("resnet8_narrow", "resnet8", "resnet14_narrow", "resnet14", "resnet18", "vit")
+    parser.add_argument("--model", choices=models)
     parser.add_argument("--results", type=Path, help="JSON lines; results_TASK.jsonl by default")
     parser.add_argument("--table", action="store_true", help="print the table of the results and stop")
     args = parser.parse_args()
