@@ -18,7 +18,7 @@ from .samples import IGNORE_INDEX, SampleIdDataset, is_hf_dataset, seeded
 from .tasks.rows import Rows
 
 
-LIMIT = 2048  # samples, and rows, that a temperature is fitted to: its error is then a few per cent
+LIMIT = 2048  # samples, and rows, that a temperature is fitted to: its error is then some per cent
 
 
 def select(dataset: Any, indices: np.ndarray) -> Any:
@@ -89,9 +89,9 @@ class HeldOut:
         rows_of: Callable[[dict[str, Any]], Rows],
         device: torch.device,
         reduce: Callable[[torch.Tensor], torch.Tensor],
-    ) -> float:
+    ) -> tuple[float, float]:
         """
-        Natural log of the temperature that calibrates a model. Every process must call this.
+        Natural log of the temperature that calibrates a model, and its standard error. Every process must call this.
 
         Args:
             rows_of (`Callable`): runs the model on a batch and gives its rows.
@@ -146,8 +146,8 @@ class Calibration:
         share = (args.process_index, args.world_size)
         return HeldOut(dataset, collator, args.eval_batch_size, args.dataloader_num_workers, *share)
 
-    def _held_out_temperature(self) -> float:
-        """Natural log of the temperature that calibrates the model on held-out data."""
+    def _held_out_temperature(self) -> tuple[float, float]:
+        """Natural log of the temperature that calibrates the model on held-out data, and its standard error."""
         task, several = self.distiller.task, self.args.world_size > 1
 
         def rows_of(inputs: dict[str, Any]) -> Rows:

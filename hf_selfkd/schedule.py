@@ -47,10 +47,11 @@ class CalibratedAlpha:
     plainly. It is 0 in the first epoch, and before every other one
 
     ```
-    alpha = clip(alpha + 4 * limit * log(temperature) / num_epochs, 0, limit)
+    alpha = clip(alpha + 4 * limit * change / num_epochs, 0, limit),    change = log(t) * max(1 - (e / log(t))**2, 0)
     ```
 
-    with the temperature that would calibrate the held-out predictions.
+    with the temperature `t` that would calibrate the held-out predictions and `e` the standard error of its log: what
+    a few samples cannot tell from 1 changes nothing (James and Stein's shrinkage).
 
     Args:
         limit (`float`): the weight is never above it.
@@ -71,10 +72,11 @@ class CalibratedAlpha:
         """Whether the weight of an epoch, counted from 0, is still to be chosen; a half epoch has its when resumed."""
         return epoch > self.epoch
 
-    def update(self, epoch: int, num_epochs: int, log_temperature: float) -> None:
-        """Choose the weight of an epoch of so many."""
-        if epoch > 0:  # before, it is the temperature of random weights
-            wanted = self.value + self.gain * self.limit * log_temperature / num_epochs
+    def update(self, epoch: int, num_epochs: int, log_temperature: float, error: float = 0.0) -> None:
+        """Choose the weight of an epoch of so many, by a temperature whose log has this standard error."""
+        if epoch > 0 and abs(log_temperature) > error:  # before, it is the temperature of random weights
+            change = log_temperature * (1 - (error / log_temperature) ** 2)
+            wanted = self.value + self.gain * self.limit * change / num_epochs
             self.value = min(max(wanted, 0.0), self.limit)
         self.epoch, self.log_temperature = epoch, log_temperature
 

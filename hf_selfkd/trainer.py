@@ -227,7 +227,7 @@ class SelfKDMixin(Building, DataLoading, Calibration, Checkpoints, Evaluation):
         epoch = distiller.begin_epoch()
         self._set_epoch(epoch)
         if distiller.calibrated is not None and distiller.calibrated.is_due(epoch):
-            distiller.calibrated.update(epoch, distiller.num_epochs, self._held_out_temperature())
+            distiller.calibrated.update(epoch, distiller.num_epochs, *self._held_out_temperature())
 
     def _end_training(self) -> None:
         distiller = self.distiller

@@ -66,7 +66,7 @@ def test_temperature_is_the_one_that_minimizes_the_likelihood(classes, log_t):
         fit.update(logits[part], labels[part])
     expected = fitted(logits, labels)
     assert abs(expected - log_t) < 0.15
-    assert fit.log_temperature() == pytest.approx(expected, abs=0.01)
+    assert fit.log_temperature()[0] == pytest.approx(expected, abs=0.01)
 
 
 def test_temperature_of_what_cannot_be_fitted():
@@ -74,15 +74,36 @@ def test_temperature_of_what_cannot_be_fitted():
     right, wrong = TemperatureFit(), TemperatureFit()
     right.update(logits, labels)
     wrong.update(logits, labels.flip(0) + torch.tensor([0, 0, 1, 0, 0]))
-    assert right.log_temperature() == -1.5 and wrong.log_temperature() == 1.5
-    assert TemperatureFit().log_temperature() == 0.0
+    assert right.log_temperature()[0] == -1.5 and wrong.log_temperature()[0] == 1.5
+    assert TemperatureFit().log_temperature() == (0.0, math.inf)
     for poison in (float("nan"), float("inf")):
         broken = TemperatureFit()
         broken.update(torch.full((2, 3), poison), torch.tensor([0, 1]))
-        assert broken.log_temperature() == 0.0
+        assert broken.log_temperature() == (0.0, math.inf)
     masked = TemperatureFit()
     masked.update(torch.tensor([[2.0, 0.0, -math.inf], [2.0, 0.0, -math.inf]]), torch.tensor([0, 1]))
-    assert masked.log_temperature() == 1.5
+    assert masked.log_temperature()[0] == 1.5
+
+
+@pytest.mark.parametrize("rows", [60, 600])
+@pytest.mark.parametrize("log_t", [-0.4, 0.0, 0.6])
+def test_standard_error_is_the_spread_over_samples(rows, log_t):
+    """Against the spread of the temperature itself over 200 samples of labels, and the second derivative."""
+    generator = torch.Generator().manual_seed(rows)
+    calm = 2 * torch.randn(rows, 10, generator=generator)
+    found = []
+    for _ in range(200):
+        labels = torch.multinomial(calm.softmax(-1), 1, generator=generator).squeeze(-1)
+        fit = TemperatureFit()
+        fit.update(calm * math.exp(log_t), labels)
+        found.append(fit.log_temperature())
+    values, errors = torch.tensor(found).T
+    assert float(errors.mean()) == pytest.approx(float(values.std()), rel=0.2)
+    log_b = torch.tensor(-values[-1].double(), requires_grad=True)
+    loss = F.cross_entropy(calm.double() * math.exp(log_t) * log_b.exp(), labels, reduction="sum")
+    (slope,) = torch.autograd.grad(loss, log_b, create_graph=True)
+    (curve,) = torch.autograd.grad(slope, log_b)
+    assert float(errors[-1]) == pytest.approx(float(curve) ** -0.5, rel=0.02)
 
 
 def test_half_precision_counts_as_its_values():
@@ -109,6 +130,11 @@ def test_rule():
     other = CalibratedAlpha(0.8)
     other.load(alpha.state())
     assert vars(other) == vars(alpha) and not other.is_due(2)
+    alpha.update(3, 10, 0.25, error=0.25)
+    alpha.update(3, 10, -0.2, error=math.inf)
+    assert alpha.value == pytest.approx(4 * 0.8 * 0.25 / 10)
+    alpha.update(3, 10, 0.5, error=0.25)
+    assert alpha.value == pytest.approx(4 * 0.8 * (0.25 + 0.5 * 0.75) / 10)
     alpha.update(3, 10, -1.0)
     assert alpha.value == 0
     for epoch in range(4, 9):
@@ -187,7 +213,7 @@ class Watching(TrainerCallback):
     """Measures, before every epoch, what temperature the evaluation set asks for."""
 
     def __init__(self, samples, rows):
-        self.samples, self.rows, self.measured = samples, rows, []
+        self.samples, self.rows, self.measured, self.errors = samples, rows, [], []
 
     def on_epoch_begin(self, args, state, control, model=None, **kwargs):
         model.eval()
@@ -195,6 +221,10 @@ class Watching(TrainerCallback):
             logits, labels = self.rows(model, collate([self.samples[n] for n in range(len(self.samples))]))
         model.train()
         self.measured.append(fitted(logits, labels))
+        scaled = logits[labels != -100] / math.exp(min(max(self.measured[-1], -1.5), 1.5))
+        probs = scaled.softmax(-1)
+        variance = (probs * scaled**2).sum(-1) - (probs * scaled).sum(-1) ** 2
+        self.errors.append(float(variance.sum() ** -0.5))
 
 
 def rows_of(model, batch):
@@ -217,9 +247,11 @@ def test_alpha_follows_the_evaluation_set(tmp_path, name, teacher):
     )
     trainer.train()
     value, expected = 0.0, []
-    for epoch, log_t in enumerate(watching.measured):
+    for epoch, (log_t, error) in enumerate(zip(watching.measured, watching.errors, strict=True)):
+        log_t = min(max(log_t, -1.5), 1.5)
         if epoch:
-            value = min(max(value + 4 * 0.8 * min(max(log_t, -1.5), 1.5) / 3, 0.0), 0.8)
+            value += 4 * 0.8 * log_t * max(1 - (error / log_t) ** 2, 0) / 3
+            value = min(max(value, 0.0), 0.8)
         expected.append(value)
     assert len(expected) == 3 and trainer.distiller.calibrated.value == pytest.approx(value, abs=0.02)
     temperatures = logged(trainer, "held_out_temperature")
@@ -231,7 +263,7 @@ def test_alpha_follows_the_evaluation_set(tmp_path, name, teacher):
 @pytest.mark.parametrize("found", [-1.0, 1.5])
 def test_an_under_confident_model_is_trained_plainly(tmp_path, monkeypatch, name, found):
     """Bit for bit, dropout and statistics included; the control is an over-confident one."""
-    monkeypatch.setattr(TemperatureFit, "log_temperature", lambda self, reduce: found)
+    monkeypatch.setattr(TemperatureFit, "log_temperature", lambda self, reduce: (found, 0.0))
     samples = make_samples(name)
     plain = train(tmp_path, name, samples, alpha=0.0, num_train_epochs=3, learning_rate=0.02)
     ours = train(tmp_path, name, samples, eval_dataset=make_samples(name, 8), **CALIBRATED)
