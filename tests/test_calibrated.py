@@ -99,7 +99,7 @@ def test_standard_error_is_the_spread_over_samples(rows, log_t):
         found.append(fit.log_temperature())
     values, errors = torch.tensor(found).T
     assert float(errors.mean()) == pytest.approx(float(values.std()), rel=0.2)
-    log_b = torch.tensor(-values[-1].double(), requires_grad=True)
+    log_b = (-values[-1].double()).clone().requires_grad_()
     loss = F.cross_entropy(calm.double() * math.exp(log_t) * log_b.exp(), labels, reduction="sum")
     (slope,) = torch.autograd.grad(loss, log_b, create_graph=True)
     (curve,) = torch.autograd.grad(slope, log_b)
