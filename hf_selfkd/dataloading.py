@@ -147,8 +147,7 @@ class DataLoading:
         is_training: bool = False,
         dataloader_key: str | None = None,
     ) -> DataLoader:
-        given = self.data_collator
-        inner = given.collator if isinstance(given, SelfKDDataCollator) else given
+        given, inner = self.data_collator, self._collator_without_mixing()
         method = self.method
         task = self._find_task(method) if is_training and self._in_loop else None
         try:
@@ -159,6 +158,10 @@ class DataLoading:
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         finally:
             self.data_collator = given
+
+    def _collator_without_mixing(self) -> Callable:
+        given = self.data_collator
+        return given.collator if isinstance(given, SelfKDDataCollator) else given
 
     @staticmethod
     def _mixer_of(collator: Any) -> SelfKDDataCollator | None:

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from .collator import SelfKDDataCollator
 from .config import MethodArguments
+from .losses.soft_targets import labelled
 from .metrics.temperature import TemperatureFit
-from .samples import IGNORE_INDEX, SampleIdDataset, is_hf_dataset, seeded
+from .samples import SampleIdDataset, is_hf_dataset
 from .tasks.rows import Rows
 
 
@@ -83,7 +83,6 @@ class HeldOut:
             samples = Subset(dataset, every[rank::processes].tolist())
         self.loader = DataLoader(samples, batch_size, collate_fn=collator, num_workers=num_workers)
 
-    @torch.no_grad()
     def log_temperature(
         self,
         rows_of: Callable[[dict[str, Any]], Rows],
@@ -101,7 +100,7 @@ class HeldOut:
         fit = TemperatureFit(device)
         for inputs in self.loader:
             rows = rows_of(inputs)
-            known = (rows.labels != IGNORE_INDEX).nonzero().squeeze(-1)
+            known = labelled(rows.labels).nonzero().squeeze(-1)
             known = known[:: max(math.ceil(len(known) * len(self.loader) / LIMIT), 1)]
             fit.update(rows.logits[known], rows.labels[known])
         return fit.log_temperature(reduce)
@@ -111,6 +110,7 @@ class Calibration:
     """Part of [`~hf_selfkd.SelfKDMixin`]: the data that `alpha_schedule="calibrated"` looks at, and the looking."""
 
     _split_off: Any = None  # the part of the training set that calibrates and is not trained on
+    _held_out: HeldOut | None = None  # of the present training, once it was looked at
 
     def _split_training_set(self, method: MethodArguments) -> None:
         """Take the share for calibration off the training set."""
@@ -137,8 +137,7 @@ class Calibration:
 
     def _make_held_out(self) -> HeldOut:
         args, dataset = self.args, self._calibration_set()
-        collator = self.data_collator
-        collator = collator.collator if isinstance(collator, SelfKDDataCollator) else collator
+        collator = self._collator_without_mixing()
         if is_hf_dataset(dataset):
             dataset = self._remove_unused_columns(dataset, "calibration")
         else:
@@ -148,17 +147,13 @@ class Calibration:
 
     def _held_out_temperature(self) -> tuple[float, float]:
         """Natural log of the temperature that calibrates the model on held-out data, and its standard error."""
-        task, several = self.distiller.task, self.args.world_size > 1
+        task = self.distiller.task
 
         def rows_of(inputs: dict[str, Any]) -> Rows:
-            batch = task.split(self._prepare_inputs(inputs), None)
-            with self.compute_loss_context_manager():
-                outputs = self.model(**task.inputs_without_labels(batch))
+            outputs, batch = self._predict(inputs)
             return task.rows(task.logits(outputs, has_loss=False), batch.labels)
 
-        reduce = (lambda sums: self.accelerator.reduce(sums, "sum")) if several else (lambda sums: sums)
-        with seeded(self.args.seed):  # training draws the same random numbers with and without this pass
-            self.model.eval()
-            measured = self._make_held_out().log_temperature(rows_of, self.args.device, reduce)
-            self.model.train()
-        return measured
+        with self._looking():
+            if self._held_out is None:
+                self._held_out = self._make_held_out()
+            return self._held_out.log_temperature(rows_of, self.args.device, self._sum_over_processes)

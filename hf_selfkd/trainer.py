@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from transformers import (
 )
 from transformers.trainer_utils import has_length
 
-from .batch import RecordedBatches, peek_record, pop_record
+from .batch import Batch, RecordedBatches, peek_record, pop_record
 from .building import Building
 from .checkpoints import Checkpoints
 from .checks import (
@@ -216,6 +217,7 @@ class SelfKDMixin(Building, DataLoading, Calibration, Checkpoints, Evaluation):
         if self.distiller is None:
             return
         self.distiller.hard_loss.open()
+        self._held_out = None
         if self.state.global_step == 0 and self.method.warm_start_teacher and self.teacher.kind == "history":
             self._warm_start()
 
@@ -252,20 +254,30 @@ class SelfKDMixin(Building, DataLoading, Calibration, Checkpoints, Evaluation):
                 "(num_train_epochs, max_steps), or set alpha_schedule='constant'."
             )
 
-    @torch.no_grad()
+    @contextmanager
+    def _looking(self) -> Iterator[None]:
+        """A pass in evaluation mode: training draws the same random numbers with and without the pass."""
+        with seeded(self.args.seed), torch.no_grad():
+            self.model.eval()
+            yield
+            self.model.train()
+
+    def _predict(self, inputs: dict[str, Any]) -> tuple[Any, Batch]:
+        """What the model says of a batch, and the batch as it was split."""
+        record, task = pop_record(inputs), self.distiller.task
+        batch = task.split(self._prepare_inputs(inputs), record)
+        with self.compute_loss_context_manager():
+            return self.model(**task.inputs_without_labels(batch)), batch
+
+    def _sum_over_processes(self, sums: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(sums, "sum") if self.args.world_size > 1 else sums
+
     def _warm_start(self) -> None:
         """Fill the history with the predictions of the initial weights, in evaluation mode: all samples, unmixed."""
         logger.info("Filling the history with the predictions of the initial weights.")
-        task = self.distiller.task
-        with seeded(self.args.seed):  # training draws the same random numbers with and without this pass
-            self.model.eval()
+        with self._looking():
             for inputs in self._warm_start_dataloader():
-                record = pop_record(inputs)
-                batch = task.split(self._prepare_inputs(inputs), record)
-                with self.compute_loss_context_manager():
-                    outputs = self.model(**task.inputs_without_labels(batch))
-                self.distiller.observe_only(outputs, batch)
-            self.model.train()
+                self.distiller.observe_only(*self._predict(inputs))
         self.teacher.begin_epoch(0)
 
     # The loss
@@ -334,9 +346,7 @@ class SelfKDMixin(Building, DataLoading, Calibration, Checkpoints, Evaluation):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the means of self-distillation since the last time beside the training loss."""
         if "loss" in logs and self.is_in_train and self.distiller is not None:
-            several = self.args.world_size > 1
-            reduce = (lambda sums: self.accelerator.reduce(sums, "sum")) if several else (lambda sums: sums)
-            logs |= self.distiller.take_metrics(reduce)
+            logs |= self.distiller.take_metrics(self._sum_over_processes)
         parent = super().log
         timed = "start_time" in inspect.signature(parent).parameters  # a trainer of older make may not take it
         parent(logs, start_time) if timed else parent(logs)

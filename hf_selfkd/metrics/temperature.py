@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..samples import IGNORE_INDEX
+from ..losses.soft_targets import chunks, label_entries, labelled, where_mask
 
 
 LOG_TEMPERATURES = torch.linspace(-1.5, 1.5, 31)  # temperatures 0.22 to 4.5
@@ -37,10 +37,12 @@ class TemperatureFit:
             logits (`torch.FloatTensor` of shape `[R, C]`): scores.
             labels (`torch.LongTensor` of shape `[R]`): classes; rows with -100 do not count.
         """
-        known = labels != IGNORE_INDEX
-        logits = logits.float()
-        logits = logits - logits.amax(dim=-1, keepdim=True)
-        at_label = logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        for part in chunks(logits):
+            self._add(logits[part].float(), labels[part])
+
+    def _add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        known, logits = labelled(labels), logits - logits.amax(dim=-1, keepdim=True)
+        at_label = label_entries(logits, labels)
         allowed = logits.clamp_min(torch.finfo(torch.float32).min)  # scores of -inf: 0 * inf would be NaN
         sums = []
         for scale in LOG_TEMPERATURES.exp().tolist():
@@ -48,7 +50,7 @@ class TemperatureFit:
             mean = (probs * allowed).sum(dim=-1)
             away = torch.where(probs > 0, allowed - mean.unsqueeze(-1), 0.0)
             variance = (probs * away.square()).sum(dim=-1)
-            sums += [torch.where(known, part, 0.0).sum() for part in (mean - at_label, variance)]
+            sums += [where_mask(part, known).sum() for part in (mean - at_label, variance)]
         self.sums += torch.stack(sums).view(-1, 2).T.to(self.sums.device)
 
     def log_temperature(

@@ -139,8 +139,7 @@ class PredictionsTeacher(Teacher):
         return Taught(SoftTargets(to_device(log_probs, device), to_device(known, device)))
 
     def stored(self, sample_ids: Any) -> torch.Tensor:
-        ids = np.asarray(sample_ids.cpu() if isinstance(sample_ids, torch.Tensor) else sample_ids, dtype=np.int64)
-        log_probs, known = self.predictions.log_probs(ids)
+        log_probs, known = self.predictions.log_probs(np.asarray(torch.as_tensor(sample_ids).cpu()))
         return torch.where(known[:, None], log_probs.exp(), torch.nan)
 
     def states(self) -> Iterator[tuple[str, State]]:
