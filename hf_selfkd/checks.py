@@ -115,8 +115,8 @@ def warn_of_clipping(trainer: Trainer) -> None:
     sgd = args.optim == "sgd" if given is None else "SGD" in type(getattr(given, "optimizer", given)).__name__
     if sgd and args.max_grad_norm > 0:
         logger.warning(
-            f"max_grad_norm={args.max_grad_norm} with SGD and auxiliary heads: a clipped gradient is a smaller step, and "
-            "heads add to the gradient, so the model may underfit. Set max_grad_norm=0 to leave gradients as they are."
+            f"max_grad_norm={args.max_grad_norm} with SGD and auxiliary heads: a clipped gradient is a smaller step, "
+            "and heads add to the gradient, so the model may underfit. Set max_grad_norm=0 to leave gradients as they are."
         )
 
 
