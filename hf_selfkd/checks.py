@@ -116,7 +116,7 @@ def warn_of_clipping(trainer: Trainer) -> None:
     if sgd and args.max_grad_norm > 0:
         logger.warning(
             f"max_grad_norm={args.max_grad_norm} with SGD and auxiliary heads: a clipped gradient is a smaller step, "
-            "and heads add to the gradient, so the model may underfit. Set max_grad_norm=0 to leave gradients as they are."
+            "and heads add to the gradient, so the model may underfit. Set max_grad_norm=0 to leave gradients whole."
         )
 
 
