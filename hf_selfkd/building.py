@@ -28,6 +28,7 @@ from .teachers import (
     HistoryTeacher,
     Predictions,
     PredictionsTeacher,
+    RankTeacher,
     SnapshotTeacher,
     Teacher,
 )
@@ -80,7 +81,7 @@ class Building:
         hard_loss = self._hard_loss(method, task)
         heads = NoHeads(task)
         if self._heads_learn():
-            heads = Layered(task, method.distils, self.args.seed, method.temperature)
+            heads = Layered(task, method.has_past, self.args.seed, method.temperature)
             warn_of_clipping(self)
             if heads.views > 1 and hard_loss.shows_labels:
                 raise ValueError(
@@ -119,11 +120,22 @@ class Building:
             return self._make_history(method, heads)
         if kind == "predictions":
             return self._make_predictions(method, task)
+        if kind == "rank":
+            return self._make_rank(method, task)
         share = broadcast if self.args.world_size > 1 else None
         model, dropout = uncompiled(self.model), method.teacher_dropout
         if kind == "snapshot":
             return SnapshotTeacher(model, heads.predictions, share, method.warm_start_teacher, dropout)
         return EMATeacher(model, heads.predictions, method.ema_decay, share, dropout)
+
+    @staticmethod
+    def _make_rank(method: MethodArguments, task: Task) -> Teacher:
+        if task.num_classes is not None and task.num_classes < 3:
+            raise ValueError(
+                f"teacher='rank' with {task.num_classes} classes: there is nothing to rank beside the label, use "
+                "teacher='history'."
+            )
+        return RankTeacher(method.rank_label_weights)
 
     def _make_predictions(self, method: MethodArguments, task: Task) -> Teacher:
         """

@@ -13,7 +13,7 @@ from .metrics import is_lower_better
 
 
 AlphaSchedule = Literal["linear", "constant", "cosine", "linear_step", "calibrated"]
-Teacher = Literal["auto", "history", "snapshot", "ema", "predictions", "none"]
+Teacher = Literal["auto", "history", "snapshot", "ema", "predictions", "rank", "none"]
 HistoryDtype = Literal["auto", "float32", "float16", "bfloat16"]
 HistoryTail = Literal["bucket", "label", "uniform", "renormalize"]
 HardLossKind = Literal["auto", "cross_entropy", "additive", "model"]
@@ -30,8 +30,9 @@ class MethodArguments:
     prediction (PS-KD, Kim et al., ICCV 2021). A row without a past prediction is trained with its hard label.
 
     Args:
-        alpha (`float`, *optional*, defaults to `0.8`):
-            Weight of the past prediction at the end of training, in [0, 1]. 0 is plain training.
+        alpha (`float`, *optional*):
+            Weight of the past prediction at the end of training, in [0, 1]. 0 is plain training. 0.8 if it is left
+            out, and 0.1 with `teacher="rank"`, both as published.
         alpha_schedule (`str`, *optional*, defaults to `"linear"`):
             How the weight grows: `"linear"` (`alpha * t / T`, per epoch, as published), `"constant"`, `"cosine"`
             (`alpha * (1 - cos(pi * t / T)) / 2`), `"linear_step"` (linear in optimizer steps) or `"calibrated"` (up
@@ -44,7 +45,9 @@ class MethodArguments:
             Where the past prediction comes from: `"history"` (the row stored when the sample was last trained on, in
             an earlier epoch; no extra forward pass), `"snapshot"` (the weights at the end of the previous epoch, on
             the same view), `"ema"` (a moving average of the weights, from epoch 2), `"predictions"` (a file of your
-            own, `teacher_predictions`) or `"none"` (plain training with the loss scaled correctly). `"auto"` is
+            own, `teacher_predictions`), `"rank"` (no past: Zipf's law over the ranks of the present scores, a term
+            `alpha * KL` beside the hard loss that acts in the first epoch and keeps nothing; Zipf's label smoothing,
+            Liang et al., ECCV 2022) or `"none"` (plain training with the loss scaled correctly). `"auto"` is
             `"history"`, and `"snapshot"` with auxiliary heads that learn from past predictions, whose history would
             be many times larger; what data and length do not allow, it leaves.
         teacher_predictions (`str`, *optional*):
@@ -52,6 +55,9 @@ class MethodArguments:
             `[samples, classes]` for the training set, of any other model, an ensemble or an earlier run; with `ids`
             `[samples]` beside it where samples have ids of their own. It teaches from the first epoch on and stays as
             it is (born-again networks, Furlanello et al., ICML 2018). For one label a sample.
+        rank_label_weights (`bool`, *optional*, defaults to `False`):
+            With `teacher="rank"`: labels that are told well count more than others, by the square of their probability
+            less its mean over a micro-batch (target part of USKD, Yang et al., ICCV 2023).
         hard_loss (`str`, *optional*, defaults to `"auto"`):
             What the model's own loss is, where no `compute_loss_func` is given: `"cross_entropy"` (of its rows; hard
             and soft part are computed in one pass), `"additive"` (cross-entropy and further terms, which keep their
@@ -109,8 +115,9 @@ class MethodArguments:
         ValueError: if a field is out of range or two fields contradict each other.
     """
 
-    alpha: float = field(
-        default=0.8, metadata={"help": "Weight of the past prediction at the end of training, in [0, 1]."}
+    alpha: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the past prediction at the end of training, in [0, 1]; 0.8, or 0.1 for rank."},
     )
     alpha_schedule: AlphaSchedule = field(
         default="linear",
@@ -121,10 +128,13 @@ class MethodArguments:
     )
     teacher: Teacher = field(
         default="auto",
-        metadata={"help": "Where the past prediction comes from: history, snapshot, ema, predictions or none."},
+        metadata={"help": "Where the past prediction comes from: history, snapshot, ema, predictions, rank or none."},
     )
     teacher_predictions: str | None = field(
         default=None, metadata={"help": "A .npz or .safetensors file of predictions to learn from."}
+    )
+    rank_label_weights: bool = field(
+        default=False, metadata={"help": "With teacher='rank': labels that are told well count more than others."}
     )
     hard_loss: HardLossKind = field(
         default="auto",
@@ -178,6 +188,8 @@ class MethodArguments:
         inherited = getattr(super(), "__post_init__", None)
         if inherited is not None:
             inherited()
+        if self.alpha is None:
+            self.alpha = 0.1 if self.teacher == "rank" else 0.8
         self.check()
 
     @classmethod
@@ -202,6 +214,11 @@ class MethodArguments:
     def distils(self) -> bool:
         """`bool`: whether past predictions can enter the loss at all."""
         return self.alpha > 0 and self.teacher != "none"
+
+    @property
+    def has_past(self) -> bool:
+        """`bool`: whether what is learned from are predictions of another time."""
+        return self.distils and self.teacher != "rank"
 
     def without_trace(self) -> MethodArguments:
         """The same without `history_trace`, which is of the model's own predictions."""
@@ -260,14 +277,20 @@ class MethodArguments:
             )
         asked = "predictions" if given else self.teacher
         for name, kinds in (
-            ("history_trace", ("history",)),
-            ("warm_start_teacher", ("history", "snapshot")),
-            ("teacher_dropout", ("snapshot", "ema")),
+            ("history_trace", ("history", "auto")),
+            ("warm_start_teacher", ("history", "snapshot", "auto")),
+            ("teacher_dropout", ("snapshot", "ema", "auto")),
+            ("rank_label_weights", ("rank",)),
         ):
-            if getattr(self, name) and asked not in (*kinds, "auto"):
+            if getattr(self, name) and asked not in kinds:
                 raise ValueError(
-                    f"{name}=True does nothing with teacher={asked!r}: use {' or '.join(map(repr, kinds))}."
+                    f"{name}=True does nothing with teacher={asked!r}: use "
+                    f"{' or '.join(repr(kind) for kind in kinds if kind != 'auto')}."
                 )
+        if asked == "rank" and self.temperature != 1:
+            raise ValueError(
+                f"temperature={self.temperature} does nothing with teacher='rank', whose law has none: leave it out."
+            )
         if self.chunked_logits and self.distils and asked not in ("history", "auto"):
             raise ValueError(
                 f"chunked_logits=True with teacher={asked!r}: it works with teacher='history' or alpha=0."

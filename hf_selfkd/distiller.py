@@ -124,9 +124,10 @@ class SelfDistiller:
         targets = make_targets(rows.labels, taught.model, batch.mixing, self.teacher.needs_ids)
         num_items = labelled(rows.labels).sum().clamp_min(1) if num_items is None else num_items
         losses = self.hard_loss(outputs, rows, targets, alpha, num_items)
+        losses = self.teacher.join(losses, rows, targets, alpha, num_items)
         loss, terms = self.heads.join(losses.loss, results, head_rows, rows, batch, taught, alpha, num_items)
         self.teacher.observe(batch, rows, head_rows)
-        self.metrics.update(targets, losses.parts, alpha, losses.hard, terms)
+        self.metrics.update(targets, losses.parts, alpha, losses.hard, terms, losses.soft)
         return loss, outputs
 
     def _alpha(self, progress: Progress) -> float:
@@ -173,8 +174,7 @@ class SelfDistiller:
 
     def take_metrics(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """What is logged since the last call, of all processes; this waits for the device."""
-        distils = self.alpha > 0 and self.teacher.kind != "none"
-        figures = self.metrics.take(reduce, distils)
+        figures = self.metrics.take(reduce, self.alpha > 0 and self.teacher.has_past)
         if self.calibrated is not None and self.calibrated.log_temperature is not None:
             figures["held_out_temperature"] = math.exp(self.calibrated.log_temperature)
         return figures

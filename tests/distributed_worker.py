@@ -188,6 +188,7 @@ SCENARIOS = {
     "history": lambda out, world: equal(out, world),
     "snapshot": lambda out, world: equal(out, world, teacher="snapshot"),
     "ema": lambda out, world: equal(out, world, teacher="ema"),
+    "rank": lambda out, world: equal(out, world, teacher="rank", alpha=0.4),
     "plain": lambda out, world: equal(out, world, alpha=0.0),
     "plain_resnet": lambda out, world: equal(out, world, "resnet", alpha=0.0),
     "accumulation": lambda out, world: equal(

@@ -92,7 +92,7 @@ def test_a_named_teacher_of_one_epoch_is_refused(teacher):
     """In a sentence with the field, its value and the remedy."""
     message = (
         f"1 epoch with teacher={teacher!r}: there is no earlier epoch to learn from. Train at least 2 epochs, set "
-        "warm_start_teacher=True (history, snapshot) or alpha=0."
+        "warm_start_teacher=True (history, snapshot), teacher='rank' or alpha=0."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         chosen(teacher=teacher, epochs=1)

@@ -32,7 +32,7 @@ def two(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "name",
-    ["history", "snapshot", "ema", "accumulation", "tokens", "disk", "warm_start", "plain", "stream"]
+    ["history", "snapshot", "ema", "rank", "accumulation", "tokens", "disk", "warm_start", "plain", "stream"]
     + [
         "calibrated",
         "predictions",

@@ -34,11 +34,13 @@ class Losses:
         loss (`torch.Tensor`): hard and soft part together, over the rows of the whole optimizer step; with a gradient.
         parts (`list` of [`~hf_selfkd.losses.RowLosses`]): of each target that has soft targets.
         hard (`torch.Tensor`, *optional*): sum of the hard losses of the rows, where `parts` do not tell.
+        soft (`torch.Tensor`, *optional*): sum of the soft losses of all rows, where there are no `parts`.
     """
 
     loss: torch.Tensor
     parts: list[RowLosses]
     hard: torch.Tensor | None = None
+    soft: torch.Tensor | None = None
 
 
 def row_losses(rows: Rows, target: Target, alpha: float, temperature: float) -> RowLosses:

@@ -14,7 +14,7 @@ from ..losses.soft_targets import MAX_HELD, RowLosses, SoftTargets, Target, labe
 
 MIN_SAMPLE = 256  # rows that are kept of a batch which is too large to be kept whole
 
-_OF_PAST = ("soft_loss", "past_agreement", "rows_with_history", "target_entropy")
+_OF_PAST = ("past_agreement", "rows_with_history", "target_entropy")
 
 Terms = dict[str, tuple[torch.Tensor, torch.Tensor]]  # sum and weight of each mean, scalars or a value `[R]` each
 
@@ -30,6 +30,7 @@ class _Batch:
     distilled: torch.Tensor | None  # `None` for all rows, where there are soft targets
     alpha: float
     hard_sum: torch.Tensor | None
+    soft_sum: torch.Tensor | None
     mixed: bool
 
     @property
@@ -41,7 +42,7 @@ class _Batch:
         """What batches must have in common to be measured as one."""
         soft = self.soft_targets
         form = None if soft is None else (soft.index is None, soft.tail, self.distilled is None)
-        return self.mixed, self.alpha, self.hard_sum is None, form
+        return self.mixed, self.alpha, self.hard_sum is None, self.soft_sum is None, form
 
     def rows(self) -> torch.Tensor:
         """1 for each labelled row, `[R]`."""
@@ -75,19 +76,21 @@ def _join(batches: list[_Batch]) -> _Batch:
         names = ("log_probs", "mask", "index")
         parts = {name: cat([getattr(batch.soft_targets, name) for batch in batches]) for name in names}
         soft = replace(soft, **parts)
-    hard_sum = batches[0].hard_sum
-    if hard_sum is not None:
-        hard_sum = torch.stack([batch.hard_sum for batch in batches]).sum()
-    return replace(batches[0], **rows, soft_targets=soft, hard_sum=hard_sum)
+    sums = {}
+    for name in ("hard_sum", "soft_sum"):
+        values = [getattr(batch, name) for batch in batches]
+        sums[name] = None if values[0] is None else torch.stack(values).sum()
+    return replace(batches[0], **rows, **sums, soft_targets=soft)
 
 
 def _loss_terms(batch: _Batch) -> Terms:
     rows = batch.rows()
     if batch.soft_targets is None:
         count, zero = rows.sum(), torch.zeros_like(batch.hard_sum, dtype=torch.float32)
+        soft = (zero, zero) if batch.soft_sum is None else (batch.soft_sum.float(), count)
         return {
             "hard_loss": (batch.hard_sum.float(), count),
-            "soft_loss": (zero, zero),
+            "soft_loss": soft,
             "rows_with_history": (zero, count),
         }
     distilled = rows if batch.distilled is None else batch.distilled.float()
@@ -152,6 +155,7 @@ class RunningMeans:
         alpha: float,
         hard: torch.Tensor | None = None,
         terms: Terms | None = None,
+        soft: torch.Tensor | None = None,
     ) -> None:
         """
         Add a batch; this does not wait for the device.
@@ -164,6 +168,7 @@ class RunningMeans:
             alpha (`float`): the weight of the soft targets.
             hard (`torch.Tensor`, *optional*): sum of the hard losses of the rows, where `losses` do not tell.
             terms (`dict`, *optional*): further sums with their weights, scalars on the device, by the name in the log.
+            soft (`torch.Tensor`, *optional*): sum of the soft losses of all rows, where there are no `losses`.
         """
         if terms:
             self._add(terms)
@@ -176,6 +181,7 @@ class RunningMeans:
             losses[0].distilled if taught else None,
             alpha,
             hard,
+            soft,
             len(targets) > 1,
         )
         self._alpha += alpha

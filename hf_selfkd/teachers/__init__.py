@@ -3,6 +3,7 @@
 from .base import Taught, Teacher
 from .history import HistoryStore, HistoryTeacher
 from .predictions import Predictions, PredictionsTeacher
+from .rank import RankTeacher
 from .weights import EMATeacher, SnapshotTeacher
 
 
@@ -12,6 +13,7 @@ __all__ = [
     "HistoryTeacher",
     "Predictions",
     "PredictionsTeacher",
+    "RankTeacher",
     "SnapshotTeacher",
     "Taught",
     "Teacher",

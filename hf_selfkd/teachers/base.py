@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ..batch import Batch, Storage
-from ..losses.soft_targets import SoftTargets
+from ..losses.hard import Losses
+from ..losses.soft_targets import SoftTargets, Target
 from ..tasks.rows import Rows
 
 
@@ -40,6 +41,7 @@ class Teacher:
 
     kind = "none"
     needs_ids = False
+    has_past = False  # whether what is learned from are predictions of another time
     first_epoch = 1  # in which there can be something to learn from, counted from 0
 
     def __init__(self):
@@ -60,6 +62,10 @@ class Teacher:
     def targets(self, batch: Batch) -> Taught:
         """Soft targets for the rows of a batch. They need nothing of the student's outputs."""
         return Taught()
+
+    def join(self, losses: Losses, rows: Rows, targets: list[Target], alpha: float, num_items: Any) -> Losses:
+        """The losses of a batch with what the teacher has to say of the present rows; most teachers have nothing."""
+        return losses
 
     def observe(self, batch: Batch, rows: Rows, head_rows: list[Rows]) -> None:
         """

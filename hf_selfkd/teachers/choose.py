@@ -45,12 +45,14 @@ def choose_teacher(method: MethodArguments, facts: Facts) -> tuple[str, str]:
         if facts.no_ids:
             raise ValueError(facts.no_ids.replace("'history'", "'predictions'"))
         return "predictions", ""
+    if method.teacher == "rank":
+        return "rank", ""
     short = facts.num_epochs < 2 and not method.warm_start_teacher and method.distils
     if method.teacher != "auto":
         if short:
             raise ValueError(
                 f"{facts.num_epochs} epoch with teacher={method.teacher!r}: there is no earlier epoch to learn from. "
-                "Train at least 2 epochs, set warm_start_teacher=True (history, snapshot) or alpha=0."
+                "Train at least 2 epochs, set warm_start_teacher=True (history, snapshot), teacher='rank' or alpha=0."
             )
         refused = facts.no_ids or facts.no_rows
         if method.teacher == "history" and refused:

@@ -218,6 +218,7 @@ class HistoryTeacher(Teacher):
     """
 
     kind = "history"
+    has_past = True
     needs_ids = True
 
     def __init__(

@@ -124,6 +124,7 @@ class PredictionsTeacher(Teacher):
     """
 
     kind = "predictions"
+    has_past = True
     needs_ids = True
     first_epoch = 0
 

@@ -37,6 +37,7 @@ class SnapshotTeacher(Teacher):
     """
 
     kind = "snapshot"
+    has_past = True
 
     def __init__(
         self,
