@@ -44,7 +44,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_selfkd import AuxiliaryHeadsConfig, SelfKDConfig, SelfKDTrainer
+from hf_selfkd import AuxiliaryHeadsConfig, SelfKDConfig, SelfKDDataCollator, SelfKDTrainer
 from hf_selfkd.metrics import compute_classification_metrics
 
 
@@ -54,6 +54,8 @@ METHODS = {
     "PS-KD history": {"teacher": "history"},
     "PS-KD snapshot": {"teacher": "snapshot"},
     "PS-KD ema": {"teacher": "ema"},
+    "rank": {"teacher": "rank", "alpha_schedule": "constant"},
+    "rank, label weights": {"teacher": "rank", "alpha_schedule": "constant", "rank_label_weights": True},
     "PS-KD calibrated": {"teacher": "history", "alpha_schedule": "calibrated"},
     "PS-KD calibrated, tenth of the training set": {
         "teacher": "history",
@@ -61,11 +63,20 @@ METHODS = {
         "calibration_fraction": 0.1,
     },
 }
+# Of images: every second batch is mixed, so that the history has unmixed ones to keep.
+CUTMIX = {
+    "CutMix": {"alpha": 0.0},
+    "PS-KD history x CutMix": {"teacher": "history"},
+    "PS-KD snapshot x CutMix": {"teacher": "snapshot"},
+}
+METHODS |= {name: {"cutmix": 0.5} | settings for name, settings in CUTMIX.items()}
 LAYERED = {
     "plain": METHODS["plain"],
     "label smoothing 0.1": METHODS["label smoothing 0.1"],
     "PS-KD history": METHODS["PS-KD history"],
     "PS-KD calibrated": METHODS["PS-KD calibrated"],
+    "rank": METHODS["rank"],
+    **{name: METHODS[name] for name in CUTMIX},
     "deep_supervision": {"alpha": 0.0, "auxiliary_heads": "deep_supervision"},
     "byot": {"alpha": 0.0, "auxiliary_heads": "byot"},
     "joint": {"alpha": 0.0, "auxiliary_heads": "joint"},
@@ -324,6 +335,10 @@ def run(task: dict, method: str, seed: int, max_grad_norm: float = 1.0) -> dict:
     test = task.pop("eval_dataset")
     if settings.get("alpha_schedule") == "calibrated" and held_out is None:
         settings["calibration_fraction"] = 0.1
+    if "cutmix" in settings:
+        task["data_collator"] = SelfKDDataCollator(
+            task.get("data_collator"), cutmix_alpha=1.0, mix_probability=settings.pop("cutmix")
+        )
     make_model, arguments = task.pop("make_model"), task.pop("arguments")
     set_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
