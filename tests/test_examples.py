@@ -312,14 +312,20 @@ def test_settings_of_a_file_and_flags(script, suffix, tmp_path, monkeypatch):
     assert model_args.config_overrides == {"depths": [1]} and model_args.cache_dir is None
 
 
-@pytest.mark.parametrize(("script", "name"), [(images, "cifar100_resnet"), (texts, "ag_news_bert")])
-def test_ready_runs_are_valid(script, name, monkeypatch):
+READY = {"cifar100": images, "ag_news": texts}
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (EXAMPLES / "configs").glob("[ac]*.yaml")))
+def test_ready_runs_are_valid(name, monkeypatch):
+    script = next(script for start, script in READY.items() if name.startswith(start))
     monkeypatch.setattr(sys, "argv", ["script", str(EXAMPLES / "configs" / f"{name}.yaml")])
     model_args, data_args, training_args = parse_arguments(script.make_parser())
-    assert isinstance(training_args.learning_rate, float) and training_args.alpha == 0.8
-    config = script.make_config(model_args, ["a", "b", "c"])
-    assert config.num_labels == 3 and all(getattr(config, k) == v for k, v in model_args.config_overrides.items())
+    assert isinstance(training_args.learning_rate, float) and isinstance(training_args.weight_decay, float)
+    assert training_args.alpha == (0.0 if name.endswith("sla") else 0.8)
     assert data_args.dataset_name and not data_args.local
+    if model_args.model_name_or_path is None:
+        config = script.make_config(model_args, ["a", "b", "c"])
+        assert config.num_labels == 3 and all(getattr(config, k) == v for k, v in model_args.config_overrides.items())
 
 
 def test_accelerate_configs_are_valid():
