@@ -136,6 +136,7 @@ class Evaluation:
             self._head_metrics = self._token_metrics = self._eval_labels = None
             if handle is not None:
                 handle.remove()
+        self._note_evaluation(output, metric_key_prefix)
         return output
 
     def _note_tokens(self, model: torch.nn.Module, arguments: tuple, named: dict[str, Any], outputs: Any) -> None:

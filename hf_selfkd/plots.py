@@ -41,7 +41,8 @@ def reliability_diagram(
     Args:
         results (`dict[str, tuple]` or `dict[str, PredictionOutput]`):
             Method name -> `(predictions, labels)`, as [`~hf_selfkd.metrics.calibration_metrics`] takes them, or what
-            `trainer.predict` returns; what follows the labels is left alone.
+            `trainer.predict` returns; what follows the labels is left alone. Or a
+            [`~hf_selfkd.metrics.ReliabilityCurve`], of whatever bins.
         path (`str` or `Path`, *optional*): Where to save the figure; the ending gives the format (png, pdf, svg).
         title (`str`, *optional*): Title above all panels.
         bins (`int`, *optional*, defaults to 10): Number of equal, right-closed confidence bins.
@@ -59,11 +60,16 @@ def reliability_diagram(
         reliability_diagram({"baseline": (logits_a, labels), "PS-KD": (logits_b, labels)}, path="reliability.png")
         ```
     """
-    pairs = _pairs(results)
+    _check(results)
     rows = -(-len(results) // _COLUMNS)
     columns = -(-len(results) // rows)
     figure = _figure(2.9 * columns + 0.5, 4.2 * rows + (0.7 if title else 0.3), title)
-    curves = {name: reliability_curve(*pair, bins, from_logits) for name, pair in pairs.items()}
+    curves = {
+        name: result
+        if isinstance(result, ReliabilityCurve)
+        else reliability_curve(*_pair(name, result), bins, from_logits)
+        for name, result in results.items()
+    }
     grid = figure.add_gridspec(2 * rows, columns, height_ratios=[3.4, 1] * rows)
     tallest = max(curve.count.max() / curve.count.sum() for curve in curves.values())
     for place, (name, curve) in enumerate(curves.items()):
@@ -98,9 +104,9 @@ def risk_coverage_plot(
     Returns:
         `matplotlib.figure.Figure`
     """
-    pairs = _pairs(results)
+    _check(results)
     figure = _figure(5.6, 4.0, title)
-    curves = {name: risk_coverage_curve(*pair, from_logits) for name, pair in pairs.items()}
+    curves = {name: risk_coverage_curve(*_pair(name, result), from_logits) for name, result in results.items()}
     axes = figure.add_subplot()
     for place, (name, curve) in enumerate(curves.items()):
         # More methods than colours: the next round is dashed, the one after dotted.
@@ -116,6 +122,27 @@ def risk_coverage_plot(
     axes.set_ylim(bottom=0)
     axes.grid(color="#e6e6e6")
     axes.legend(frameon=False, loc="upper left")
+    _bare(axes)
+    return _saved(figure, path)
+
+
+def loss_curves(results: Mapping[str, np.ndarray], path: str | Path | None = None, title: str | None = None) -> Figure:
+    """Losses over the steps of a training, one line each.
+
+    Args:
+        results (`dict[str, np.ndarray]`): Name -> array of shape `[n, 2]` of steps and losses.
+        path, title: As for [`reliability_diagram`].
+
+    Returns:
+        `matplotlib.figure.Figure`
+    """
+    figure = _figure(5.6, 3.4, title)
+    axes = figure.add_subplot()
+    for place, (name, points) in enumerate(results.items()):
+        axes.plot(points[:, 0], points[:, 1], color=_COLOURS[place % len(_COLOURS)], label=name)
+    axes.set(xlabel="Step", ylabel="Loss")
+    axes.grid(color="#e6e6e6")
+    axes.legend(frameon=False)
     _bare(axes)
     return _saved(figure, path)
 
@@ -161,13 +188,11 @@ def _draw_counts(axes: Axes, curve: ReliabilityCurve, colour: str, tallest: floa
     _bare(axes)
 
 
-def _pairs(results: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Predictions and labels of each method."""
+def _check(results: Mapping[str, Any]) -> None:
     if not isinstance(results, Mapping):
         raise ValueError(f"results: a {type(results).__name__}; pass {{name: (predictions, labels)}}.")
     if not results:
         raise ValueError("results: empty; pass at least one {name: (predictions, labels)}.")
-    return {name: _pair(name, result) for name, result in results.items()}
 
 
 def _pair(name: str, result: Any) -> tuple[Any, Any]:

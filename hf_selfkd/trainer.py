@@ -26,6 +26,7 @@ from transformers.trainer_utils import has_length
 
 from .batch import Batch, RecordedBatches, peek_record, pop_record
 from .building import Building
+from .cards import Evaluation as Evaluated
 from .checkpoints import Checkpoints
 from .checks import (
     check_calibration,
@@ -47,6 +48,7 @@ from .held_out import Calibration
 from .models import uncompiled
 from .samples import IGNORE_INDEX, seeded
 from .schedule import Progress
+from .sharing import Sharing
 from .tasks import Task
 from .teachers import Teacher
 
@@ -80,7 +82,7 @@ class _NotTrained(Teacher):
         raise ValueError("no predictions are stored yet: train first.")
 
 
-class SelfKDMixin(Building, DataLoading, Calibration, Checkpoints, Evaluation):
+class SelfKDMixin(Building, DataLoading, Calibration, Sharing, Checkpoints, Evaluation):
     """
     Progressive self-distillation for [`~transformers.Trainer`] and its subclasses: put it before the trainer class.
 
@@ -98,6 +100,7 @@ class SelfKDMixin(Building, DataLoading, Calibration, Checkpoints, Evaluation):
     Attributes:
         distiller ([`~hf_selfkd.distiller.SelfDistiller`], *optional*):
             the method in the present or last training; `None` before, and where training is that of the stock class.
+        evaluations (`dict` of [`~hf_selfkd.cards.Evaluation`]): the last evaluation of each split, for the model card.
         teacher ([`~hf_selfkd.teachers.Teacher`]): the live teacher; its `stored(sample_ids)` gives what it holds.
     """
 
@@ -115,6 +118,7 @@ class SelfKDMixin(Building, DataLoading, Calibration, Checkpoints, Evaluation):
         args = self._config_class("tmp_trainer") if args is None else args
         self.distiller: SelfDistiller | None = None
         self._heads_given, self._task_given = AuxiliaryHeadsConfig.resolve(auxiliary_heads), task
+        self.evaluations: dict[str, Evaluated] = {}
         self._batches: RecordedBatches | None = None  # of the present optimizer step
         self._resumed: tuple[int, bool] | None = None  # epochs of the Trainer that are over, and whether one is half
         method = MethodArguments.read(args)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import typer
 
 from .._version import __version__
-from . import train
+from . import card, train
 
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # the last line of a plain traceback is the sentence that says what to do
 )
 app.add_typer(train.app, name="train")
+app.command("card")(card.card)
 
 
 def _print_version(asked: bool) -> None:

@@ -248,7 +248,7 @@ def share(
         "dataset_tags": [data] if hub_data else [],
         "dataset_args": [data_args.dataset_config_name] if hub_data else [],
         **card,
-        "tags": [tasks, *card.get("tags", []), "self-distillation"],
+        "tags": [tasks, *card.get("tags", [])],
     }
     if trainer.args.push_to_hub:
         trainer.push_to_hub(**card)

@@ -1,0 +1,240 @@
+"""What a trainer knows of its run, as the facts of a card."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sized
+from dataclasses import MISSING, fields
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import accelerate
+import datasets
+import torch
+import transformers
+from transformers.models.auto import modeling_auto
+
+from .._version import __version__
+from ..config import MethodArguments
+from ..heads import head_names, heads_of
+from ..heads.config import PRESETS
+from ..models import base_model, uncompiled
+from .facts import CardFacts
+from .names import GROUPS, NOT_METRICS
+
+
+if TYPE_CHECKING:
+    from ..trainer import SelfKDMixin
+
+
+ALWAYS = (
+    "learning_rate",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "optim",
+    "lr_scheduler_type",
+    "weight_decay",
+    "max_grad_norm",
+    "seed",
+)
+# Fields that say where and how a run was watched and kept, or where it ran, and nothing of the model.
+PRIVATE = ("dir", "path", "token", "hub", "run_name", "report", "project", "logging", "log_", "save_", "disable_tqdm")
+PRIVATE += ("do_", "push", "resume", "debug", "predictions", "remove_unused", "dataloader", "local_rank", "use_cpu")
+PRIVATE += (
+    "load_best",
+    "metric_for_best",
+    "greater_is_better",
+    "per_device_eval",
+    "eval_",
+    "config",
+    "trackio",
+    "ddp",
+)
+PRIVATE += ("include_", "generation_", "predict_with", "label_names", "evaluate_heads", "batch_eval")
+CURVE_POINTS = 200
+FILES = ("csv", "json", "parquet", "text", "arrow", "imagefolder", "audiofolder", "generator", "pandas")
+
+
+def collect(trainer: SelfKDMixin, **given: Any) -> CardFacts:
+    """
+    The facts of the model of a trainer, as far as it knows them.
+
+    Args:
+        trainer ([`~hf_selfkd.SelfKDMixin`]): before, in or after a training.
+        **given: parameters of `create_model_card`.
+    """
+    args, model = trainer.args, base_model(trainer.model)
+    name = given.get("model_name") or (args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir)))
+    source = getattr(model.config, "_name_or_path", "") if hasattr(model, "config") else ""
+    base = given.get("finetuned_from") or source or None
+    facts = CardFacts(
+        model_name=name.split("/")[-1],
+        repo_id=getattr(trainer, "hub_model_id", None) or args.hub_model_id,
+        model_class=type(model).__name__,
+        parameters=_count_parameters(trainer.model),
+        base_model=None if base is None or os.path.exists(base) or os.path.isabs(base) else base,
+        pretrained=bool(base),
+        task=_listed(given.get("tasks"))[0] if given.get("tasks") else task_of(model),
+        library="peft" if hasattr(uncompiled(trainer.model), "peft_config") else "transformers",
+        language=_listed(given.get("language")),
+        license=given.get("license"),
+        tags=_listed(given.get("tags")),
+        datasets=_listed(given.get("dataset_tags")) or _builder_of(trainer.train_dataset),
+        data=_data(trainer, given),
+        method=_method(trainer),
+        settings=_settings(args),
+        evaluations=list(trainer.evaluations.values()),
+        chosen_by=_chosen_by(trainer),
+        curves=_curves(trainer.state.log_history),
+        training=_training(trainer),
+        versions=_versions(),
+    )
+    return facts
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def _count_parameters(model: torch.nn.Module) -> int:
+    heads = head_names(model) if heads_of(model) is not None else set()
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if name not in heads)
+
+
+def task_of(model: torch.nn.Module) -> str | None:
+    """The task of a model as the Hub names it, by its class; `None` for a class that says nothing of it."""
+    known = {cls.__name__ for cls in type(model).__mro__}
+    for group, task in GROUPS.items():
+        names = getattr(modeling_auto, f"MODEL_FOR_{group}_MAPPING_NAMES", {}).values()
+        if known & {name for value in names for name in ([value] if isinstance(value, str) else value)}:
+            return task
+    return None
+
+
+def _builder_of(dataset: Any) -> list[str]:
+    """The name on the Hub of a dataset that was loaded from there."""
+    name = getattr(getattr(dataset, "info", None), "dataset_name", None)
+    return [] if name is None or name in FILES or not getattr(dataset.info, "download_checksums", None) else [name]
+
+
+def _data(trainer: SelfKDMixin, given: dict[str, Any]) -> dict[str, Any]:
+    dataset, data = trainer.train_dataset, {}
+    described = _listed(given.get("dataset"))
+    if described:
+        data["description"] = ", ".join(described)
+    if any(_listed(given.get("dataset_args"))):
+        data["configuration"] = ", ".join(filter(None, _listed(given["dataset_args"])))
+    if isinstance(dataset, Sized):
+        data["samples"] = len(dataset)
+    columns = getattr(dataset, "column_names", None)
+    if columns:
+        data["columns"] = list(columns)
+    return data
+
+
+def _method(trainer: SelfKDMixin) -> dict[str, Any]:
+    """The self-distillation that was done, not what was asked for."""
+    method, distiller, heads = trainer.method, trainer.distiller, heads_of(trainer.model)
+    teacher = "none" if distiller is None or distiller.alpha == 0 else distiller.teacher.kind
+    done: dict[str, Any] = {"teacher": teacher}
+    if teacher != "none":
+        done |= {
+            "alpha": distiller.alpha,
+            "alpha_schedule": distiller.schedule,
+            "alpha_reached": distiller.alpha_reached,
+        }
+        done |= {"temperature": method.temperature, "rank_label_weights": method.rank_label_weights}
+        done["warm_start"] = method.warm_start_teacher
+    if heads is not None and heads.config.trains:
+        asked = heads.config.to_dict()
+        done["auxiliary_heads"] = asked | {"heads": len(heads.heads)}
+        done["preset"] = method.auxiliary_heads if method.auxiliary_heads in PRESETS else None
+    smoothing = trainer.args.label_smoothing_factor
+    if smoothing:
+        done["label_smoothing"] = smoothing
+    mixer = trainer._mixer()
+    if mixer is not None and mixer.mixes:
+        done["mixing"] = {name: getattr(mixer, name) for name in ("mixup_alpha", "cutmix_alpha", "mix_probability")}
+    return done
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
+
+
+def _settings(args: transformers.TrainingArguments) -> dict[str, Any]:
+    """The fields that always matter, and those that differ from their defaults and say nothing of places."""
+    own, result = {spec.name for spec in fields(MethodArguments)}, {}
+    for spec in fields(args):
+        value = _plain(getattr(args, spec.name, None))
+        default = spec.default_factory() if spec.default_factory is not MISSING else _plain(spec.default)
+        if not isinstance(value, (bool, int, float, str)) or (isinstance(value, str) and os.path.exists(value)):
+            continue
+        if spec.name in ALWAYS:
+            result[spec.name] = value
+        elif (
+            (value or default)
+            and value != default
+            and spec.name not in own
+            and not any(part in spec.name for part in PRIVATE)
+        ):
+            result[spec.name] = value
+    return dict(sorted(result.items(), key=lambda item: (item[0] not in ALWAYS, item[0])))
+
+
+def _chosen_by(trainer: SelfKDMixin) -> dict[str, Any] | None:
+    args, state = trainer.args, trainer.state
+    if not args.load_best_model_at_end or state.best_metric is None:
+        return None
+    metric = args.metric_for_best_model
+    return {
+        "metric": metric if metric.startswith("eval_") else f"eval_{metric}",
+        "value": state.best_metric,
+        "step": state.best_global_step,
+    }
+
+
+def _curves(history: list[dict[str, Any]]) -> dict[str, list]:
+    """Training and evaluation loss over the steps, thinned to what a picture can show."""
+    curves = {}
+    for name in ("loss", "eval_loss"):
+        points = [[entry["step"], entry[name]] for entry in history if name in entry and "step" in entry]
+        every = max(1, len(points) // CURVE_POINTS)
+        if len(points) > 1:
+            curves[name] = points[::every] + ([points[-1]] if (len(points) - 1) % every else [])
+    return curves
+
+
+def _training(trainer: SelfKDMixin) -> dict[str, Any]:
+    args, state = trainer.args, trainer.state
+    result: dict[str, Any] = {"epochs": state.epoch, "steps": state.global_step, "processes": args.world_size}
+    runtimes = [entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry]
+    if runtimes:
+        result["seconds"] = runtimes[-1]
+    device = args.device
+    result["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    if device.type == "cpu":
+        result["device"] = f"CPU, {platform.machine()}, threads a process: {torch.get_num_threads()}"
+    return result
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "hf_selfkd": __version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "accelerate": accelerate.__version__,
+        "datasets": datasets.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def measured(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    """The metrics of an evaluation by their names without the prefix; times and counts are left out."""
+    own = {name.removeprefix(f"{prefix}_"): value for name, value in metrics.items() if name.startswith(f"{prefix}_")}
+    return {
+        name: float(value)
+        for name, value in own.items()
+        if isinstance(value, (int, float)) and not name.endswith(NOT_METRICS)
+    }

@@ -1,0 +1,98 @@
+"""The hooks of `Trainer` for the Hub: every upload has a model card that tells what was done."""
+
+from __future__ import annotations
+
+import numpy as np
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy
+
+from .cards import Evaluation as Evaluated
+from .cards import write_card
+from .cards.collect import collect, measured
+from .metrics import reliability_curve
+
+
+SPLITS = {"predict": "test"}  # names of splits, by the prefix of their metrics
+
+
+class Sharing:
+    """Part of [`~hf_selfkd.SelfKDMixin`]: model cards."""
+
+    def _note_evaluation(self, output: EvalLoopOutput, prefix: str) -> None:
+        """Remember what an evaluation says of the weights as they are now."""
+        metrics = measured(output.metrics, prefix)
+        signatures = getattr(self.compute_metrics, "signatures", {})
+        self.evaluations[prefix] = Evaluated(
+            SPLITS.get(prefix, prefix),
+            metrics,
+            output.num_samples,
+            self.state.global_step,
+            {name: text for name, text in signatures.items() if name in metrics},
+            self._reliability(output),
+        )
+
+    def _reliability(self, output: EvalLoopOutput) -> dict[str, list] | None:
+        """Accuracy against confidence in ten bins, of classifiers whose predictions were gathered."""
+        task, predictions, labels = self._find_task_quietly(), output.predictions, output.label_ids
+        predictions = predictions[0] if isinstance(predictions, tuple) and predictions else predictions
+        fits = isinstance(predictions, np.ndarray) and isinstance(labels, np.ndarray) and predictions.ndim == 2
+        if task is None or task.per_token or not fits or labels.shape != predictions.shape[:1]:
+            return None
+        if predictions.shape[1] < 2 or not np.isfinite(predictions).all() or labels.dtype.kind not in "iu":
+            return None
+        curve = reliability_curve(predictions, labels)
+        columns = {name: [float(value) for value in getattr(curve, name)] for name in ("confidence", "accuracy")}
+        # JSON knows no NaN: an empty bin has zeros.
+        columns = {name: [0.0 if value != value else value for value in column] for name, column in columns.items()}
+        return {"count": [int(count) for count in curve.count], **columns}
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        best = self.state.best_global_step
+        for prefix in list(self.evaluations):
+            entries = [entry for entry in self.state.log_history if entry.get("step") == best]
+            found = [metrics for entry in entries if (metrics := measured(entry, prefix))]
+            noted = self.evaluations[prefix]
+            if noted.step != best and found:
+                self.evaluations[prefix] = Evaluated(noted.split, found[-1], noted.samples, best, noted.signatures)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """
+        Write the model card: results, calibration, what was done and with which settings, how to use the model. A card
+        of your own keeps its text and metadata, and gets ours below. What the card tells stands in `selfkd_card.json`
+        beside it, and `hf-selfkd card` makes the card again.
+
+        Args:
+            language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args:
+                as in [`~transformers.Trainer`].
+        """
+        if not self.is_world_process_zero():
+            return
+        facts = collect(
+            self,
+            language=language,
+            license=license,
+            tags=tags,
+            model_name=model_name,
+            finetuned_from=finetuned_from,
+            tasks=tasks,
+            dataset_tags=dataset_tags,
+            dataset=dataset,
+            dataset_args=dataset_args,
+        )
+        write_card(facts, self.args.output_dir)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
