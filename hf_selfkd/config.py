@@ -188,6 +188,8 @@ class MethodArguments:
         inherited = getattr(super(), "__post_init__", None)
         if inherited is not None:
             inherited()
+        if self.auxiliary_heads == "None":  # of a command line, or as `hyperparameter_search` casts a trial's None
+            self.auxiliary_heads = None
         if self.alpha is None:
             self.alpha = 0.1 if self.teacher == "rank" else 0.8
         self.check()
@@ -204,8 +206,6 @@ class MethodArguments:
             ValueError: if they contradict each other, or other fields of the arguments.
         """
         values = {spec.name: getattr(args, spec.name, spec.default) for spec in fields(cls)}
-        if values["auxiliary_heads"] == "None":  # as `hyperparameter_search` casts a trial's None once a name was set
-            values["auxiliary_heads"] = None
         method = MethodArguments(**values)
         method.check_with(args)
         return method

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 import transformers
 import yaml
@@ -221,19 +222,27 @@ def record(trainer: SelfKDTrainer, split: str, metrics: dict[str, Any]) -> None:
 
 
 def predict_classes(trainer: SelfKDTrainer, dataset: Dataset) -> None:
-    """Write `predictions.csv` (row, class, its probability) and, where there are labels, the metrics."""
+    """
+    Write `predictions.csv`: row, class and its probability; where there are labels, the label and its probability, and
+    the metrics.
+    """
     result = trainer.predict(dataset, metric_key_prefix="predict")
     record(trainer, "predict", result.metrics | {"predict_samples": len(dataset)})
     if not trainer.is_world_process_zero():
         return
     logits = result.predictions[0] if isinstance(result.predictions, tuple) else result.predictions
-    confidence, best = torch.from_numpy(logits).float().softmax(dim=-1).max(dim=-1)
-    names = trainer.model.config.id2label
+    probs = torch.from_numpy(logits).float().softmax(dim=-1)
+    names, (confidence, best) = trainer.model.config.id2label, probs.max(dim=-1)
+    columns = {"prediction": [names[i] for i in best.tolist()], "confidence": confidence.tolist()}
+    if isinstance(result.label_ids, np.ndarray) and (result.label_ids >= 0).all():
+        labels = torch.from_numpy(result.label_ids).long()
+        columns["label"] = [names[i] for i in labels.tolist()]
+        columns["label_probability"] = probs.gather(-1, labels[:, None]).squeeze(-1).tolist()
     with open(os.path.join(trainer.args.output_dir, "predictions.csv"), "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["row", "prediction", "confidence"])
-        pairs = zip(best.tolist(), confidence.tolist(), strict=True)
-        writer.writerows((row, names[i], f"{p:.4f}") for row, (i, p) in enumerate(pairs))
+        writer.writerow(["row", *columns])
+        for row, values in enumerate(zip(*columns.values(), strict=True)):
+            writer.writerow([row, *(f"{value:.6g}" if isinstance(value, float) else value for value in values)])
 
 
 def share(

@@ -1,0 +1,61 @@
+"""`hf-selfkd compare`: methods and seeds with equal budgets, and what can be concluded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..comparison.methods import BASELINE, DEFAULT, METHODS
+from ..scripts.arguments import SCRIPTS
+
+
+def compare(
+    ctx: typer.Context,
+    task: Annotated[str, typer.Argument(help=f"One of {', '.join(SCRIPTS)}.")],
+    folder: Annotated[Path, typer.Option(help="Runs, logs and the report; a second call goes on where one stopped.")],
+    methods: Annotated[
+        str, typer.Option(help=f"With commas, of {', '.join(METHODS)}; 'given' is your settings as they are.")
+    ] = ",".join(DEFAULT),
+    seeds: Annotated[str, typer.Option(help="With commas; at least three to see a spread.")] = "0,1,2",
+    keep_models: Annotated[bool, typer.Option(help="Keep the trained models.")] = False,
+) -> None:
+    """
+    Train each method with each seed, everything else equal, and say what can be concluded.
+
+    Settings and flags that follow are those of `hf-selfkd train TASK`, the same for all methods:
+
+    hf-selfkd compare text-classification --folder outputs/compare --methods plain,label-smoothing,history
+    texts.yaml --do_predict --num_train_epochs 6
+    """
+    from ..comparison import report
+    from ..comparison.cells import Comparison
+
+    try:
+        chosen, numbers = _chosen(task, methods, seeds)
+        comparison = Comparison(task, ctx.args, folder, keep_models)
+        cells = comparison.run_missing(chosen, numbers, typer.echo)
+    except ValueError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from None
+    summary = report.summarize(cells)
+    typer.echo("\n" + report.markdown(summary))
+    for path in report.write(summary, folder, f"{task}: {', '.join(chosen)}"):
+        typer.echo(f"Wrote {path}")
+
+
+def _chosen(task: str, methods: str, seeds: str) -> tuple[list[str], list[int]]:
+    if task not in SCRIPTS:
+        raise ValueError(f"there is no task {task!r}: choose one of {', '.join(SCRIPTS)}.")
+    chosen = [name.strip() for name in methods.split(",") if name.strip()]
+    unknown = [name for name in chosen if name not in METHODS]
+    if unknown or not chosen:
+        raise ValueError(f"--methods {methods}: choose among {', '.join(METHODS)}.")
+    if BASELINE not in chosen:
+        raise ValueError(f"--methods {methods}: add {BASELINE}, which the others are compared with.")
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds {seeds}: give whole numbers with commas, such as 0,1,2.") from None
+    return list(dict.fromkeys(chosen)), list(dict.fromkeys(numbers))

@@ -1,0 +1,40 @@
+"""What is compared: flags that turn a training into each method, over the settings that all of them share."""
+
+from __future__ import annotations
+
+
+# Without the teacher, the weight, the smoothing and the heads that the shared settings may ask for.
+_BARE = (
+    "--teacher",
+    "auto",
+    "--alpha_schedule",
+    "linear",
+    "--auxiliary_heads",
+    "None",
+    "--label_smoothing_factor",
+    "0",
+)
+_PLAIN = (*_BARE, "--alpha", "0")
+
+
+def _with(*flags: str, alpha: str = "0.8") -> tuple[str, ...]:
+    return (*_BARE, "--alpha", alpha, *flags)
+
+
+METHODS: dict[str, tuple[str, ...]] = {
+    "plain": _PLAIN,
+    "label-smoothing": (*_PLAIN, "--label_smoothing_factor", "0.1"),
+    "given": (),  # the settings as they are
+    "history": _with("--teacher", "history"),
+    "snapshot": _with("--teacher", "snapshot"),
+    "ema": _with("--teacher", "ema"),
+    "rank": _with("--teacher", "rank", "--alpha_schedule", "constant", alpha="0.1"),
+    "calibrated": _with("--teacher", "history", "--alpha_schedule", "calibrated", "--calibration_fraction", "0.1"),
+    "sla": (*_PLAIN, "--auxiliary_heads", "sla"),
+    "sla+history": _with("--teacher", "history", "--auxiliary_heads", "sla"),
+    "lsskd": _with("--auxiliary_heads", "lsskd"),
+    "byot": (*_PLAIN, "--auxiliary_heads", "byot"),
+    "deep_supervision": (*_PLAIN, "--auxiliary_heads", "deep_supervision"),
+}
+DEFAULT = ("plain", "label-smoothing", "given")
+BASELINE = "plain"

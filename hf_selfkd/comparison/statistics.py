@@ -1,0 +1,124 @@
+"""Figures of methods with their spread, and intervals of their differences from a baseline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .cells import Cell
+
+
+DRAWS = 1000
+# Two-sided 95 % quantiles of Student's distribution by degrees of freedom: seeds are few.
+T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+Rows = dict[str, np.ndarray]
+
+
+def error(rows: Rows) -> float:
+    """Share of samples that are told wrongly, in per cent."""
+    return 100 * (1 - float(rows["correct"].mean()))
+
+
+def nll(rows: Rows) -> float:
+    """Mean negative log-likelihood of the labels, in nats."""
+    return float(-np.log(rows["label_probability"].clip(1e-12)).mean())
+
+
+def ece(rows: Rows, bins: int = 10) -> float:
+    """Expected calibration error in per cent, of equal, right-closed bins."""
+    place = np.ceil(rows["confidence"] * bins).clip(1, bins).astype(int) - 1
+    gaps = np.bincount(place, rows["confidence"] - rows["correct"], minlength=bins)
+    return 100 * float(np.abs(gaps).sum()) / len(place)
+
+
+def aurc(rows: Rows) -> float:
+    """Area under the risk-coverage curve, x1000: the mean error among the most confident samples, of all coverages."""
+    wrong = ~rows["correct"][np.argsort(-rows["confidence"], kind="stable")]
+    return 1000 * float((np.cumsum(wrong) / np.arange(1, len(wrong) + 1)).mean())
+
+
+FIGURES: dict[str, Callable[[Rows], float]] = {"error": error, "nll": nll, "ece": ece, "aurc": aurc}
+
+
+@dataclass
+class Difference:
+    """How much a figure of a method differs from that of the baseline: mean over seeds, with a 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    by: str  # what the interval is made of
+
+    @property
+    def clear(self) -> bool:
+        """`bool`: whether the interval leaves out 0."""
+        return self.low > 0 or self.high < 0
+
+
+def compare(cells: Sequence[Cell], method: str, baseline: str) -> dict[str, Difference]:
+    """
+    The differences of a method from the baseline, for each figure, over the seeds that both have.
+
+    With predictions of each sample: a paired bootstrap that draws samples, the same for all runs, and seeds. Without:
+    Student's interval over the differences of the seeds, of the metrics that both report.
+    """
+    runs = {(cell.method, cell.seed): cell for cell in cells}
+    seeds = sorted(seed for name, seed in runs if name == method and (baseline, seed) in runs)
+    pairs = [(runs[method, seed], runs[baseline, seed]) for seed in seeds]
+    if not pairs:
+        return {}
+    if all(cell.rows is not None for pair in pairs for cell in pair):
+        return _bootstrap(pairs)
+    return _over_seeds(pairs)
+
+
+def _bootstrap(pairs: list[tuple[Cell, Cell]]) -> dict[str, Difference]:
+    rng, count = np.random.default_rng(0), len(pairs[0][0].rows["correct"])
+    drawn: dict[str, list[float]] = {name: [] for name in FIGURES}
+    for _ in range(DRAWS):
+        samples, seeds = rng.integers(count, size=count), rng.integers(len(pairs), size=len(pairs))
+        parts = {place: [_taken(cell.rows, samples) for cell in pairs[place]] for place in set(seeds.tolist())}
+        for name, figure in FIGURES.items():
+            gaps = {place: figure(own) - figure(base) for place, (own, base) in parts.items()}
+            drawn[name].append(float(np.mean([gaps[place] for place in seeds.tolist()])))
+    by = "samples and seeds" if len(pairs) > 1 else "samples; one seed"
+    result = {}
+    for name, figure in FIGURES.items():
+        mean = float(np.mean([figure(own.rows) - figure(base.rows) for own, base in pairs]))
+        low, high = np.percentile(drawn[name], [2.5, 97.5])
+        result[name] = Difference(mean, float(low), float(high), by)
+    return result
+
+
+def _taken(rows: Rows, samples: np.ndarray) -> Rows:
+    return {name: values[samples] for name, values in rows.items()}
+
+
+def _over_seeds(pairs: list[tuple[Cell, Cell]]) -> dict[str, Difference]:
+    from ..cards.names import METRICS
+
+    result = {}
+    for name in METRICS:
+        gaps = [
+            own.metrics[name] - base.metrics[name]
+            for own, base in pairs
+            if name in own.metrics and name in base.metrics
+        ]
+        if len(gaps) < len(pairs):
+            continue
+        mean, half = float(np.mean(gaps)), math.inf
+        if len(gaps) > 1:
+            half = T95[min(len(gaps) - 1, len(T95) - 1)] * float(np.std(gaps, ddof=1)) / math.sqrt(len(gaps))
+        result[name] = Difference(mean, mean - half, mean + half, "seeds" if len(gaps) > 1 else "one seed")
+    return result
+
+
+def figures(cell: Cell) -> dict[str, float]:
+    """The figures of a run: of each sample where these are known, else the metrics that were reported."""
+    if cell.rows is not None:
+        return {name: figure(cell.rows) for name, figure in FIGURES.items()}
+    return dict(cell.metrics)
