@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 import numpy as np
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
 from .cards import Evaluation as Evaluated
 from .cards import write_card
 from .cards.collect import collect, measured
+from .hub import HUB_ERRORS, is_of_the_hub, reason
 from .metrics import reliability_curve
 
+
+logger = logging.getLogger(__name__)
 
 SPLITS = {"predict": "test"}  # names of splits, by the prefix of their metrics
 
 
 class Sharing:
-    """Part of [`~hf_selfkd.SelfKDMixin`]: model cards."""
+    """Part of [`~hf_selfkd.SelfKDMixin`]: model cards, and uploads that fail early or lose nothing."""
 
     def _note_evaluation(self, output: EvalLoopOutput, prefix: str) -> None:
         """Remember what an evaluation says of the weights as they are now."""
@@ -91,6 +97,49 @@ class Sharing:
             dataset_args=dataset_args,
         )
         write_card(facts, self.args.output_dir)
+
+    # The Hub
+
+    def init_hf_repo(self, token: str | None = None, **options: Any) -> None:
+        """
+        As in [`~transformers.Trainer`], when it is made.
+
+        Raises:
+            ValueError: if the Hub cannot be reached or refuses the token, before anything is trained.
+        """
+        try:
+            super().init_hf_repo(token, **options)
+        except HUB_ERRORS as error:
+            raise ValueError(
+                f"push_to_hub=True: {reason(error)}. Log in with `hf auth login` or give hub_token, check "
+                f"hub_model_id={self.args.hub_model_id!r}, or leave push_to_hub out and upload later with "
+                "`hf-selfkd push`."
+            ) from error
+
+    def push_to_hub(self, *arguments: Any, **named: Any) -> Any:
+        """
+        As in [`~transformers.Trainer`].
+
+        Raises:
+            RuntimeError: if the upload fails; the model and its card are whole in the output folder.
+        """
+        try:
+            return super().push_to_hub(*arguments, **named)
+        except Exception as error:
+            if not is_of_the_hub(error):
+                raise
+            raise RuntimeError(
+                f"The upload failed ({reason(error)}). Nothing is lost: model and card are in {self.args.output_dir}; "
+                f"repeat with `hf-selfkd push {self.args.output_dir} --repo-id {self.hub_model_id}`."
+            ) from error
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        push = getattr(self, "push_in_progress", None)
+        for job in [] if push is None else push.jobs:
+            if job.done() and job.exception() is not None and job not in self._failed_pushes:
+                self._failed_pushes.append(job)
+                logger.warning(f"An upload during training failed: {reason(job.exception())}. Training went on.")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:

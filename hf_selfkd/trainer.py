@@ -119,6 +119,7 @@ class SelfKDMixin(Building, DataLoading, Calibration, Sharing, Checkpoints, Eval
         self.distiller: SelfDistiller | None = None
         self._heads_given, self._task_given = AuxiliaryHeadsConfig.resolve(auxiliary_heads), task
         self.evaluations: dict[str, Evaluated] = {}
+        self._failed_pushes: list[Any] = []  # uploads in the background that were told to have failed
         self._batches: RecordedBatches | None = None  # of the present optimizer step
         self._resumed: tuple[int, bool] | None = None  # epochs of the Trainer that are over, and whether one is half
         method = MethodArguments.read(args)

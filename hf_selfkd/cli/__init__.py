@@ -9,7 +9,7 @@ from __future__ import annotations
 import typer
 
 from .._version import __version__
-from . import card, compare, train
+from . import card, compare, push, train
 
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.add_typer(train.app, name="train")
 app.command("card")(card.card)
+app.command("push")(push.push)
 app.command("compare", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(compare.compare)
 
 
