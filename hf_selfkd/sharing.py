@@ -100,7 +100,7 @@ class Sharing:
 
     # The Hub
 
-    def init_hf_repo(self, token: str | None = None, **options: Any) -> None:
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """
         As in [`~transformers.Trainer`], when it is made.
 
@@ -108,7 +108,7 @@ class Sharing:
             ValueError: if the Hub cannot be reached or refuses the token, before anything is trained.
         """
         try:
-            super().init_hf_repo(token, **options)
+            super().init_hf_repo(token, **_if_given(private))
         except HUB_ERRORS as error:
             raise ValueError(
                 f"push_to_hub=True: {reason(error)}. Log in with `hf auth login` or give hub_token, check "
@@ -116,15 +116,23 @@ class Sharing:
                 "`hf-selfkd push`."
             ) from error
 
-    def push_to_hub(self, *arguments: Any, **named: Any) -> Any:
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """
-        As in [`~transformers.Trainer`].
+        As in [`~transformers.Trainer`]; further words are for the model card.
 
         Raises:
             RuntimeError: if the upload fails; the model and its card are whole in the output folder.
         """
         try:
-            return super().push_to_hub(*arguments, **named)
+            return super().push_to_hub(commit_message, blocking, token, revision, **_if_given(private), **kwargs)
         except Exception as error:
             if not is_of_the_hub(error):
                 raise
@@ -145,3 +153,8 @@ class Sharing:
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
             self.create_model_card()
         super()._push_from_checkpoint(checkpoint_folder)
+
+
+def _if_given(private: bool | None) -> dict[str, bool]:
+    """The argument for versions of transformers that know it."""
+    return {} if private is None else {"private": private}

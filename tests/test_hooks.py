@@ -15,6 +15,8 @@ from transformers import Seq2SeqTrainer, Trainer, trainer, trainer_seq2seq
 from hf_selfkd import SelfKDTrainer, Seq2SeqSelfKDTrainer
 
 
+# The later ones of the supported versions of transformers have it.
+PRIVATE = "private= " if "private" in inspect.signature(Trainer.init_hf_repo).parameters else ""
 # The parameters after `self`, in order; `name=` has a default. Hooks that nothing of ours overrides may stand here.
 HOOKS = {
     "__init__": "model= args= data_collator= train_dataset= eval_dataset= processing_class= model_init= "
@@ -66,6 +68,8 @@ HOOKS = {
     "_save_rng_state": "output_dir",
     "create_model_card": "language= license= tags= model_name= finetuned_from= tasks= dataset_tags= dataset= "
     "dataset_args=",
+    "init_hf_repo": f"token= {PRIVATE}".strip(),
+    "push_to_hub": f"commit_message= blocking= token= revision= {PRIVATE}**kwargs",
     "save_model": "output_dir= _internal_call=",
 }
 # Where `Seq2SeqTrainer` has other parameters than `Trainer`.

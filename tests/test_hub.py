@@ -70,7 +70,7 @@ def test_every_strategy_arrives_and_loads_elsewhere(tmp_path):
     assert any(file.startswith("last-checkpoint/") for file in server.repos["me/checkpoint"])
     assert sum(file.endswith("trainer_state.json") for file in server.repos["me/all_checkpoints"]) == 3
     summaries = [summary for repo, summary in server.commits if repo == "me/every_save"]
-    assert summaries[-1] == "End of training" and "Training in progress, epoch 1" in summaries
+    assert summaries[-1] == "End of training" and "Training in progress, epoch 3" in summaries
 
 
 def found_early(said, *parts):

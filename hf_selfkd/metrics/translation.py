@@ -79,6 +79,8 @@ class TranslationMetrics:
 
     def _decode(self, ids: np.ndarray) -> list[str]:
         rows = [row[row != IGNORED_LABEL].tolist() for row in ids]  # no tokenizer knows -100
+        if not rows:  # which older versions of transformers take for one row
+            return []
         return [text.strip() for text in self._processing_class.batch_decode(rows, skip_special_tokens=True)]
 
     def _scores(self, translations: list[str], references: list[str | None], lengths: list[int]) -> dict[str, float]:
