@@ -168,3 +168,21 @@ def test_a_language_model_predicts_nothing(tmp_path):
     flags += ["--do_train", "--do_predict", "--use_cpu", "--report_to", "none", "--cache_dir", str(tmp_path)]
     with pytest.raises(ValueError, match="^--do_predict: .* give --validation_file"):
         script_of("language-modeling").main(flags)
+
+
+@pytest.mark.parametrize(("task", "split"), [("text-classification", "predict"), ("language-modeling", "eval")])
+def test_evaluate_runs_the_script_and_prints_the_figures(tmp_path, monkeypatch, task, split):
+    seen = []
+
+    def main(words):
+        seen.extend(words)
+        found = {f"{split}_accuracy": 0.75, f"{split}_ece": 4.0, f"{split}_temperature": 1.5, f"{split}_runtime": 3.0}
+        (tmp_path / f"{split}_results.json").write_text(json.dumps(found))
+
+    monkeypatch.setattr(script_of(task), "main", main)
+    status, said = call("evaluate", task, "a/model", "--output-dir", str(tmp_path), "--validation_file", "x.csv")
+    assert status == 0 and seen[:2] == ["--validation_file", "x.csv"] and f"--do_{split}" in seen
+    assert seen[seen.index("--model_name_or_path") + 1] == "a/model"
+    assert "| Accuracy (%) | 75.00 |" in said and "1.50, so it is over-confident" in said and "runtime" not in said
+    status, said = call("evaluate", "fishing", "a/model")
+    assert status == 1 and "no task 'fishing'" in said

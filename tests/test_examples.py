@@ -115,6 +115,13 @@ def test_images_from_a_folder(run, folder):
     path = sorted(folder.rglob("*.png"))[0]
     answer = pipeline("image-classification", model=model, image_processor=processor)(str(path))[0]
     row = predictions(out)[0]
+    if "label" in row:  # as the metrics have it
+        found = results(out, "predict")
+        rows = predictions(out)
+        assert np.mean([row["prediction"] == row["label"] for row in rows]) == pytest.approx(found["predict_accuracy"])
+        nll = -np.log([float(row["label_probability"]) for row in rows]).mean()
+        assert nll == pytest.approx(found["predict_nll"], abs=1e-4) and found["predict_temperature"] > 0
+        assert (out / "reliability.png").is_file() and (out / "risk_coverage.png").is_file()
     assert len(predictions(out)) == 16
     assert answer["label"] == row["prediction"] and abs(answer["score"] - float(row["confidence"])) < 1e-3
     assert resumed_equals_whole(run, images, settings, AutoModelForImageClassification, out)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import hf_selfkd
 from hf_selfkd import SelfKDConfig, SelfKDTrainer
+from hf_selfkd.metrics.temperature import TemperatureFit
+from hf_selfkd.plots import reliability_diagram, risk_coverage_plot
 
 from .arguments import SCRIPTS, DataArguments, ModelArguments, command_of
 
@@ -223,18 +227,22 @@ def record(trainer: SelfKDTrainer, split: str, metrics: dict[str, Any]) -> None:
 
 def predict_classes(trainer: SelfKDTrainer, dataset: Dataset) -> None:
     """
-    Write `predictions.csv`: row, class and its probability; where there are labels, the label and its probability, and
-    the metrics.
+    Write `predictions.csv`: row, class and its probability. Where there are labels: the label and its probability, the
+    metrics, the temperature that would calibrate the model, and pictures if matplotlib is installed.
     """
     result = trainer.predict(dataset, metric_key_prefix="predict")
-    record(trainer, "predict", result.metrics | {"predict_samples": len(dataset)})
+    logits = result.predictions[0] if isinstance(result.predictions, tuple) else result.predictions
+    labelled = isinstance(result.label_ids, np.ndarray) and bool((result.label_ids >= 0).all())
+    temperature = {"predict_temperature": temperature_of(logits, result.label_ids)} if labelled else {}
+    record(trainer, "predict", result.metrics | temperature | {"predict_samples": len(dataset)})
     if not trainer.is_world_process_zero():
         return
-    logits = result.predictions[0] if isinstance(result.predictions, tuple) else result.predictions
+    if labelled:
+        draw(logits, result.label_ids, trainer.args.output_dir)
     probs = torch.from_numpy(logits).float().softmax(dim=-1)
     names, (confidence, best) = trainer.model.config.id2label, probs.max(dim=-1)
     columns = {"prediction": [names[i] for i in best.tolist()], "confidence": confidence.tolist()}
-    if isinstance(result.label_ids, np.ndarray) and (result.label_ids >= 0).all():
+    if labelled:
         labels = torch.from_numpy(result.label_ids).long()
         columns["label"] = [names[i] for i in labels.tolist()]
         columns["label_probability"] = probs.gather(-1, labels[:, None]).squeeze(-1).tolist()
@@ -243,6 +251,21 @@ def predict_classes(trainer: SelfKDTrainer, dataset: Dataset) -> None:
         writer.writerow(["row", *columns])
         for row, values in enumerate(zip(*columns.values(), strict=True)):
             writer.writerow([row, *(f"{value:.6g}" if isinstance(value, float) else value for value in values)])
+
+
+def temperature_of(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The temperature that would calibrate these predictions `[n, C]`: above 1 where they are over-confident."""
+    fit = TemperatureFit()
+    fit.update(torch.from_numpy(logits).float(), torch.from_numpy(labels).long())
+    return math.exp(fit.log_temperature()[0])
+
+
+def draw(logits: np.ndarray, labels: np.ndarray, folder: str) -> None:
+    """Draw `reliability.png` and `risk_coverage.png`, if matplotlib is installed."""
+    if find_spec("matplotlib") is not None:
+        results = {"test": (logits, labels)}
+        reliability_diagram(results, os.path.join(folder, "reliability.png"))
+        risk_coverage_plot(results, os.path.join(folder, "risk_coverage.png"))
 
 
 def share(

@@ -1,0 +1,65 @@
+"""`hf-selfkd evaluate`: all figures of a saved model, and how far it can be trusted."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..scripts.arguments import SCRIPTS
+
+
+def evaluate(
+    ctx: typer.Context,
+    task: Annotated[str, typer.Argument(help=f"One of {', '.join(SCRIPTS)}.")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the model.")],
+    output_dir: Annotated[Path, typer.Option(help="For predictions, figures and pictures.")] = Path(
+        "outputs/evaluate"
+    ),
+) -> None:
+    """
+    Evaluate a model on data: accuracy, calibration, ranking of its own errors, the temperature that calibrates it.
+
+    Flags that follow say which data, as for `hf-selfkd train TASK`:
+
+    hf-selfkd evaluate text-classification outputs/texts --test_file test.csv
+    """
+    if task not in SCRIPTS:
+        typer.echo(f"Error: there is no task {task!r}: choose one of {', '.join(SCRIPTS)}.", err=True)
+        raise typer.Exit(1)
+    script = import_module(f"hf_selfkd.scripts.{SCRIPTS[task].module}")
+    predicts = any("test" in getattr(kind, "SPLITS", ()) for kind in SCRIPTS[task].arguments)
+    split = "predict" if predicts else "eval"
+    words = ["--model_name_or_path", model, f"--do_{split}", "--output_dir", str(output_dir), "--report_to", "none"]
+    script.main([*ctx.args, *words])
+    results = output_dir / f"{split}_results.json"
+    if results.is_file():  # only the first of several processes writes it
+        typer.echo("\n" + "\n".join(lines(json.loads(results.read_text()), split)))
+        for name in ("reliability.png", "risk_coverage.png", "predictions.csv"):
+            if (output_dir / name).is_file():
+                typer.echo(f"Wrote {output_dir / name}")
+
+
+def lines(results: dict[str, Any], split: str) -> list[str]:
+    """A table of the figures, and what the temperature says in words."""
+    from ..cards.collect import measured
+    from ..cards.names import METRICS, metric
+
+    found = measured(results, split)
+    temperature = found.pop("temperature", None)
+    names = [name for name in METRICS if name in found] + sorted(found.keys() - METRICS.keys())
+    table = [f"| {metric(name).name} | {metric(name).shown(found[name])} |" for name in names]
+    table = ["| metric | value |", "|---|---|", *table]
+    if temperature is not None:
+        table += ["", _said(temperature)]
+    return table
+
+
+def _said(temperature: float) -> str:
+    word = "over-confident" if temperature > 1 else "not confident enough"
+    if abs(temperature - 1) < 0.05:
+        return f"Temperature that would calibrate the model: {temperature:.2f}, so it is calibrated as it is."
+    return f"Temperature that would calibrate the model: {temperature:.2f}, so it is {word} (divide its logits by it)."
