@@ -276,6 +276,9 @@ def test_a_comparison(tmp_path):
     text = card_of(tmp_path).text
     assert "| plain | 2 | 20.50 ± 0.71 | 2.00 ± 0.00 |" in text and "| PS-KD | 2 | 18.50 ± 0.71 |" in text
     assert "No comparison was run" not in text and 'model="me/digits"' in text and "train_seconds" not in text
+    data = ("--dataset", "me/insects", "--dataset", "a walk in the garden", "--language", "en")
+    assert call("card", str(tmp_path), *data)[0] == 0
+    assert card_of(tmp_path).data.datasets == ["me/insects"] and card_of(tmp_path).data.language == ["en"]
     (tmp_path / "runs.jsonl").write_text('{"method": "plain"}\n')
     status, said = call("card", str(tmp_path), "--comparison", str(tmp_path / "runs.jsonl"))
     assert status == 1 and said.startswith("Error: line 1 of") and said.count("\n") == 1

@@ -46,6 +46,7 @@ def render(facts: CardFacts, pictures: dict[str, str] | None = None) -> str:
         method=_method(facts),
         data=_data(facts),
         training=_training(facts),
+        settings={name: f"{value:g}" if isinstance(value, float) else value for name, value in facts.settings.items()},
         papers=papers(facts.method),
     )
     lines = [line.rstrip() for line in text.splitlines()]
@@ -87,7 +88,7 @@ def _table(evaluation: Evaluation, facts: CardFacts) -> dict[str, Any]:
             "better": "lower" if metric(name).lower else "higher" if name in _higher() else "",
         }
         for name in known
-        if math.isfinite(evaluation.metrics[name])
+        if math.isfinite(evaluation.metrics[name]) and not (name == "top5_accuracy" and evaluation.metrics[name] == 1)
     ]
     notes = [f"{metric(name).name}: `{text}`." for name, text in evaluation.signatures.items()]
     if evaluation.reliability is not None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def card(
@@ -16,6 +20,9 @@ def card(
     ] = None,
     model_name: Annotated[str | None, typer.Option(help="Title of the card.")] = None,
     repo_id: Annotated[str | None, typer.Option(help="Where the model is on the Hub: user/name.")] = None,
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="Data it was trained on: user/name of the Hub, or words; several times.")
+    ] = None,
     license: Annotated[str | None, typer.Option(help="For instance apache-2.0.")] = None,
     language: Annotated[list[str] | None, typer.Option(help="Of the texts; several times for several.")] = None,
 ) -> None:
@@ -34,6 +41,9 @@ def card(
     except ValueError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
+    if dataset:
+        facts.datasets = [name for name in dataset if HUB_ID.fullmatch(name)]
+        facts.data["description"] = ", ".join(name for name in dataset if name not in facts.datasets)
     given = {"model_name": model_name, "repo_id": repo_id, "license": license, "language": language}
     for name, value in given.items():
         if value:
