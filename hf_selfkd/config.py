@@ -188,8 +188,9 @@ class MethodArguments:
         inherited = getattr(super(), "__post_init__", None)
         if inherited is not None:
             inherited()
-        if self.auxiliary_heads == "None":  # of a command line, or as `hyperparameter_search` casts a trial's None
-            self.auxiliary_heads = None
+        for name in ("auxiliary_heads", "teacher_predictions"):
+            if getattr(self, name) == "None":  # of a command line, or as `hyperparameter_search` casts a trial's None
+                setattr(self, name, None)
         if self.alpha is None:
             self.alpha = 0.1 if self.teacher == "rank" else 0.8
         self.check()

@@ -10,7 +10,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 HTTPError = HfHubHTTPError.__bases__[0]  # of httpx or httpx2, as the client has it
 HUB_ERRORS = (HTTPError, HFValidationError, LocalTokenNotFoundError, ConnectionError)
-IGNORED = ["_*", "checkpoint-*", "**/_selfkd/*"]  # histories and checkpoints stay here
+# What stays here: histories, checkpoints, and arguments that may hold a token.
+IGNORED = ["_*", "checkpoint-*", "*/checkpoint-*", "*/_selfkd/*", "training_args.bin", ".env*"]
 
 
 def reason(error: BaseException) -> str:

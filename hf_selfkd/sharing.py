@@ -10,7 +10,8 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
 from .cards import Evaluation as Evaluated
 from .cards import write_card
-from .cards.collect import collect, measured
+from .cards.collect import collect
+from .cards.names import measured
 from .hub import HUB_ERRORS, is_of_the_hub, reason
 from .metrics import reliability_curve
 
@@ -43,7 +44,12 @@ class Sharing:
         fits = isinstance(predictions, np.ndarray) and isinstance(labels, np.ndarray) and predictions.ndim == 2
         if task is None or task.per_token or not fits or labels.shape != predictions.shape[:1]:
             return None
-        if predictions.shape[1] < 2 or not np.isfinite(predictions).all() or labels.dtype.kind not in "iu":
+        if self.preprocess_logits_for_metrics is not None or predictions.dtype.kind != "f":
+            return None  # then they need not be scores of the classes
+        if predictions.shape[1] < 2 or predictions.shape[1] != (task.num_classes or predictions.shape[1]):
+            return None
+        known = labels.dtype.kind in "iu" and bool((labels >= 0).any()) and labels.max() < predictions.shape[1]
+        if not known or not np.isfinite(predictions).all():
             return None
         curve = reliability_curve(predictions, labels)
         columns = {name: [float(value) for value in getattr(curve, name)] for name in ("confidence", "accuracy")}
@@ -53,11 +59,11 @@ class Sharing:
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        best = self.state.best_global_step
+        best, self.best_is_loaded = self.state.best_global_step, True
         for prefix in list(self.evaluations):
-            entries = [entry for entry in self.state.log_history if entry.get("step") == best]
-            found = [metrics for entry in entries if (metrics := measured(entry, prefix))]
             noted = self.evaluations[prefix]
+            entries = [measured(entry, prefix) for entry in self.state.log_history if entry.get("step") == best]
+            found = [metrics for metrics in entries if metrics.keys() == noted.metrics.keys()]
             if noted.step != best and found:
                 self.evaluations[prefix] = Evaluated(noted.split, found[-1], noted.samples, best, noted.signatures)
 
@@ -72,6 +78,7 @@ class Sharing:
         dataset_tags: str | list[str] | None = None,
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
+        **others: Any,
     ) -> None:
         """
         Write the model card: results, calibration, what was done and with which settings, how to use the model. A card
@@ -81,9 +88,13 @@ class Sharing:
         Args:
             language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args:
                 as in [`~transformers.Trainer`].
+            **others: `dataset_name`, as other trainers call it; what is not known is left out with a warning.
         """
         if not self.is_world_process_zero():
             return
+        named = others.pop("dataset_name", None)
+        if others:
+            logger.warning(f"The model card knows nothing of {', '.join(others)}: left out.")
         facts = collect(
             self,
             language=language,
@@ -93,9 +104,10 @@ class Sharing:
             finetuned_from=finetuned_from,
             tasks=tasks,
             dataset_tags=dataset_tags,
-            dataset=dataset,
+            dataset=named if dataset is None else dataset,
             dataset_args=dataset_args,
         )
+        facts.remember(self.args.output_dir)
         write_card(facts, self.args.output_dir)
 
     # The Hub
@@ -110,9 +122,10 @@ class Sharing:
         try:
             super().init_hf_repo(token, **_if_given(private))
         except HUB_ERRORS as error:
+            asked = "push_to_hub=True" if self.args.push_to_hub else "push_to_hub()"
             raise ValueError(
-                f"push_to_hub=True: {reason(error)}. Log in with `hf auth login` or give hub_token, check "
-                f"hub_model_id={self.args.hub_model_id!r}, or leave push_to_hub out and upload later with "
+                f"{asked}: {reason(error)}. Log in with `hf auth login` or give hub_token, check "
+                f"hub_model_id={self.args.hub_model_id!r}, or leave {asked} out and upload later with "
                 "`hf-selfkd push`."
             ) from error
 
@@ -151,7 +164,10 @@ class Sharing:
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
-            self.create_model_card()
+            try:
+                self.create_model_card()
+            except Exception as error:  # a card is not worth a training
+                logger.warning(f"The model card could not be written: {type(error).__name__}: {error}")
         super()._push_from_checkpoint(checkpoint_folder)
 
 

@@ -119,6 +119,7 @@ class SelfKDMixin(Building, DataLoading, Calibration, Sharing, Checkpoints, Eval
         self.distiller: SelfDistiller | None = None
         self._heads_given, self._task_given = AuxiliaryHeadsConfig.resolve(auxiliary_heads), task
         self.evaluations: dict[str, Evaluated] = {}
+        self.best_is_loaded = False  # whether the weights are those that a metric chose
         self._failed_pushes: list[Any] = []  # uploads in the background that were told to have failed
         self._batches: RecordedBatches | None = None  # of the present optimizer step
         self._resumed: tuple[int, bool] | None = None  # epochs of the Trainer that are over, and whether one is half
@@ -217,6 +218,8 @@ class SelfKDMixin(Building, DataLoading, Calibration, Sharing, Checkpoints, Eval
         return epochs, batches
 
     def _begin_training(self) -> None:
+        self.evaluations.clear()  # of other weights
+        self.best_is_loaded = False
         averaged = self.args.average_tokens_across_devices
         self._data_parallel_size = self.accelerator.num_processes // self.get_tp_size() if averaged else 1
         if self.distiller is None:

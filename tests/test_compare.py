@@ -251,3 +251,33 @@ def test_commands_that_cannot_be_done(tmp_path, words, parts):
     status, said = call("compare", *words, "--folder", str(tmp_path))
     assert status == 1 and said.startswith("Error: ") and said.count("\n") == 1
     assert all(part in said for part in parts)
+
+
+def test_runs_that_went_astray_do_not_end_the_comparison(tmp_path):
+    rows = {"label_probability": np.full(10, np.nan), "confidence": np.full(10, np.nan), "correct": np.ones(10, bool)}
+    assert math.isnan(statistics.ece(rows))
+    (tmp_path / "predictions.csv").write_text("row,prediction,confidence,label,label_probability\n0,a,nan,a,nan\n")
+    assert read_rows(tmp_path / "predictions.csv") is None
+    cells = [Cell(m, s, {"perplexity": math.nan, "train_seconds": 1.0}) for m in ("plain", "new") for s in (0, 1, 2)]
+    assert "nan" in report.markdown(report.summarize(cells))
+
+
+def test_intervals_over_a_few_seeds_are_not_too_narrow():
+    """Two equal methods whose seeds differ: about one comparison in twenty may be called clear, not one in four."""
+    rng, clear = np.random.default_rng(0), 0
+    for _ in range(60):
+        cells = [
+            Cell(
+                method,
+                seed,
+                {},
+                {"label_probability": np.full(1000, 0.5), "confidence": np.full(1000, 0.6)}
+                | {"correct": rng.random(1000) < 0.7 + 0.03 * rng.normal()},
+            )
+            for method in ("plain", "new")
+            for seed in range(3)
+        ]
+        found = statistics.FIGURES
+        gaps = [found["error"](cells[seed + 3].rows) - found["error"](cells[seed].rows) for seed in range(3)]
+        clear += abs(np.mean(gaps)) > statistics._student(gaps)
+    assert clear <= 8

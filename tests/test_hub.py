@@ -54,7 +54,9 @@ def test_every_strategy_arrives_and_loads_elsewhere(tmp_path):
         loaded = json.loads(loaded.stdout.split("RESULT")[1])
         again = ["-m", "hf_selfkd", "push", tmp_path / "end", "--repo-id", "me/again"]
         told = process(again, server.url, tmp_path / "home")
-        assert "Uploaded: " in told.stdout and server.repos["me/again"].keys() == server.repos["me/end"].keys()
+        assert "Uploaded: " in told.stdout and server.repos["me/again"].keys() == server.repos["me/end"].keys() - {
+            "training_args.bin"
+        }
         nothing = process(
             ["-m", "hf_selfkd", "push", tmp_path, "--repo-id", "me/x"], server.url, tmp_path, check=False
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sized
+import re
 from dataclasses import MISSING, fields
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import datasets
 import torch
 import transformers
 from transformers.models.auto import modeling_auto
+from transformers.trainer_utils import has_length
 
 from .._version import __version__
 from ..config import MethodArguments
@@ -21,7 +22,7 @@ from ..heads import head_names, heads_of
 from ..heads.config import PRESETS
 from ..models import base_model, uncompiled
 from .facts import CardFacts
-from .names import GROUPS, NOT_METRICS
+from .names import GROUPS
 
 
 if TYPE_CHECKING:
@@ -50,10 +51,12 @@ PRIVATE += (
     "config",
     "trackio",
     "ddp",
+    "deepspeed",
+    "fsdp",
 )
 PRIVATE += ("include_", "generation_", "predict_with", "label_names", "evaluate_heads", "batch_eval")
 CURVE_POINTS = 200
-FILES = ("csv", "json", "parquet", "text", "arrow", "imagefolder", "audiofolder", "generator", "pandas")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def collect(trainer: SelfKDMixin, **given: Any) -> CardFacts:
@@ -67,14 +70,15 @@ def collect(trainer: SelfKDMixin, **given: Any) -> CardFacts:
     args, model = trainer.args, base_model(trainer.model)
     name = given.get("model_name") or (args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir)))
     source = getattr(model.config, "_name_or_path", "") if hasattr(model, "config") else ""
-    base = given.get("finetuned_from") or source or None
+    base = source if given.get("finetuned_from") is None else given["finetuned_from"]
+    repo = getattr(trainer, "hub_model_id", None) or args.hub_model_id
+    trained = trainer.state.global_step > 0
     facts = CardFacts(
         model_name=name.split("/")[-1],
-        repo_id=getattr(trainer, "hub_model_id", None) or args.hub_model_id,
+        repo_id=repo,
         model_class=type(model).__name__,
         parameters=_count_parameters(trainer.model),
-        base_model=None if base is None or os.path.exists(base) or os.path.isabs(base) else base,
-        pretrained=bool(base),
+        base_model=base if HUB_ID.fullmatch(base or "") and not os.path.exists(base) and base != repo else None,
         task=_listed(given.get("tasks"))[0] if given.get("tasks") else task_of(model),
         library="peft" if hasattr(uncompiled(trainer.model), "peft_config") else "transformers",
         language=_listed(given.get("language")),
@@ -82,12 +86,12 @@ def collect(trainer: SelfKDMixin, **given: Any) -> CardFacts:
         tags=_listed(given.get("tags")),
         datasets=_listed(given.get("dataset_tags")) or _builder_of(trainer.train_dataset),
         data=_data(trainer, given),
-        method=_method(trainer),
-        settings=_settings(args),
+        method=_method(trainer) if trained else {},
+        settings=_settings(args) if trained else {},
         evaluations=list(trainer.evaluations.values()),
         chosen_by=_chosen_by(trainer),
         curves=_curves(trainer.state.log_history),
-        training=_training(trainer),
+        training=_training(trainer) if trained else {},
         versions=_versions(),
     )
     return facts
@@ -114,8 +118,9 @@ def task_of(model: torch.nn.Module) -> str | None:
 
 def _builder_of(dataset: Any) -> list[str]:
     """The name on the Hub of a dataset that was loaded from there."""
-    name = getattr(getattr(dataset, "info", None), "dataset_name", None)
-    return [] if name is None or name in FILES or not getattr(dataset.info, "download_checksums", None) else [name]
+    sources = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
+    found = [re.match(r"hf://datasets/([^/@]+/[^/@]+)@", str(source)) for source in sources]
+    return list(dict.fromkeys(match[1] for match in found if match))
 
 
 def _data(trainer: SelfKDMixin, given: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +130,7 @@ def _data(trainer: SelfKDMixin, given: dict[str, Any]) -> dict[str, Any]:
         data["description"] = ", ".join(described)
     if any(_listed(given.get("dataset_args"))):
         data["configuration"] = ", ".join(filter(None, _listed(given["dataset_args"])))
-    if isinstance(dataset, Sized):
+    if dataset is not None and has_length(dataset):
         data["samples"] = len(dataset)
     columns = getattr(dataset, "column_names", None)
     if columns:
@@ -137,6 +142,8 @@ def _method(trainer: SelfKDMixin) -> dict[str, Any]:
     """The self-distillation that was done, not what was asked for."""
     method, distiller, heads = trainer.method, trainer.distiller, heads_of(trainer.model)
     teacher = "none" if distiller is None or distiller.alpha == 0 else distiller.teacher.kind
+    if teacher != "none" and distiller.epoch < distiller.teacher.first_epoch and not method.warm_start_teacher:
+        teacher = "none"  # training ended before there was anything to learn from
     done: dict[str, Any] = {"teacher": teacher}
     if teacher != "none":
         done |= {
@@ -165,8 +172,14 @@ def _plain(value: Any) -> Any:
 
 def _settings(args: transformers.TrainingArguments) -> dict[str, Any]:
     """The fields that always matter, and those that differ from their defaults and say nothing of places."""
-    own, result = {spec.name for spec in fields(MethodArguments)}, {}
-    for spec in fields(args):
+    known, own, result = (
+        fields(transformers.Seq2SeqTrainingArguments),
+        {spec.name for spec in fields(MethodArguments)},
+        {},
+    )
+    for spec in known:  # and not what a class of the user's adds, which may be anything
+        if not hasattr(args, spec.name):
+            continue
         value = _plain(getattr(args, spec.name, None))
         default = spec.default_factory() if spec.default_factory is not MISSING else _plain(spec.default)
         if not isinstance(value, (bool, int, float, str)) or (isinstance(value, str) and os.path.exists(value)):
@@ -185,7 +198,7 @@ def _settings(args: transformers.TrainingArguments) -> dict[str, Any]:
 
 def _chosen_by(trainer: SelfKDMixin) -> dict[str, Any] | None:
     args, state = trainer.args, trainer.state
-    if not args.load_best_model_at_end or state.best_metric is None:
+    if not trainer.best_is_loaded or state.best_metric is None:
         return None
     metric = args.metric_for_best_model
     return {
@@ -227,14 +240,4 @@ def _versions() -> dict[str, str]:
         "accelerate": accelerate.__version__,
         "datasets": datasets.__version__,
         "python": platform.python_version(),
-    }
-
-
-def measured(metrics: dict[str, float], prefix: str) -> dict[str, float]:
-    """The metrics of an evaluation by their names without the prefix; times and counts are left out."""
-    own = {name.removeprefix(f"{prefix}_"): value for name, value in metrics.items() if name.startswith(f"{prefix}_")}
-    return {
-        name: float(value)
-        for name, value in own.items()
-        if isinstance(value, (int, float)) and not name.endswith(NOT_METRICS)
     }

@@ -30,7 +30,13 @@ def read_comparison(path: str | Path) -> list[dict[str, Any]]:
             raise ValueError(
                 f"line {number} of {path} is no run ({error}): each needs method, seed and metrics, as JSON."
             ) from None
-        runs.append(kept | {name: value for name, value in run.items() if name in METRICS and value is not None})
+        figures = {name: value for name, value in run.items() if name in METRICS and value is not None}
+        wrong = [
+            name for name, value in figures.items() if isinstance(value, bool) or not isinstance(value, (int, float))
+        ]
+        if wrong:
+            raise ValueError(f"line {number} of {path}: {wrong[0]}={figures[wrong[0]]!r} is no number.")
+        runs.append(kept | figures)
     if not runs:
         raise ValueError(f"{path} has no runs: give a file of JSON lines, one run each.")
     return runs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,6 @@ class CardFacts:
         model_class (`str`): its class.
         parameters (`int`): without auxiliary heads.
         base_model (`str`, *optional*): what was fine-tuned, if that is on the Hub.
-        pretrained (`bool`): whether training began from weights that somebody had trained.
         task (`str`, *optional*): as the Hub names it.
         library (`str`): `"transformers"` or `"peft"`.
         language, license, tags, datasets: as for the metadata of a card.
@@ -57,6 +57,7 @@ class CardFacts:
         training (`dict`): `epochs`, `steps`, `seconds`, `device`, `processes`, whatever is known.
         comparison (`list[dict]`): the runs of a comparison, with `method`, `seed` and metrics.
         versions (`dict`): of what trained it.
+        written (`dict`): the metadata of the card that was made of this, to be told from what its user has added.
     """
 
     model_name: str
@@ -64,7 +65,6 @@ class CardFacts:
     parameters: int | None = None
     repo_id: str | None = None
     base_model: str | None = None
-    pretrained: bool = False
     task: str | None = None
     library: str = "transformers"
     language: list[str] = field(default_factory=list)
@@ -80,11 +80,30 @@ class CardFacts:
     training: dict[str, Any] = field(default_factory=dict)
     comparison: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    written: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> None:
         """Write `selfkd_card.json` into a folder."""
-        text = json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=True)
+        text = json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False)
         (Path(folder) / FACTS_FILE).write_text(text + "\n", encoding="utf-8")
+
+    def remember(self, folder: str | Path) -> None:
+        """
+        Take over from the facts of the same folder what this process does not know: the training, if it has trained
+        nothing, and a comparison, if the training is the same.
+        """
+        try:
+            stored = CardFacts.load(folder)
+        except ValueError:
+            return
+        if stored.parameters != self.parameters or stored.model_class != self.model_class:
+            return
+        if not self.training:
+            for name in ("method", "settings", "training", "curves", "data", "chosen_by", "base_model", "versions"):
+                setattr(self, name, getattr(stored, name))
+            self.datasets = self.datasets or stored.datasets
+        if (stored.method, stored.settings, stored.training) == (self.method, self.settings, self.training):
+            self.comparison = self.comparison or stored.comparison
 
     @classmethod
     def load(cls, folder: str | Path) -> CardFacts:
@@ -107,3 +126,13 @@ class CardFacts:
             return cls(**{name: value for name, value in stored.items() if name in known}, evaluations=evaluations)
         except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is not what this version of hf_selfkd wrote ({error}): make it again.") from None
+
+
+def _finite(value: Any) -> Any:
+    """The value without numbers that JSON has not: NaN and infinities are left out of dictionaries."""
+    if isinstance(value, dict):
+        kept = {name: _finite(part) for name, part in value.items()}
+        return {name: part for name, part in kept.items() if not (isinstance(part, float) and not math.isfinite(part))}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return value

@@ -22,7 +22,8 @@ class Metric:
 
     def shown(self, value: float) -> str:
         """The value as text."""
-        return f"{self.factor * value:.{self.digits}f}"
+        factor = 1.0 if self.factor == 100 and abs(value) > 1 else self.factor  # it is in per cent already
+        return f"{factor * value:.{self.digits}f}"
 
 
 # In the order of the table.
@@ -208,3 +209,13 @@ def papers(method: dict) -> list[Paper]:
         if heads.get("heads_to_model_weight", 0) > 0:
             found.append(SLA)
     return found
+
+
+def measured(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    """The metrics of an evaluation by their names without the prefix; times and counts are left out."""
+    own = {name.removeprefix(f"{prefix}_"): value for name, value in metrics.items() if name.startswith(f"{prefix}_")}
+    return {
+        name: float(value)
+        for name, value in own.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in NOT_METRICS
+    }

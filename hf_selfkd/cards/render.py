@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from .facts import CardFacts, Evaluation
@@ -15,11 +17,13 @@ from .names import METRICS, TASKS, TEACHERS, metric, papers
 from .pictures import draw_pictures
 
 
+logger = logging.getLogger(__name__)
+
 BEGIN = "<!-- Made by hf_selfkd from selfkd_card.json: text between these marks is replaced. -->"
 END = "<!-- End of what hf_selfkd made. -->"
 # What the stock Trainer writes into a card that nobody has touched.
 STOCK = "This model card has been generated automatically according to the information the Trainer had access to"
-UNION = ("tags", "datasets", "metrics")  # lists of metadata that a card and its user fill together
+LISTS = ("tags", "datasets", "metrics", "language")  # of metadata, that a card and its user fill together
 
 
 # The text
@@ -60,10 +64,12 @@ def _opening(facts: CardFacts) -> str:
     words = f"A `{facts.model_class}`{size}" + (f" for {task.words}" if task else "")
     origin = f", fine-tuned from [{facts.base_model}](https://huggingface.co/{facts.base_model})"
     if facts.base_model is None:
-        origin = ", fine-tuned from pretrained weights" if facts.pretrained else ", trained from scratch"
+        origin = ""
     teacher, heads = facts.method.get("teacher", "none"), facts.method.get("auxiliary_heads")
     how = "with self-distillation" if teacher != "none" or heads else "without self-distillation"
-    return f"{words}{origin} {how} by `hf_selfkd`."
+    if not facts.method:
+        return f"{words}{origin}. How it was trained is not known to this card."
+    return f"{words}{origin}, trained {how} by `hf_selfkd`."
 
 
 def _count(number: int) -> str:
@@ -147,7 +153,7 @@ def _comparison(runs: list[dict[str, Any]]) -> str:
         cells = [_mean(name, [run[name] for run in own if name in run]) for name in shown]
         lines.append("| " + " | ".join([method, str(len({run.get("seed") for run in own})), *cells]) + " |")
     seeds = min(sum(run["method"] == method for run in runs) for method in methods)
-    told = "Mean and standard deviation over seeds, with equal budgets."
+    told = "Mean and standard deviation over seeds."
     return "\n".join(lines) + f"\n\n{told if seeds > 1 else 'Some methods have one seed only, which tells no spread.'}"
 
 
@@ -162,8 +168,8 @@ def _mean(name: str, values: list[float]) -> str:
     if not values:
         return ""
     known = metric(name)
-    spread = f" ± {known.shown(statistics.stdev(values))}" if len(values) > 1 else ""
-    return known.shown(statistics.mean(values)) + spread
+    spread = f" ± {known.shown(float(np.std(values, ddof=1)))}" if len(values) > 1 else ""
+    return known.shown(float(np.mean(values))) + spread
 
 
 def usage(facts: CardFacts) -> str:
@@ -171,8 +177,11 @@ def usage(facts: CardFacts) -> str:
     name = facts.repo_id or facts.model_name
     task = TASKS.get(facts.task or "")
     if facts.library == "peft":
-        auto = "AutoPeftModel" + (task.auto.removeprefix("AutoModel") if task else "")
-        return f'from peft import {auto}\n\nmodel = {auto}.from_pretrained("{name}")'
+        auto, base = task.auto if task else "AutoModel", facts.base_model or "the base model"
+        return (
+            f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
+            f'base = {auto}.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(base, "{name}")'
+        )
     if task is None:
         return f'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained("{name}")'
     if task.auto == "AutoModelForSeq2SeqLM":
@@ -198,8 +207,10 @@ def _method(facts: CardFacts) -> str:
     teacher, heads = method.get("teacher", "none"), method.get("auxiliary_heads")
     if teacher in TEACHERS:
         schedule = method["alpha_schedule"].replace("_", " ")
+        whole = method.get("warm_start") or teacher == "predictions"
         parts.append(
-            f"Every label was softened: `(1 - a) * label + a * past`, where the past is {TEACHERS[teacher]} "
+            ("Every label" if whole else "From the second epoch on every label") + " was softened: "
+            f"`(1 - a) * label + a * past`, where the past is {TEACHERS[teacher]} "
             f"(`teacher={teacher}`); the weight `a` followed the schedule `{schedule}` up to {method['alpha']:.3g} "
             f"and was {method['alpha_reached']:.3g} at the end."
         )
@@ -221,6 +232,8 @@ def _method(facts: CardFacts) -> str:
         mixing = method["mixing"]
         kinds = [kind for kind, name in (("mixup", "mixup_alpha"), ("CutMix", "cutmix_alpha")) if mixing[name]]
         parts.append(f"{100 * mixing['mix_probability']:.0f} % of the batches were mixed ({' and '.join(kinds)}).")
+    if not method:
+        return "How the model was trained is not known to this card."
     return " ".join(parts) or "Plain training on the labels."
 
 
@@ -284,7 +297,7 @@ def eval_results(facts: CardFacts) -> list[EvalResult]:
     for evaluation in facts.evaluations:
         for name in sorted(evaluation.metrics, key=_place):
             value = evaluation.metrics[name]
-            if name == "loss" or not math.isfinite(value):
+            if name == "loss" or not math.isfinite(value) or not _of_these_weights(evaluation, facts):
                 continue
             arguments = {"signature": evaluation.signatures[name]} if name in evaluation.signatures else None
             found.append(
@@ -304,6 +317,12 @@ def eval_results(facts: CardFacts) -> list[EvalResult]:
     return found
 
 
+def _of_these_weights(evaluation: Evaluation, facts: CardFacts) -> bool:
+    """Whether an evaluation is of the weights that the card is of."""
+    chosen = facts.chosen_by or {}
+    return evaluation.step in (None, facts.training.get("steps"), chosen.get("step")) or not facts.training
+
+
 # The file
 
 
@@ -321,47 +340,88 @@ def write_card(facts: CardFacts, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    facts.save(folder)
     text = f"{BEGIN}\n{render(facts, draw_pictures(facts, folder))}{END}\n"
     path, ours = folder / "README.md", metadata(facts)
+    before = _written_before(folder)
+    facts.written = ModelCardData(**ours, ignore_metadata_errors=True).to_dict()
     if path.is_file():
-        text, ours = _merged(path, text, ours)
+        card = _read(path)
+        if card is not None:
+            text, ours = _merged_text(card.text, text), _merged_data(card.data, before, ours)
     card = ModelCard(f"---\n{ModelCardData(**ours, ignore_metadata_errors=True)}\n---\n\n{text}")
     path.write_text(str(card), encoding="utf-8")
+    facts.save(folder)
     return path
 
 
-def _merged(path: Path, text: str, ours: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Text and metadata of a card with what stands there already."""
-    stored = path.read_text(encoding="utf-8")
-    card = ModelCard(stored, ignore_metadata_errors=True)
-    known = {name: value for name, value in card.data.__dict__.items() if value is not None}
-    before, marked, rest = card.text.partition(BEGIN)
-    inside, ended, after = rest.partition(END)
+def _written_before(folder: Path) -> dict[str, Any]:
+    """The metadata that the last card of a folder was given by us."""
+    try:
+        return CardFacts.load(folder).written
+    except ValueError:
+        return {}
+
+
+def _read(path: Path) -> ModelCard | None:
+    """A card that stands there; one that cannot be read is kept under another name."""
+    try:
+        return ModelCard(path.read_text(encoding="utf-8-sig"), ignore_metadata_errors=True)
+    except Exception as error:  # of YAML, of the client, of the encoding
+        kept = path.with_name("README.kept.md")
+        path.replace(kept)
+        logger.warning(f"{path} cannot be read as a model card ({type(error).__name__}): kept as {kept.name}.")
+        return None
+
+
+def _merged_text(stored: str, ours: str) -> str:
+    """Our text in the place of what we wrote before, below a text of the user's, or instead of an untouched draft."""
+    before, marked, rest = stored.rpartition(BEGIN)
+    _, ended, after = rest.partition(END)
     if marked and ended:
-        text = before.lstrip("\n") + text + after.lstrip("\n")
-        return text, known | ours | _together(known, ours)
-    if STOCK in stored or not card.text.strip():
-        return text, known | ours | _together(known, ours)
-    return card.text.strip("\n") + "\n\n" + text, ours | known | _together(known, ours)
+        return before.lstrip("\n") + ours + after.lstrip("\n")
+    stock = STOCK in stored and stored.count("More information needed") >= 3
+    draft = "Model Card for Model ID" in stored and stored.count("[More Information Needed]") > 20  # PEFT's
+    if stock or draft or not stored.strip():
+        return ours
+    return stored.strip("\n") + "\n\n" + ours
 
 
-def _together(known: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """What both sides fill: lists without repetition, and results, of which ours replace those of the same name."""
-    result: dict[str, Any] = {}
-    for name in UNION:
-        lists = [value if isinstance(value, list) else [value] for side in (known, ours) if (value := side.get(name))]
-        if lists:
-            result[name] = list(dict.fromkeys(value for values in lists for value in values))
-    new = ours.get("eval_results", [])
-    kept = [one for one in known.get("eval_results") or [] if not any(_same(one, other) for other in new)]
-    if kept or new:
-        result["eval_results"] = kept + new
-        result["model_name"] = known.get("model_name") or ours.get("model_name")
+def _merged_data(data: Any, before: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """
+    Our metadata, and what the user has added or changed since we last wrote (`before`), which counts.
+
+    Args:
+        data (`ModelCardData`): of the card that stands there.
+        before (`dict`): what we wrote last, as a dictionary.
+        ours (`dict`): what we write now, as arguments of `ModelCardData`.
+    """
+    result = dict(ours)
+    for name, value in vars(data).items():
+        if value is None or name in ("eval_results", "model_name", "ignore_metadata_errors"):
+            continue
+        if name in LISTS:
+            values, old = (part if isinstance(part, list) else [part] for part in (value, before.get(name, [])))
+            added = [one for one in values if one not in old]
+            result[name] = list(dict.fromkeys([*added, *ours.get(name, [])]))
+            if not result[name]:
+                del result[name]
+        elif value != before.get(name) and not (name == "base_model" and _is_a_path(value)):
+            result[name] = value
+    old = {_identity(one) for one in _results(before)}
+    added = [one for one in data.eval_results or [] if _identity(one) not in old]
+    if added or ours.get("eval_results"):
+        result["eval_results"] = added + ours.get("eval_results", [])
+        result["model_name"] = data.model_name or ours.get("model_name") or "model"
     return result
 
 
-def _same(one: EvalResult, other: EvalResult) -> bool:
-    """Whether two results are of the same metric on the same split, of whatever data: those are measured anew."""
-    names = ("task_type", "dataset_split", "metric_type")
-    return all(getattr(one, name) == getattr(other, name) for name in names)
+def _is_a_path(value: Any) -> bool:
+    return isinstance(value, str) and (value.startswith(("/", ".", "~")) or "\\" in value or value.count("/") > 1)
+
+
+def _results(written: dict[str, Any]) -> list[EvalResult]:
+    return model_index_to_eval_results(written["model-index"])[1] if written.get("model-index") else []
+
+
+def _identity(one: EvalResult) -> tuple:
+    return one.task_type, one.dataset_type, one.dataset_split, one.metric_type, one.metric_value

@@ -45,8 +45,7 @@ def evaluate(
 
 def lines(results: dict[str, Any], split: str) -> list[str]:
     """A table of the figures, and what the temperature says in words."""
-    from ..cards.collect import measured
-    from ..cards.names import METRICS, metric
+    from ..cards.names import METRICS, measured, metric
 
     found = measured(results, split)
     temperature = found.pop("temperature", None)

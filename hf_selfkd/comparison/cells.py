@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..cards.names import measured
 from .methods import METHODS
 
 
@@ -121,14 +122,7 @@ class Comparison:
 
     def _record(self, method: str, seed: int, place: Path) -> None:
         found = json.loads((place / "model" / "all_results.json").read_text())
-        prefix = (
-            "predict_" if any(name.startswith("predict_") and name != "predict_samples" for name in found) else "eval_"
-        )
-        metrics = {
-            name.removeprefix(prefix): value
-            for name, value in found.items()
-            if name.startswith(prefix) and isinstance(value, (int, float))
-        }
+        metrics = measured(found, "predict") or measured(found, "eval")  # a test set may have no labels
         run: dict[str, Any] = {"method": method, "seed": seed, "settings": self.settings, **metrics}
         run["train_seconds"] = found.get("train_runtime")
         predictions = place / "model" / "predictions.csv"
@@ -148,8 +142,7 @@ def read_rows(path: Path) -> dict[str, np.ndarray] | None:
         rows = list(csv.DictReader(file))
     if not rows or "label" not in rows[0]:
         return None
-    return {
-        "label_probability": np.array([float(row["label_probability"]) for row in rows]),
-        "confidence": np.array([float(row["confidence"]) for row in rows]),
-        "correct": np.array([row["prediction"] == row["label"] for row in rows]),
-    }
+    numbers = {name: np.array([float(row[name]) for row in rows]) for name in ("label_probability", "confidence")}
+    if not all(np.isfinite(values).all() for values in numbers.values()):
+        return None  # of a training that went astray: the metrics say so
+    return numbers | {"correct": np.array([row["prediction"] == row["label"] for row in rows])}

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 
 # Without the teacher, the weight, the smoothing and the heads that the shared settings may ask for.
-_BARE = (
-    "--teacher",
-    "auto",
-    "--alpha_schedule",
-    "linear",
-    "--auxiliary_heads",
-    "None",
-    "--label_smoothing_factor",
-    "0",
-)
+_RESET = {
+    "teacher": "auto",
+    "teacher_predictions": "None",
+    "alpha_schedule": "linear",
+    "calibration_fraction": "0",
+    "auxiliary_heads": "None",
+    "evaluate_heads": "False",
+    "label_smoothing_factor": "0",
+    "temperature": "1",
+    "warm_start_teacher": "False",
+    "teacher_dropout": "False",
+    "rank_label_weights": "False",
+    "history_trace": "False",
+    "chunked_logits": "False",
+}
+_BARE = tuple(word for name, value in _RESET.items() for word in (f"--{name}", value))
 _PLAIN = (*_BARE, "--alpha", "0")
 
 

@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..cards.names import METRICS, metric
 from .cells import Cell
 from .methods import BASELINE
@@ -32,14 +34,15 @@ def summarize(cells: Sequence[Cell], baseline: str = BASELINE) -> dict[str, Any]
     for method in methods:
         own = [figures(cell) for cell in cells if cell.method == method]
         seconds = [cell.metrics["train_seconds"] for cell in cells if cell.method == method]
-        differences = compare(cells, method, baseline) if method != baseline and baseline in methods else {}
+        found = compare(cells, method, baseline) if method != baseline and baseline in methods else {}
+        differences = {name: part for name, part in found.items() if name in names}
         rows.append(
             {
                 "method": method,
                 "seeds": len(own),
                 "figures": {name: _spread([part[name] for part in own]) for name in names},
                 "train_seconds": means.mean(seconds) if None not in seconds else None,
-                "differences": {name: asdict(part) for name, part in differences.items() if name in names},
+                "differences": {name: asdict(part) for name, part in differences.items()},
                 "verdict": verdict(method, differences, len(own)) if differences else "",
             }
         )
@@ -47,7 +50,7 @@ def summarize(cells: Sequence[Cell], baseline: str = BASELINE) -> dict[str, Any]
 
 
 def _spread(values: list[float]) -> dict[str, float | None]:
-    return {"mean": means.mean(values), "std": means.stdev(values) if len(values) > 1 else None}
+    return {"mean": means.mean(values), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
 
 
 def verdict(method: str, differences: dict[str, Difference], seeds: int) -> str:

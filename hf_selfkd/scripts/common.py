@@ -233,11 +233,12 @@ def predict_classes(trainer: SelfKDTrainer, dataset: Dataset) -> None:
     result = trainer.predict(dataset, metric_key_prefix="predict")
     logits = result.predictions[0] if isinstance(result.predictions, tuple) else result.predictions
     labelled = isinstance(result.label_ids, np.ndarray) and bool((result.label_ids >= 0).all())
-    temperature = {"predict_temperature": temperature_of(logits, result.label_ids)} if labelled else {}
+    finite = labelled and bool(np.isfinite(logits).all())
+    temperature = {"predict_temperature": temperature_of(logits, result.label_ids)} if finite else {}
     record(trainer, "predict", result.metrics | temperature | {"predict_samples": len(dataset)})
     if not trainer.is_world_process_zero():
         return
-    if labelled:
+    if finite:
         draw(logits, result.label_ids, trainer.args.output_dir)
     probs = torch.from_numpy(logits).float().softmax(dim=-1)
     names, (confidence, best) = trainer.model.config.id2label, probs.max(dim=-1)
@@ -276,7 +277,7 @@ def share(
     hub_data = data is not None and not data_args.local and not os.path.isdir(data)
     card = {
         "tasks": tasks,
-        "finetuned_from": None if os.path.isdir(base or "") else base,
+        "finetuned_from": "" if base is None or os.path.isdir(base) else base,
         "dataset_tags": [data] if hub_data else [],
         "dataset_args": [data_args.dataset_config_name] if hub_data else [],
         **card,
