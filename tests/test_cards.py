@@ -119,7 +119,7 @@ def test_what_was_done_is_told_and_nothing_else(tmp_path):
         ),
         ({"data_collator": SelfKDDataCollator(cutmix_alpha=1.0, mix_probability=0.5)}, "50 % of the batches", None),
     ],
-    ids=str,
+    ids=["plain", "smoothed", "rank", "snapshot", "byot", "lsskd", "cutmix"],
 )
 def test_the_method_that_was_used(tmp_path, options, said, tags):
     trainer = train(tmp_path, "vit", make_samples("vit", 18), num_train_epochs=2, **options)
