@@ -15,7 +15,8 @@ def main() -> None:
     for path in sorted((Path(__file__).parents[1] / "docs" / "results").glob("*.jsonl")):
         rows = read_results(path)
         methods = list(dict.fromkeys(row["method"] for row in rows))
-        print(f"{path.name}\n\n{table(rows, methods, FIGURES | COST)}\n")
+        shown = {name: shape for name, shape in (FIGURES | COST).items() if all(name in row for row in rows)}
+        print(f"{path.name}\n\n{table(rows, methods, shown)}\n")
 
 
 if __name__ == "__main__":
