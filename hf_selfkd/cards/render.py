@@ -217,7 +217,9 @@ def _method(facts: CardFacts) -> str:
     elif teacher == "rank":
         parts.append(
             "Beside its labels the model learned from the order of its own scores: among the other classes, shares by "
-            f"Zipf's law over their ranks, with the weight {method['alpha']:.3g} (`teacher=rank`)."
+            f"Zipf's law over their ranks (`teacher=rank`); the weight of that followed the schedule "
+            f"`{method['alpha_schedule'].replace('_', ' ')}` up to {method['alpha']:.3g} and was "
+            f"{method['alpha_reached']:.3g} at the end."
         )
     if heads:
         preset = f" (preset `{method['preset']}`)" if method.get("preset") else ""
