@@ -17,8 +17,9 @@ from transformers import Trainer
 from hf_selfkd import SelfKDConfig, SelfKDDataCollator
 from hf_selfkd.cards import CardFacts, Evaluation, render, write_card
 from hf_selfkd.cards.collect import task_of
+from hf_selfkd.cards.merge import BEGIN, END
 from hf_selfkd.cards.names import METRICS, TASKS
-from hf_selfkd.cards.render import BEGIN, END, usage
+from hf_selfkd.cards.render import usage
 from hf_selfkd.metrics import calibration_metrics, compute_classification_metrics, reliability_curve
 
 
