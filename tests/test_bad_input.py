@@ -74,7 +74,7 @@ def changed(samples, **values):
         ({"alpha": -0.1}, ["alpha=-0.1", "[0, 1]"]),
         ({"alpha": float("nan")}, ["alpha=nan", "[0, 1]"]),
         ({"alpha_schedule": "sigmoid"}, ["alpha_schedule='sigmoid'", "cosine"]),
-        ({"teacher": "big"}, ["teacher='big'", "history, snapshot, ema, predictions, none"]),
+        ({"teacher": "big"}, ["teacher='big'", "history, snapshot, ema, predictions, rank, none"]),
         ({"history_dtype": "int8"}, ["history_dtype='int8'", "auto, float32, float16, bfloat16"]),
         ({"history_tail": "nowhere"}, ["history_tail='nowhere'", "bucket, label, uniform, renormalize"]),
         ({"history_device": "cuda"}, ["history_device='cuda'", "auto, accelerator, cpu, disk"]),
