@@ -248,9 +248,13 @@ class SelfKDMixin(Building, DataLoading, Calibration, Sharing, Checkpoints, Eval
             self._warn_of_little(distiller)
         distiller.teacher.begin_epoch(distiller.epoch + 1)
 
+    def _never_taught(self) -> bool:
+        """Whether training has not come to where there is something to learn from."""
+        return self.distiller.epoch < self.teacher.first_epoch and not self.method.warm_start_teacher
+
     def _warn_of_little(self, distiller: SelfDistiller) -> None:
         """Say at the end what self-distillation could not do, for a reason that the loss does not show."""
-        if distiller.epoch < distiller.teacher.first_epoch and not self.method.warm_start_teacher:
+        if self._never_taught():
             logger.warning(
                 f"teacher={distiller.teacher.kind!r} never taught: training ended in its first pass over the data, so "
                 "this was plain training. Let the dataset end several times before max_steps."

@@ -430,3 +430,13 @@ def test_figures_in_per_cent_already_and_runs_that_went_astray():
     assert "| Accuracy (%) | 92.50 |" in text and "nan" not in text
     runs = [{"method": "plain", "seed": seed, "error": 20.0, "nll": float("nan")} for seed in (0, 1)]
     assert "| plain | 2 | 20.00 ± 0.00 | nan" in render(facts(comparison=runs))
+
+
+def test_a_loss_that_was_no_number_does_not_stop_the_card(tmp_path):
+    nan = float("nan")
+    curves = {"loss": [[1, 2.0], [2, nan], [3, 1.0]]}
+    write_card(facts(curves=curves, evaluations=[Evaluation("eval", {"accuracy": 0.5, "nll": nan}, 10, 50)]), tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    json.loads((tmp_path / "selfkd_card.json").read_text(), parse_constant=pytest.fail)
+    write_card(CardFacts.load(tmp_path), tmp_path)
+    assert (tmp_path / "README.md").read_text() == text and "| Accuracy (%) | 50.00 |" in text

@@ -10,6 +10,7 @@ import pytest
 from helpers import refused
 from test_cli import call
 
+from hf_selfkd.cards.facts import finite
 from hf_selfkd.comparison import report, statistics
 from hf_selfkd.comparison.cells import Cell, Comparison, read_rows
 from hf_selfkd.comparison.methods import METHODS
@@ -122,7 +123,7 @@ def test_a_verdict_that_says_when_nothing_can_be_concluded():
     assert "nothing can be concluded" in report.summarize(bleu)["methods"][1]["verdict"]
     single = report.summarize(bleu[::2])
     assert "(" not in report.markdown(single).split("\n- ")[0].split("interval")[1]  # one seed has no interval
-    json.loads(json.dumps(report._finite(single), allow_nan=False))
+    json.loads(json.dumps(finite(single), allow_nan=False))
 
 
 # Cells

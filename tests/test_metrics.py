@@ -152,8 +152,7 @@ def test_confidence_exactly_and_almost_one():
 
 
 def test_confidence_zero_falls_in_the_first_bin():
-    scores = metrics.RowScores(np.zeros(2), np.array([True, False]), *[np.zeros(2)] * 3)
-    assert metrics._reliability(scores, 10).count.tolist() == [2] + [0] * 9
+    assert metrics.reliability_of(np.zeros(2), np.array([True, False]), 10).count.tolist() == [2] + [0] * 9
 
 
 def test_extreme_logits_stay_finite():

@@ -13,16 +13,14 @@ import accelerate
 import datasets
 import torch
 import transformers
-from transformers.models.auto import modeling_auto
 from transformers.trainer_utils import has_length
 
 from .._version import __version__
-from ..config import MethodArguments
 from ..heads import head_names, heads_of
 from ..heads.config import PRESETS
-from ..models import base_model, uncompiled
+from ..models import base_model, classes_of, uncompiled
 from .facts import CardFacts
-from .names import GROUPS
+from .names import GROUPS, HUB_ID
 
 
 if TYPE_CHECKING:
@@ -40,9 +38,26 @@ ALWAYS = (
     "seed",
 )
 # Fields that say where and how a run was watched and kept, or where it ran, and nothing of the model.
-PRIVATE = ("dir", "path", "token", "hub", "run_name", "report", "project", "logging", "log_", "save_", "disable_tqdm")
-PRIVATE += ("do_", "push", "resume", "debug", "predictions", "remove_unused", "dataloader", "local_rank", "use_cpu")
-PRIVATE += (
+PRIVATE = (
+    "dir",
+    "path",
+    "token",
+    "hub",
+    "run_name",
+    "report",
+    "project",
+    "logging",
+    "log_",
+    "save_",
+    "disable_tqdm",
+    "do_",
+    "push",
+    "resume",
+    "debug",
+    "remove_unused",
+    "dataloader",
+    "local_rank",
+    "use_cpu",
     "load_best",
     "metric_for_best",
     "greater_is_better",
@@ -53,10 +68,13 @@ PRIVATE += (
     "ddp",
     "deepspeed",
     "fsdp",
+    "include_",
+    "generation_",
+    "predict_with",
+    "label_names",
+    "batch_eval",
 )
-PRIVATE += ("include_", "generation_", "predict_with", "label_names", "evaluate_heads", "batch_eval")
 CURVE_POINTS = 200
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def collect(trainer: SelfKDMixin, **given: Any) -> CardFacts:
@@ -73,7 +91,7 @@ def collect(trainer: SelfKDMixin, **given: Any) -> CardFacts:
     base = source if given.get("finetuned_from") is None else given["finetuned_from"]
     repo = getattr(trainer, "hub_model_id", None) or args.hub_model_id
     trained = trainer.state.global_step > 0
-    facts = CardFacts(
+    return CardFacts(
         model_name=name.split("/")[-1],
         repo_id=repo,
         model_class=type(model).__name__,
@@ -94,7 +112,6 @@ def collect(trainer: SelfKDMixin, **given: Any) -> CardFacts:
         training=_training(trainer) if trained else {},
         versions=_versions(),
     )
-    return facts
 
 
 def _listed(value: str | list[str] | None) -> list[str]:
@@ -109,11 +126,7 @@ def _count_parameters(model: torch.nn.Module) -> int:
 def task_of(model: torch.nn.Module) -> str | None:
     """The task of a model as the Hub names it, by its class; `None` for a class that says nothing of it."""
     known = {cls.__name__ for cls in type(model).__mro__}
-    for group, task in GROUPS.items():
-        names = getattr(modeling_auto, f"MODEL_FOR_{group}_MAPPING_NAMES", {}).values()
-        if known & {name for value in names for name in ([value] if isinstance(value, str) else value)}:
-            return task
-    return None
+    return next((task for group, task in GROUPS.items() if known & classes_of(group)), None)
 
 
 def _builder_of(dataset: Any) -> list[str]:
@@ -142,8 +155,8 @@ def _method(trainer: SelfKDMixin) -> dict[str, Any]:
     """The self-distillation that was done, not what was asked for."""
     method, distiller, heads = trainer.method, trainer.distiller, heads_of(trainer.model)
     teacher = "none" if distiller is None or distiller.alpha == 0 else distiller.teacher.kind
-    if teacher != "none" and distiller.epoch < distiller.teacher.first_epoch and not method.warm_start_teacher:
-        teacher = "none"  # training ended before there was anything to learn from
+    if teacher != "none" and trainer._never_taught():
+        teacher = "none"
     done: dict[str, Any] = {"teacher": teacher}
     if teacher != "none":
         done |= {
@@ -172,26 +185,14 @@ def _plain(value: Any) -> Any:
 
 def _settings(args: transformers.TrainingArguments) -> dict[str, Any]:
     """The fields that always matter, and those that differ from their defaults and say nothing of places."""
-    known, own, result = (
-        fields(transformers.Seq2SeqTrainingArguments),
-        {spec.name for spec in fields(MethodArguments)},
-        {},
-    )
-    for spec in known:  # and not what a class of the user's adds, which may be anything
-        if not hasattr(args, spec.name):
-            continue
+    result = {}
+    for spec in fields(transformers.Seq2SeqTrainingArguments):  # what a class of the user's adds may be anything
         value = _plain(getattr(args, spec.name, None))
         default = spec.default_factory() if spec.default_factory is not MISSING else _plain(spec.default)
         if not isinstance(value, (bool, int, float, str)) or (isinstance(value, str) and os.path.exists(value)):
             continue
-        if spec.name in ALWAYS:
-            result[spec.name] = value
-        elif (
-            (value or default)
-            and value != default
-            and spec.name not in own
-            and not any(part in spec.name for part in PRIVATE)
-        ):
+        differs = value != default and (value or default)
+        if spec.name in ALWAYS or (differs and not any(part in spec.name for part in PRIVATE)):
             result[spec.name] = value
     return dict(sorted(result.items(), key=lambda item: (item[0] not in ALWAYS, item[0])))
 

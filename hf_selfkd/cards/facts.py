@@ -84,7 +84,7 @@ class CardFacts:
 
     def save(self, folder: str | Path) -> None:
         """Write `selfkd_card.json` into a folder."""
-        text = json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(finite(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False)
         (Path(folder) / FACTS_FILE).write_text(text + "\n", encoding="utf-8")
 
     def remember(self, folder: str | Path) -> None:
@@ -92,11 +92,8 @@ class CardFacts:
         Take over from the facts of the same folder what this process does not know: the training, if it has trained
         nothing, and a comparison, if the training is the same.
         """
-        try:
-            stored = CardFacts.load(folder)
-        except ValueError:
-            return
-        if stored.parameters != self.parameters or stored.model_class != self.model_class:
+        stored = CardFacts.find(folder)
+        if stored is None or stored.parameters != self.parameters or stored.model_class != self.model_class:
             return
         if not self.training:
             for name in ("method", "settings", "training", "curves", "data", "chosen_by", "base_model", "versions"):
@@ -104,6 +101,14 @@ class CardFacts:
             self.datasets = self.datasets or stored.datasets
         if (stored.method, stored.settings, stored.training) == (self.method, self.settings, self.training):
             self.comparison = self.comparison or stored.comparison
+
+    @classmethod
+    def find(cls, folder: str | Path) -> CardFacts | None:
+        """What `save` wrote, if the folder has it."""
+        try:
+            return cls.load(folder)
+        except ValueError:
+            return None
 
     @classmethod
     def load(cls, folder: str | Path) -> CardFacts:
@@ -122,17 +127,18 @@ class CardFacts:
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             evaluations = [Evaluation(**evaluation) for evaluation in stored.pop("evaluations", [])]
+            for one in evaluations:
+                one.metrics = {name: value for name, value in one.metrics.items() if value is not None}
             known = {spec.name for spec in fields(cls)}
             return cls(**{name: value for name, value in stored.items() if name in known}, evaluations=evaluations)
         except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is not what this version of hf_selfkd wrote ({error}): make it again.") from None
 
 
-def _finite(value: Any) -> Any:
-    """The value without numbers that JSON has not: NaN and infinities are left out of dictionaries."""
+def finite(value: Any) -> Any:
+    """The value with null where JSON has no number: for NaN and infinities."""
     if isinstance(value, dict):
-        kept = {name: _finite(part) for name, part in value.items()}
-        return {name: part for name, part in kept.items() if not (isinstance(part, float) and not math.isfinite(part))}
+        return {name: finite(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(part) for part in value]
-    return value
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -25,6 +26,10 @@ class Metric:
         factor = 1.0 if self.factor == 100 and abs(value) > 1 else self.factor  # it is in per cent already
         return f"{factor * value:.{self.digits}f}"
 
+    def with_spread(self, mean: float, std: float | None) -> str:
+        """A mean over seeds with its standard deviation, if there are several, as text."""
+        return self.shown(mean) + ("" if std is None else f" ± {self.shown(std)}")
+
 
 # In the order of the table.
 METRICS = {
@@ -47,6 +52,7 @@ METRICS = {
     "token_ece": Metric("Token ECE (%)", 2, 1, True, "expected calibration error of the tokens, 10 bins"),
     "loss": Metric("Loss", 4, 1, True),
 }
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # with the user, or of old models without
 NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "samples", "model_preparation_time", "epoch")
 
 

@@ -81,7 +81,7 @@ def _table(evaluation: Evaluation, facts: CardFacts) -> dict[str, Any]:
         {
             "name": metric(name).name + (f": {metric(name).meaning}" if metric(name).meaning else ""),
             "value": metric(name).shown(evaluation.metrics[name]),
-            "better": "lower" if metric(name).lower else "higher" if name in _higher() else "",
+            "better": "lower" if metric(name).lower else "higher" if name in METRICS else "",
         }
         for name in known
         if math.isfinite(evaluation.metrics[name]) and not (name == "top5_accuracy" and evaluation.metrics[name] == 1)
@@ -97,21 +97,11 @@ def _place(name: str) -> tuple[int, str]:
     return (order.index(name) if name in METRICS else len(order), name)
 
 
-def _higher() -> set[str]:
-    return {name for name, known in METRICS.items() if not known.lower}
-
-
 def _confidence(reliability: dict[str, list]) -> str:
     """How sure the model is on average, against how often it is right."""
-    filled = [
-        (count, confidence, accuracy)
-        for count, confidence, accuracy in zip(
-            reliability["count"], reliability["confidence"], reliability["accuracy"], strict=True
-        )
-        if count
-    ]
-    total = sum(count for count, _, _ in filled)
-    sure, right = (100 * sum(row[0] * row[column] for row in filled) / total for column in (1, 2))
+    sure, right = (
+        100 * np.average(reliability[name], weights=reliability["count"]) for name in ("confidence", "accuracy")
+    )
     if abs(sure - right) < 1:
         return f"Its mean confidence, {sure:.1f} %, is within a point of its accuracy."
     word = "over" if sure > right else "under"
@@ -157,9 +147,7 @@ def _in_comparison(runs: list[dict[str, Any]]) -> list[str]:
 def _mean(name: str, values: list[float]) -> str:
     if not values:
         return ""
-    known = metric(name)
-    spread = f" ± {known.shown(float(np.std(values, ddof=1)))}" if len(values) > 1 else ""
-    return known.shown(float(np.mean(values))) + spread
+    return metric(name).with_spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
 
 
 def usage(facts: CardFacts) -> str:
@@ -334,7 +322,8 @@ def write_card(facts: CardFacts, folder: str | Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     text = f"{BEGIN}\n{render(facts, draw_pictures(facts, folder))}{END}\n"
     path, ours = folder / "README.md", metadata(facts)
-    before = _written_before(folder)
+    stored = CardFacts.find(folder)
+    before = {} if stored is None else stored.written
     facts.written = ModelCardData(**ours, ignore_metadata_errors=True).to_dict()
     if path.is_file():
         card = read_card(path)
@@ -344,11 +333,3 @@ def write_card(facts: CardFacts, folder: str | Path) -> Path:
     path.write_text(str(card), encoding="utf-8")
     facts.save(folder)
     return path
-
-
-def _written_before(folder: Path) -> dict[str, Any]:
-    """The metadata that the last card of a folder was given by us."""
-    try:
-        return CardFacts.load(folder).written
-    except ValueError:
-        return {}

@@ -10,6 +10,7 @@ import typer
 
 from .._version import __version__
 from . import card, compare, evaluate, push, train
+from .common import PASSES_ON
 
 
 app = typer.Typer(
@@ -21,8 +22,8 @@ app = typer.Typer(
 app.add_typer(train.app, name="train")
 app.command("card")(card.card)
 app.command("push")(push.push)
-app.command("evaluate", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(evaluate.evaluate)
-app.command("compare", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(compare.compare)
+app.command("evaluate", context_settings=PASSES_ON)(evaluate.evaluate)
+app.command("compare", context_settings=PASSES_ON)(compare.compare)
 
 
 def _print_version(asked: bool) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+from .common import one_line_errors
 
 
 def card(
@@ -33,16 +31,14 @@ def card(
     """
     from ..cards import CardFacts, write_card
     from ..cards.comparison import read_comparison
+    from ..cards.names import HUB_ID
 
-    try:
+    with one_line_errors():
         facts = CardFacts.load(folder)
         if comparison is not None:
             facts.comparison = read_comparison(comparison)
-    except ValueError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from None
     if dataset:
-        facts.datasets = [name for name in dataset if HUB_ID.fullmatch(name)]
+        facts.datasets = [name for name in dataset if "/" in name and HUB_ID.fullmatch(name)]
         facts.data["description"] = ", ".join(name for name in dataset if name not in facts.datasets)
     given = {"model_name": model_name, "repo_id": repo_id, "license": license, "language": language}
     for name, value in given.items():

@@ -9,6 +9,7 @@ import typer
 
 from ..comparison.methods import BASELINE, DEFAULT, METHODS
 from ..scripts.arguments import SCRIPTS
+from .common import check_task, one_line_errors
 
 
 def compare(
@@ -32,13 +33,10 @@ def compare(
     from ..comparison import report
     from ..comparison.cells import Comparison
 
-    try:
+    with one_line_errors():
         chosen, numbers = _chosen(task, methods, seeds)
         comparison = Comparison(task, ctx.args, folder, keep_models)
         cells = comparison.run_missing(chosen, numbers, typer.echo)
-    except ValueError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from None
     summary = report.summarize(cells)
     typer.echo("\n" + report.markdown(summary))
     for path in report.write(summary, folder, f"{task}: {', '.join(chosen)}"):
@@ -46,8 +44,7 @@ def compare(
 
 
 def _chosen(task: str, methods: str, seeds: str) -> tuple[list[str], list[int]]:
-    if task not in SCRIPTS:
-        raise ValueError(f"there is no task {task!r}: choose one of {', '.join(SCRIPTS)}.")
+    check_task(task)
     chosen = [name.strip() for name in methods.split(",") if name.strip()]
     unknown = [name for name in chosen if name not in METHODS]
     if unknown or not chosen:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..scripts.arguments import SCRIPTS
+from .common import check_task, one_line_errors, script_of
 
 
 def evaluate(
@@ -27,14 +27,12 @@ def evaluate(
 
     hf-selfkd evaluate text-classification outputs/texts --test_file test.csv
     """
-    if task not in SCRIPTS:
-        typer.echo(f"Error: there is no task {task!r}: choose one of {', '.join(SCRIPTS)}.", err=True)
-        raise typer.Exit(1)
-    script = import_module(f"hf_selfkd.scripts.{SCRIPTS[task].module}")
+    with one_line_errors():
+        check_task(task)
     predicts = any("test" in getattr(kind, "SPLITS", ()) for kind in SCRIPTS[task].arguments)
     split = "predict" if predicts else "eval"
     words = ["--model_name_or_path", model, f"--do_{split}", "--output_dir", str(output_dir), "--report_to", "none"]
-    script.main([*ctx.args, *words])
+    script_of(task).main([*ctx.args, *words])
     results = output_dir / f"{split}_results.json"
     if results.is_file():  # only the first of several processes writes it
         typer.echo("\n" + "\n".join(lines(json.loads(results.read_text()), split)))

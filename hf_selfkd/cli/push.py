@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .common import one_line_errors
+
 
 def push(
     folder: Annotated[Path, typer.Argument(help="Of the model, as a training wrote it.")],
@@ -22,8 +24,5 @@ def push(
     """
     from ..hub import push_folder
 
-    try:
+    with one_line_errors():
         typer.echo(f"Uploaded: {push_folder(folder, repo_id, token, private or None, message)}")
-    except ValueError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from None

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
-from importlib import import_module
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperGroup
 
 from ..scripts.arguments import SCRIPTS, command_of
+from .common import PASSES_ON, script_of
 
 
 class TaskGroup(TyperGroup):
@@ -41,7 +41,7 @@ def run(task: str, words: list[str]) -> None:
     """
     if {"-h", "--help"} & set(words):
         return own_flags(task).print_help()
-    script = import_module(f"hf_selfkd.scripts.{SCRIPTS[task].module}")
+    script = script_of(task)
     if "--help-all" in words:
         return script.make_parser().print_help()
     script.main(words)
@@ -98,5 +98,5 @@ for _task, _script in SCRIPTS.items():
         _task,
         help=_script.summary,
         add_help_option=False,  # the script's flags are no options of the command, which passes every word on
-        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        context_settings=PASSES_ON,
     )(_command(_task))

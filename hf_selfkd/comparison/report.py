@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..cards.facts import finite
 from ..cards.names import METRICS, metric
 from .cells import Cell
 from .methods import BASELINE
@@ -71,8 +72,7 @@ def verdict(method: str, differences: dict[str, Difference], seeds: int) -> str:
 
 
 def _figure(name: str, spread: dict[str, float | None]) -> str:
-    known = metric(name)
-    return known.shown(spread["mean"]) + ("" if spread["std"] is None else f" ± {known.shown(spread['std'])}")
+    return metric(name).with_spread(spread["mean"], spread["std"])
 
 
 def _difference(name: str, part: dict[str, Any]) -> str:
@@ -141,7 +141,7 @@ def write(summary: dict[str, Any], folder: Path, title: str) -> list[Path]:
     """Write `comparison.md`, `comparison.json` and `comparison.html`."""
     texts = {
         "md": markdown(summary),
-        "json": json.dumps(_finite(summary), indent=2) + "\n",
+        "json": json.dumps(finite(summary), indent=2) + "\n",
         "html": page(summary, title),
     }
     paths = []
@@ -149,12 +149,3 @@ def write(summary: dict[str, Any], folder: Path, title: str) -> list[Path]:
         paths.append(folder / f"comparison.{ending}")
         paths[-1].write_text(text, encoding="utf-8")
     return paths
-
-
-def _finite(value: Any) -> Any:
-    """The value with null for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

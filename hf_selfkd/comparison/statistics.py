@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..metrics.calibration import reliability_of, risk_coverage_of
 from .cells import Cell
 
 
@@ -32,15 +33,12 @@ def ece(rows: Rows, bins: int = 10) -> float:
     """Expected calibration error in per cent, of equal, right-closed bins."""
     if not np.isfinite(rows["confidence"]).all():
         return math.nan
-    place = np.ceil(rows["confidence"] * bins).clip(1, bins).astype(int) - 1
-    gaps = np.bincount(place, rows["confidence"] - rows["correct"], minlength=bins)
-    return 100 * float(np.abs(gaps).sum()) / len(place)
+    return reliability_of(rows["confidence"], rows["correct"], bins).ece
 
 
 def aurc(rows: Rows) -> float:
-    """Area under the risk-coverage curve, x1000: the mean error among the most confident samples, of all coverages."""
-    wrong = ~rows["correct"][np.argsort(-rows["confidence"], kind="stable")]
-    return 1000 * float((np.cumsum(wrong) / np.arange(1, len(wrong) + 1)).mean())
+    """Area under the risk-coverage curve, x1000."""
+    return risk_coverage_of(rows["confidence"], rows["correct"]).aurc
 
 
 FIGURES: dict[str, Callable[[Rows], float]] = {"error": error, "nll": nll, "ece": ece, "aurc": aurc}

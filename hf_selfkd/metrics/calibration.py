@@ -146,7 +146,8 @@ def reliability_curve(predictions: Any, labels: Any, bins: int = 10, from_logits
     """
     if bins < 1:
         raise ValueError(f"bins: got {bins}; use at least 1 (10 as published).")
-    return _reliability(_require_usable(row_scores(predictions, labels, from_logits)), bins)
+    scores = _require_usable(row_scores(predictions, labels, from_logits))
+    return reliability_of(scores.confidence, scores.correct, bins)
 
 
 def risk_coverage_curve(predictions: Any, labels: Any, from_logits: bool = True) -> RiskCoverageCurve:
@@ -159,7 +160,8 @@ def risk_coverage_curve(predictions: Any, labels: Any, from_logits: bool = True)
     Args:
         predictions, labels, from_logits: As for [`calibration_metrics`], with the same errors.
     """
-    return _risk_coverage(_require_usable(row_scores(predictions, labels, from_logits)))
+    scores = _require_usable(row_scores(predictions, labels, from_logits))
+    return risk_coverage_of(scores.confidence, scores.correct)
 
 
 class ClassificationMetrics:
@@ -278,35 +280,37 @@ def perplexity(nll: float) -> float:
 
 
 def _metrics(scores: RowScores) -> dict[str, float]:
-    curve = _risk_coverage(scores)
+    rows = scores.confidence, scores.correct
+    curve = risk_coverage_of(*rows)
     return {
         "accuracy": float(scores.correct.mean()),
         "top5_accuracy": float(scores.in_top5.mean()),
         "nll": float(scores.nll.mean()),
         "brier": float(scores.brier.mean()),
-        "ece": _reliability(scores, 10).ece,
-        "ece_15": _reliability(scores, 15).ece,
+        "ece": reliability_of(*rows, 10).ece,
+        "ece_15": reliability_of(*rows, 15).ece,
         "aurc": curve.aurc,
         "eaurc": curve.eaurc,
     }
 
 
-def _reliability(scores: RowScores, bins: int) -> ReliabilityCurve:
+def reliability_of(confidence: np.ndarray, correct: np.ndarray, bins: int) -> ReliabilityCurve:
+    """[`reliability_curve`] of rows by their confidence `[R]` and whether they are right `[R]`."""
     edges = np.arange(bins + 1) / bins  # i/bins, each correctly rounded: np.arange(0, 1, 0.1) would miss 0.3, 0.6, 0.7
-    confidence = scores.confidence
     # The edges are compared in the dtype of the confidence; rounding may have lifted a probability above 1.
     bin_of = np.minimum(np.searchsorted(edges[1:].astype(confidence.dtype), confidence, side="left"), bins - 1)
     count = np.bincount(bin_of, minlength=bins)
     with np.errstate(invalid="ignore"):
         mean_confidence = np.bincount(bin_of, weights=confidence, minlength=bins) / count
-        accuracy = np.bincount(bin_of, weights=scores.correct, minlength=bins) / count
+        accuracy = np.bincount(bin_of, weights=correct, minlength=bins) / count
     return ReliabilityCurve(edges, mean_confidence, accuracy, count)
 
 
-def _risk_coverage(scores: RowScores) -> RiskCoverageCurve:
-    order = np.argsort(-scores.confidence, kind="stable")
-    confidence = scores.confidence[order]
-    errors = np.cumsum(~scores.correct[order])
+def risk_coverage_of(confidence: np.ndarray, correct: np.ndarray) -> RiskCoverageCurve:
+    """[`risk_coverage_curve`] of rows by their confidence `[R]` and whether they are right `[R]`."""
+    order = np.argsort(-confidence, kind="stable")
+    confidence = confidence[order]
+    errors = np.cumsum(~correct[order])
     last_of_tie = np.flatnonzero(np.append(confidence[1:] != confidence[:-1], True))
     kept = np.arange(1, len(order) + 1)
     # Errors grow evenly through a run of equal confidences: their expectation over the orders of that run.
