@@ -18,7 +18,6 @@ DOCS = Path(__file__).parents[1] / "docs"
 FIGURES = ("error", "aurc")
 SHOWN = {  # by how a row's method begins: name, colour, marker
     "label smoothing": ("label smoothing 0.1", "#999999", "x"),
-    "PS-KD history": ("PS-KD", "#0072B2", "o"),
     "PS-KD": ("PS-KD", "#0072B2", "o"),
     "sla": ("sla", "#D55E00", "D"),
     "lsskd": ("lsskd", "#E69F00", "v"),
@@ -85,12 +84,10 @@ def draw(found: dict[str, list[tuple[float, dict[str, float]]]]) -> Figure:
     panels = figure.subplots(1, 2)
     titles = {"error": "error taken off, %", "aurc": "AURC taken off, %"}
     for axes, name in zip(panels, FIGURES, strict=True):
-        drawn = set()
         for start, values in found.items():
             label, colour, marker = SHOWN[start]
             x, y = [ece for ece, _ in values], [gains[name] for _, gains in values]
-            axes.scatter(x, y, c=colour, marker=marker, s=34, label=None if label in drawn else label, alpha=0.85)
-            drawn.add(label)
+            axes.scatter(x, y, c=colour, marker=marker, s=34, label=label, alpha=0.85)
         axes.axhline(0, color="#555555", linewidth=1)
         axes.set(xlabel="ECE of plain training, %", ylabel=titles[name])
         axes.grid(color="#e6e6e6")
