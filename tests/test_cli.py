@@ -186,3 +186,26 @@ def test_evaluate_runs_the_script_and_prints_the_figures(tmp_path, monkeypatch, 
     assert "| Accuracy (%) | 75.00 |" in said and "1.50, so it is over-confident" in said and "runtime" not in said
     status, said = call("evaluate", "fishing", "a/model")
     assert status == 1 and "no task 'fishing'" in said
+
+
+def test_predict_runs_the_script_and_names_what_it_wrote(tmp_path, monkeypatch):
+    seen = []
+
+    def main(words):
+        seen.extend(words)
+        (tmp_path / "predictions.csv").write_text("row,prediction,confidence\n")
+
+    monkeypatch.setattr(script_of("text-classification"), "main", main)
+    words = ["a/model", "--output-dir", str(tmp_path), "--test_file", "x.csv"]
+    status, said = call("predict", "text-classification", *words)
+    assert status == 0 and seen[:2] == ["--test_file", "x.csv"] and "--do_predict" in seen
+    assert f"Wrote {tmp_path / 'predictions.csv'}" in said
+    status, said = call("predict", "language-modeling", "a/model")
+    assert status == 1 and "language-modeling has nothing to predict" in said
+    assert call("predict", "fishing", "a/model")[0] == 1
+
+
+@pytest.mark.parametrize("command", [command.name for command in app.registered_commands])
+def test_every_command_has_help_with_an_example(command):
+    status, text = call(command, "--help")
+    assert status == 0 and f"hf-selfkd {command} " in text

@@ -123,6 +123,8 @@ def test_images_from_a_folder(run, folder):
         assert nll == pytest.approx(found["predict_nll"], abs=1e-4) and found["predict_temperature"] > 0
         assert (out / "reliability.png").is_file() and (out / "risk_coverage.png").is_file()
     assert len(predictions(out)) == 16
+    told = json.loads((out / "_selfkd_samples.json").read_text())  # for the report
+    assert told["samples"] == 12 and all(sample["image"].startswith("data:image/png") for sample in told["suspicious"])
     assert answer["label"] == row["prediction"] and abs(answer["score"] - float(row["confidence"])) < 1e-3
     assert resumed_equals_whole(run, images, settings, AutoModelForImageClassification, out)
 

@@ -67,7 +67,7 @@ def test_every_strategy_arrives_and_loads_elsewhere(tmp_path):
         assert "## Results" in loaded[name]["text"] and loaded[name]["results"]["accuracy"] <= 1
         files = server.repos[f"me/{name}"]
         assert {"model.safetensors", "config.json", "README.md", "selfkd_card.json"} <= files.keys()
-        assert not any("_selfkd/" in file for file in files)  # no history
+        assert not any("_selfkd" in file for file in files)  # no history, no training samples
         assert b"sample_id" not in files["selfkd_card.json"] and str(tmp_path).encode() not in files["README.md"]
     assert any(file.startswith("last-checkpoint/") for file in server.repos["me/checkpoint"])
     assert sum(file.endswith("trainer_state.json") for file in server.repos["me/all_checkpoints"]) == 3

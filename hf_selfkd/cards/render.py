@@ -37,7 +37,7 @@ def render(facts: CardFacts, pictures: dict[str, str] | None = None) -> str:
         pictures={"reliability": None, "curves": None} | (pictures or {}),
         comparison=_comparison(facts.comparison),
         usage=usage(facts),
-        method=_method(facts),
+        method=describe_method(facts),
         data=_data(facts),
         training=_training(facts),
         settings={name: f"{value:g}" if isinstance(value, float) else value for name, value in facts.settings.items()},
@@ -180,7 +180,7 @@ def usage(facts: CardFacts) -> str:
     )
 
 
-def _method(facts: CardFacts) -> str:
+def describe_method(facts: CardFacts) -> str:
     method, parts = facts.method, []
     teacher, heads = method.get("teacher", "none"), method.get("auxiliary_heads")
     if teacher in TEACHERS:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import typer
 
 from .._version import __version__
-from . import card, compare, evaluate, push, train
+from . import card, compare, doctor, evaluate, predict, push, report, train
 from .common import PASSES_ON
 
 
@@ -22,7 +22,10 @@ app = typer.Typer(
 app.add_typer(train.app, name="train")
 app.command("card")(card.card)
 app.command("push")(push.push)
+app.command("report")(report.report)
 app.command("evaluate", context_settings=PASSES_ON)(evaluate.evaluate)
+app.command("predict", context_settings=PASSES_ON)(predict.predict)
+app.command("doctor", context_settings=PASSES_ON)(doctor.doctor)
 app.command("compare", context_settings=PASSES_ON)(compare.compare)
 
 

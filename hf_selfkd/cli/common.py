@@ -35,6 +35,24 @@ def check_task(task: str) -> None:
         raise ValueError(f"there is no task {task!r}: choose one of {', '.join(SCRIPTS)}.")
 
 
+def predicts(task: str) -> bool:
+    """Whether the script of a task writes predictions of a test split."""
+    return any("test" in getattr(kind, "SPLITS", ()) for kind in SCRIPTS[task].arguments)
+
+
 def script_of(task: str) -> ModuleType:
     """The script of a task."""
     return import_module(f"hf_selfkd.scripts.{SCRIPTS[task].module}")
+
+
+def print_pairs(pairs: dict[str, str]) -> None:
+    """Names and what is said of them, in two columns as wide as the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", min_width=7)
+    table.add_column()
+    for name, text in pairs.items():
+        table.add_row(name, text)
+    Console(highlight=False).print(table)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..scripts.arguments import SCRIPTS
-from .common import check_task, one_line_errors, script_of
+from .common import check_task, one_line_errors, predicts, script_of
 
 
 def evaluate(
@@ -29,8 +29,7 @@ def evaluate(
     """
     with one_line_errors():
         check_task(task)
-    predicts = any("test" in getattr(kind, "SPLITS", ()) for kind in SCRIPTS[task].arguments)
-    split = "predict" if predicts else "eval"
+    split = "predict" if predicts(task) else "eval"
     words = ["--model_name_or_path", model, f"--do_{split}", "--output_dir", str(output_dir), "--report_to", "none"]
     script_of(task).main([*ctx.args, *words])
     results = output_dir / f"{split}_results.json"

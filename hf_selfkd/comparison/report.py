@@ -121,19 +121,25 @@ th:first-child, td:first-child { text-align: left; }
 """
 
 
-def page(summary: dict[str, Any], title: str) -> str:
-    """The comparison as one HTML page that needs nothing beside it."""
-    parts = [f"<h1>{html.escape(title)}</h1>"]
+def tables_of(summary: dict[str, Any]) -> str:
+    """The tables and verdicts of a comparison, as HTML within a page."""
+    parts = []
     for head, body in _tables(summary):
         rows = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
         rows += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in body]
-        parts.append("<div><table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table></div>")
+        parts.append('<div class="wide"><table>' + "".join(f"<tr>{row}</tr>" for row in rows) + "</table></div>")
     verdicts = [html.escape(row["verdict"]) for row in summary["methods"] if row["verdict"]]
     parts.append("<ul>" + "".join(f"<li>{text}</li>" for text in verdicts) + "</ul>")
+    return "".join(parts)
+
+
+def page(summary: dict[str, Any], title: str) -> str:
+    """The comparison as one HTML page that needs nothing beside it."""
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
+        f"<body><h1>{html.escape(title)}</h1>{tables_of(summary)}</body></html>\n"
     )
 
 

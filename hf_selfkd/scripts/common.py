@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import hf_selfkd
 from hf_selfkd import SelfKDConfig, SelfKDTrainer
 from hf_selfkd.metrics.temperature import TemperatureFit
 from hf_selfkd.plots import reliability_diagram, risk_coverage_plot
+from hf_selfkd.report.saving import save_samples
 
 from .arguments import SCRIPTS, DataArguments, ModelArguments, command_of
 
@@ -171,32 +173,38 @@ def make_classifier(auto: Any, model_args: ModelArguments, config: PreTrainedCon
 # The run
 
 
-def run(
-    trainer: SelfKDTrainer,
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    tasks: str,
-    predict: Callable[[], None] | None = None,
-    **card: Any,
-) -> None:
+@dataclass
+class Run:
     """
-    Do what the arguments of training ask for: train, evaluate, predict, write the model card, upload.
+    A run of a script, before its first step.
 
     Args:
         trainer ([`SelfKDTrainer`]): with its datasets.
         model_args, data_args: for the model card.
         tasks (`str`): the task, as the Hub names it.
         predict (`Callable`, *optional*): predicts the test split, if there is one.
-        **card: more of the model card.
+        card (`dict`): more of the model card.
     """
+
+    trainer: SelfKDTrainer
+    model_args: ModelArguments
+    data_args: DataArguments
+    tasks: str
+    predict: Callable[[], None] | None = None
+    card: dict[str, Any] = field(default_factory=dict)
+
+
+def carry_out(run: Run) -> None:
+    """Do what the arguments of training ask for: train, evaluate, predict, write the model card, upload."""
+    trainer = run.trainer
     if trainer.args.do_train:
         train(trainer)
     if trainer.args.do_eval:
         record(trainer, "eval", trainer.evaluate() | {"eval_samples": len(trainer.eval_dataset)})
-    if trainer.args.do_predict and predict is not None:
-        predict()
+    if trainer.args.do_predict and run.predict is not None:
+        run.predict()
     if trainer.args.do_train:
-        share(trainer, model_args, data_args, tasks, **card)
+        share(run)
 
 
 def find_checkpoint(training_args: SelfKDConfig) -> str | None:
@@ -210,11 +218,12 @@ def find_checkpoint(training_args: SelfKDConfig) -> str | None:
 
 
 def train(trainer: SelfKDTrainer) -> None:
-    """Train, and save model, metrics and state."""
+    """Train, and save model, metrics, state and what a report shows."""
     result = trainer.train(resume_from_checkpoint=find_checkpoint(trainer.args))
     trainer.save_model()
     record(trainer, "train", result.metrics | {"train_samples": len(trainer.train_dataset)})
     trainer.save_state()
+    save_samples(trainer)
 
 
 def record(trainer: SelfKDTrainer, split: str, metrics: dict[str, Any]) -> None:
@@ -269,19 +278,18 @@ def draw(logits: np.ndarray, labels: np.ndarray, folder: str) -> None:
         risk_coverage_plot(results, os.path.join(folder, "risk_coverage.png"))
 
 
-def share(
-    trainer: SelfKDTrainer, model_args: ModelArguments, data_args: DataArguments, tasks: str, **card: Any
-) -> None:
+def share(run: Run) -> None:
     """Write the model card, which names what is on the Hub, and upload with `--push_to_hub`."""
-    base, data = model_args.model_name_or_path, data_args.dataset_name
+    trainer, data_args = run.trainer, run.data_args
+    base, data = run.model_args.model_name_or_path, data_args.dataset_name
     hub_data = data is not None and not data_args.local and not os.path.isdir(data)
     card = {
-        "tasks": tasks,
+        "tasks": run.tasks,
         "finetuned_from": "" if base is None or os.path.isdir(base) else base,
         "dataset_tags": [data] if hub_data else [],
         "dataset_args": [data_args.dataset_config_name] if hub_data else [],
-        **card,
-        "tags": [tasks, *card.get("tags", [])],
+        **run.card,
+        "tags": [run.tasks, *run.card.get("tags", [])],
     }
     if trainer.args.push_to_hub:
         trainer.push_to_hub(**card)

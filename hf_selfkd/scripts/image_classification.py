@@ -184,7 +184,8 @@ def make_image_processor(model_args: ImageModelArguments, config: PreTrainedConf
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def build(argv: Sequence[str] | None = None) -> common.Run:
+    """The run that the flags ask for: data, model and trainer, checked and not yet started."""
     model_args, data_args, training_args = common.start(make_parser(), argv)
     splits = needed_splits(load_splits(data_args, model_args), data_args, training_args)
     check_columns(splits, data_args, ("image_column_name", "label_column_name"))
@@ -210,4 +211,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         compute_metrics=compute_classification_metrics,
     )
     predict = partial(common.predict_classes, trainer, splits.get("test"))
-    common.run(trainer, model_args, data_args, TASK, predict, tags=["vision"])
+    return common.Run(trainer, model_args, data_args, TASK, predict, {"tags": ["vision"]})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    common.carry_out(build(argv))

@@ -361,7 +361,8 @@ def compute_token_metrics(prediction: EvalPrediction) -> dict[str, float]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def build(argv: Sequence[str] | None = None) -> common.Run:
+    """The run that the flags ask for: data, model and trainer, checked and not yet started."""
     model_args, data_args, training_args = common.start(make_parser(), argv)
     settle_masking(model_args, data_args, training_args)
     if training_args.sample_id_column is not None:
@@ -392,4 +393,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         compute_metrics=compute_token_metrics,
         preprocess_logits_for_metrics=TokenScores(shifted=not model_args.masked),
     )
-    common.run(trainer, model_args, data_args, "fill-mask" if model_args.masked else "text-generation")
+    return common.Run(trainer, model_args, data_args, "fill-mask" if model_args.masked else "text-generation")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    common.carry_out(build(argv))

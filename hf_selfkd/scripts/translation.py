@@ -264,12 +264,8 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> list[str]:
     return tokenizer.batch_decode(np.where(ids < 0, tokenizer.pad_token_id, ids), skip_special_tokens=True)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv:
-        from .translation_demo import compare
-
-        return compare()
+def build(argv: Sequence[str] | None = None) -> common.Run:
+    """The run that the flags ask for: data, model and trainer, checked and not yet started."""
     model_args, data_args, training_args = common.start(make_parser(), argv)
     if training_args.generation_max_length is None:
         training_args.generation_max_length = data_args.max_target_length + 1  # and the token that starts it
@@ -299,4 +295,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     languages = [data_args.source_lang, data_args.target_lang]
     predict_test = partial(predict, trainer, splits.get("test"), has_targets)
-    common.run(trainer, model_args, data_args, TASK, predict_test, language=languages)
+    return common.Run(trainer, model_args, data_args, TASK, predict_test, {"language": languages})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv:
+        return common.carry_out(build(argv))
+    from .translation_demo import compare
+
+    compare()

@@ -109,7 +109,7 @@ class HistoryStore:
     def _make_history(self, samples: SampleIndex, num_classes: int) -> None:
         ragged = samples.rows is not None
         num_rows = self._num_rows(samples, ragged)
-        plan = self._plan(self.config, num_rows, num_classes)
+        plan = self.plan(num_rows, num_classes)
         self.history = self._new_history(plan, ragged)
         logger.info(
             f"Prediction history: about {plan.num_bytes} bytes on {plan.place!r} for {self.size} samples, "
@@ -171,6 +171,10 @@ class HistoryStore:
         moved = self.history.load_state(tensors, self.gather, keep_known=grown)
         for journal in journals:
             self.history.add_journal(journal, moved)
+
+    def plan(self, num_rows: int, num_classes: int) -> Plan:
+        """How and where so many rows will be kept; see [`~hf_selfkd.history.plan.plan_history`]."""
+        return self._plan(self.config, num_rows, num_classes)
 
     def _plan(self, config: MethodArguments, num_rows: int, num_classes: int) -> Plan:
         return plan_history(config, num_rows, num_classes, self.device, self.folder, self.local_processes)

@@ -1,0 +1,122 @@
+"""`hf-selfkd doctor`: what a training is going to do, or what one that is over tells."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..comparison.methods import METHODS
+from ..scripts.arguments import SCRIPTS
+from .common import one_line_errors, print_pairs, script_of
+
+
+# Of a run in a temporary folder, of which nothing is kept.
+_QUIET = (
+    *("--save_strategy", "no", "--report_to", "none", "--push_to_hub", "False"),
+    *("--load_best_model_at_end", "False", "--disable_tqdm", "True", "--log_level", "warning", "--do_train"),
+)
+
+
+def doctor(
+    ctx: typer.Context,
+    patient: Annotated[str, typer.Argument(help=f"A task ({', '.join(SCRIPTS)}), or the folder of a training.")],
+    cost: Annotated[bool, typer.Option(help="Measure what a step costs, beside plain training.")] = True,
+    plain_run: Annotated[
+        bool, typer.Option(help="Train plainly with these settings, and say whether softer targets may help.")
+    ] = False,
+) -> None:
+    """
+    Before a training: say what it will do and cost. After it: say how it went, and what to try.
+
+    Settings and flags that follow a task are those of `hf-selfkd train TASK`:
+
+    hf-selfkd doctor text-classification texts.yaml --num_train_epochs 6
+
+    hf-selfkd doctor text-classification texts.yaml --num_train_epochs 6 --plain-run
+
+    hf-selfkd doctor outputs/texts
+    """
+    with one_line_errors():
+        if patient in SCRIPTS:
+            _before(patient, ctx.args, cost, plain_run)
+        elif Path(patient).is_dir():
+            _after(Path(patient))
+        else:
+            raise ValueError(f"{patient} is neither a task ({', '.join(SCRIPTS)}) nor the folder of a training.")
+
+
+def _before(task: str, words: list[str], cost: bool, plain_run: bool) -> None:
+    from ..doctor import plan_of
+
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = [*words, *_QUIET, "--output_dir", folder]
+        with _silence():
+            plan = plan_of(script_of(task).build(quiet).trainer)
+        print_pairs(plan)
+        if cost:
+            print_pairs({"cost": _cost(task, quiet, distils="Plain training" not in plan["method"])})
+        if plain_run:
+            _plain_run(task, quiet, folder)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep what a training prints, logs and warns of to itself; errors are raised as ever."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _cost(task: str, words: list[str], distils: bool) -> str:
+    """What a step takes in milliseconds, as asked and plainly: each in turn, twice, as a machine has its moods."""
+    from ..doctor import step_times
+
+    methods = ((), METHODS["plain"]) if distils else ((),)
+    times: list[list[float]] = [[] for _ in methods]
+    for _ in range(2):
+        for place, flags in enumerate(methods):
+            with _silence():
+                trainer = script_of(task).build([*words, "--eval_strategy", "no", *flags]).trainer
+                times[place].append(1000 * step_times(trainer))
+    asked, *plain = [min(part) for part in times]
+    if not math.isfinite(asked):
+        return "the training is too short to measure a step"
+    beside = f", {plain[0]:.1f} ms in plain training ({asked / plain[0]:.2f} times)" if plain else ""
+    return f"{asked:.1f} ms a step{beside}"
+
+
+def _plain_run(task: str, words: list[str], folder: str) -> None:
+    """Train without self-distillation, and judge."""
+    from ..doctor import diagnose, symptoms_of
+    from ..runs import Run
+
+    typer.echo("Training plainly ...")
+    with _silence():
+        script_of(task).main([*words, *METHODS["plain"], "--do_eval", "--logging_steps", "0.02"])
+    for sentence in diagnose(symptoms_of(Run.load(folder))):
+        typer.echo(sentence)
+
+
+def _after(folder: Path) -> None:
+    from ..doctor import diagnose, symptoms_of
+    from ..runs import Run, find_runs
+
+    for path in find_runs(folder):
+        run = Run.load(path)
+        typer.echo(f"{run.name}:")
+        for sentence in diagnose(symptoms_of(run)):
+            typer.echo(f"  {sentence}")

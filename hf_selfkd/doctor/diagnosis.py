@@ -1,0 +1,183 @@
+"""
+What the figures of a training say about it, in words: over- or under-confident, over- or under-fitted, what to try.
+
+The thresholds are this project's choice. docs/doctor.md tells how often the judgement was right on the trainings of
+docs/results.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..cards.facts import Evaluation
+
+
+CALM = 2.0  # points that confidence and accuracy may differ before that is worth a word
+CONFIDENT = 5.0  # points of over-confidence from which softer targets have been worth their while
+FITTED = 0.5  # of the held-out NLL: a training loss below it means that training samples are known by heart
+UNFITTED = 0.85  # of the held-out NLL: a training loss above it means that there is more to learn
+NOISIER = 1.25  # of the held-out NLL: a training loss above it means that training labels or inputs are harder
+
+
+@dataclass
+class Symptoms:
+    """
+    The figures of a training that tell how it went.
+
+    Args:
+        nll (`float`, *optional*): negative log-likelihood of held-out labels, in nats.
+        accuracy, confidence (`float`, *optional*): of held-out samples, as fractions; the confidence is a mean.
+        samples (`int`, *optional*): number of held-out samples.
+        train_loss (`float`, *optional*): hard loss of the last logged steps of training, in nats.
+        temperature (`float`, *optional*): that would calibrate the model.
+        teacher (`str`): that taught; `"none"` for plain training.
+        alpha, alpha_reached (`float`): planned for the last epoch, and at the end.
+        smoothing (`float`): of the labels.
+        augmented (`bool`): whether heads or mixed images make the training loss one of other inputs.
+    """
+
+    nll: float | None = None
+    accuracy: float | None = None
+    confidence: float | None = None
+    samples: int | None = None
+    train_loss: float | None = None
+    temperature: float | None = None
+    teacher: str = "none"
+    alpha: float = 0.0
+    alpha_reached: float = 0.0
+    smoothing: float = 0.0
+    augmented: bool = False
+
+    @property
+    def gap(self) -> float | None:
+        """`float`: mean confidence minus accuracy, in points; above 0 where the model is over-confident."""
+        if self.accuracy is None or self.confidence is None:
+            return None
+        return 100 * (self.confidence - self.accuracy)
+
+    @property
+    def noise(self) -> float:
+        """`float`: points by which the gap may differ from 0 by chance, with 95 % confidence."""
+        if not self.samples or self.accuracy is None:
+            return 0.0
+        return 196 * math.sqrt(self.accuracy * (1 - self.accuracy) / self.samples)
+
+    @property
+    def distils(self) -> bool:
+        """`bool`: whether the targets were softened in any way."""
+        return self.teacher != "none" or self.smoothing > 0
+
+    def reliability(self, evaluation: Evaluation) -> None:
+        """Take accuracy and confidence over from an evaluation, where it has them."""
+        curve = evaluation.reliability
+        if curve and sum(curve["count"]):
+            self.accuracy, self.confidence = (
+                float(np.average(curve[name], weights=curve["count"])) for name in ("accuracy", "confidence")
+            )
+            self.samples = sum(curve["count"])
+
+
+def softer_targets_help(symptoms: Symptoms) -> bool | None:
+    """
+    Whether softer targets are likely to lower the negative log-likelihood of a plain training.
+
+    Args:
+        symptoms ([`Symptoms`]): of plain training on the same data and with the same budget.
+
+    Returns:
+        `bool` or `None`: `None` where it cannot be told.
+    """
+    gap = symptoms.gap
+    if gap is None or (abs(gap) < CONFIDENT and abs(gap) <= symptoms.noise):
+        return None
+    if gap >= CONFIDENT:
+        return True
+    return False if gap < CALM else None
+
+
+def diagnose(symptoms: Symptoms) -> list[str]:
+    """
+    What can be said of a training, a sentence or two each: confidence, fit, and what to try.
+
+    Args:
+        symptoms ([`Symptoms`]): what is known of it.
+    """
+    said = [_confidence(symptoms), _fit(symptoms), _progress(symptoms), _advice(symptoms)]
+    return [sentence for sentence in said if sentence] or [
+        "Nothing can be said: there are no held-out figures. Evaluate with "
+        "compute_metrics=compute_classification_metrics."
+    ]
+
+
+def _confidence(symptoms: Symptoms) -> str:
+    gap = symptoms.gap
+    if gap is None:
+        return ""
+    shown = f"mean confidence {100 * symptoms.confidence:.1f} %, accuracy {100 * symptoms.accuracy:.1f} %"
+    if abs(gap) <= max(CALM, symptoms.noise):
+        limit = f"; {symptoms.samples:,} samples cannot tell less than {symptoms.noise:.1f} points" if gap else ""
+        return f"Calibrated, as far as can be told: {shown}{limit if symptoms.noise > CALM else ''}."
+    word = "Over-confident" if gap > 0 else "Under-confident"
+    known = symptoms.temperature
+    cure = f" A temperature of {known:.2f} would calibrate it." if known and abs(known - 1) >= 0.05 else ""
+    return f"{word}: {shown}.{cure}"
+
+
+def _fit(symptoms: Symptoms) -> str:
+    loss, nll = symptoms.train_loss, symptoms.nll
+    if loss is None or nll is None or not nll > 0:
+        return ""
+    shown = f"training loss {loss:.3g}, held-out NLL {nll:.3g}"
+    if symptoms.augmented or symptoms.smoothing:
+        return (
+            f"Fit: {shown}; the training loss is of other inputs or targets than the NLL, so the two do not compare."
+        )
+    if loss < FITTED * nll:
+        return f"Fits its training data far better than others: {shown}."
+    if loss > NOISIER * nll:
+        return (
+            f"Its training data are harder than others: {shown}. Some of their labels may be wrong (the report shows "
+            "the most suspicious), or augmentation is strong."
+        )
+    if loss > UNFITTED * nll:
+        return (
+            f"Has not fitted its training data: {shown}. More epochs, a higher learning rate, or with SGD "
+            "max_grad_norm=0 come first."
+        )
+    return f"Fits its training data about as well as others: {shown}."
+
+
+def _progress(symptoms: Symptoms) -> str:
+    if symptoms.alpha and symptoms.alpha_reached < 0.75 * symptoms.alpha:
+        return (
+            f"alpha reached {symptoms.alpha_reached:.2g} of {symptoms.alpha:.2g}: the run ended before the length it "
+            "was planned for, and self-distillation did little. Plan fewer epochs, or alpha_schedule='constant'."
+        )
+    return ""
+
+
+def _advice(symptoms: Symptoms) -> str:
+    gap = symptoms.gap
+    if gap is None:
+        return ""
+    if symptoms.distils:
+        if gap < -max(CALM, symptoms.noise):
+            return (
+                "To try: a lower alpha, alpha_schedule='calibrated' (if held-out labels are right), or divide the "
+                "logits by the temperature. Under-confidence alone does not hurt the ranking: look at AURC first."
+            )
+        if gap > max(CALM, symptoms.noise):
+            return "To try: a higher alpha, more epochs at it, or auxiliary_heads='sla' for images."
+        return ""
+    helps = softer_targets_help(symptoms)
+    if helps:
+        return "Softer targets are likely to help: try alpha=0.8, for images also auxiliary_heads='sla', alpha=0."
+    if helps is None:
+        return "Whether softer targets would help cannot be told from this: compare (`hf-selfkd compare`)."
+    return (
+        "Softer targets are not likely to help calibration: plain training is not over-confident. If labels may be "
+        "wrong they can still help accuracy and the ranking of errors (AURC): compare (`hf-selfkd compare`)."
+    )

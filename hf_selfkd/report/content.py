@@ -1,0 +1,82 @@
+"""What a sample looks like to people: its picture, its text, or its tokens."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Subset
+
+from ..samples import SampleIdDataset, is_hf_dataset
+
+
+PIXELS = 128  # of the longer side of a picture, at most
+CHARACTERS = 600  # of a text, at most
+
+
+def raw_item(dataset: Any, row: int) -> Mapping[str, Any]:
+    """A sample without the transform that makes inputs of it, where the dataset has one that can be left out."""
+    while isinstance(dataset, (SampleIdDataset, Subset)):
+        row = int(dataset.indices[row]) if isinstance(dataset, Subset) else row
+        dataset = dataset.dataset
+    item = dataset.with_format(None)[row] if is_hf_dataset(dataset) else dataset[row]
+    return item if isinstance(item, Mapping) else {}
+
+
+def content_of(item: Mapping[str, Any], tokenizer: Any = None) -> dict[str, str]:
+    """
+    A picture or a text of a sample.
+
+    Args:
+        item (`Mapping`): the sample.
+        tokenizer (`Any`, *optional*): what can `decode` tokens.
+
+    Returns:
+        `dict[str, str]`: `image` as a data address, or `text`; empty if the sample has neither.
+    """
+    for value in item.values():
+        if hasattr(value, "convert") and hasattr(value, "save"):  # a picture of Pillow
+            return {"image": _address(value)}
+    pixels = item.get("pixel_values")
+    if pixels is not None and np.ndim(pixels) == 3:
+        return _picture(np.asarray(pixels, dtype=np.float32))
+    texts = [value for value in item.values() if isinstance(value, str)]
+    if not texts and "input_ids" in item and hasattr(tokenizer, "decode"):
+        texts = [tokenizer.decode(_listed(item["input_ids"]), skip_special_tokens=True)]
+    return {"text": _cut(" · ".join(texts))} if texts else {}
+
+
+def _listed(tokens: Any) -> list[int]:
+    return torch.as_tensor(tokens).reshape(-1).tolist()
+
+
+def _cut(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= CHARACTERS else text[: CHARACTERS - 1] + "…"
+
+
+def _picture(pixels: np.ndarray) -> dict[str, str]:
+    """Of an array `[C, H, W]` or `[H, W, C]`, stretched to the whole range of grey."""
+    try:
+        from PIL import Image
+    except ImportError:
+        return {}
+    if pixels.shape[0] in (1, 3):
+        pixels = pixels.transpose(1, 2, 0)
+    if pixels.shape[2] not in (1, 3):
+        return {}
+    low, high = float(pixels.min()), float(pixels.max())
+    grey = np.uint8(255 * (pixels - low) / max(high - low, 1e-6))
+    return {"image": _address(Image.fromarray(grey[..., 0] if grey.shape[2] == 1 else grey))}
+
+
+def _address(image: Any) -> str:
+    image = image.convert("RGB")
+    image.thumbnail((PIXELS, PIXELS))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,241 @@
+"""The report as one HTML page that needs nothing beside it: no network, no script."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .._version import __version__
+from ..cards.names import METRICS, metric
+from ..cards.render import describe_method
+from ..doctor.diagnosis import diagnose
+from ..doctor.symptoms import symptoms_of
+from ..metrics.calibration import risk_coverage_of
+from ..runs import Run
+from .svg import bar_chart, line_chart, reliability_chart, spark_line
+
+
+# What is logged, how its axis is called, and what it means; what is not known here is drawn under its own name.
+CURVES = {
+    "loss": ("Training loss", "Of the targets as they were, softened or not; nats a row."),
+    "hard_loss": ("Hard loss", "Against the labels alone, on the training data; nats a row."),
+    "eval_loss": ("Evaluation loss", "Against the labels, on held-out data."),
+    "alpha": ("alpha", "Weight of the past in the targets."),
+    "soft_loss": ("Soft loss", "Against the past predictions."),
+    "target_entropy": ("Entropy of the targets", "Nats; 0 for hard labels. It rises as targets soften."),
+    "past_agreement": ("Agreement with the past", "Share of rows where model and teacher name the same class."),
+    "rows_with_history": ("Rows with a past", "Share of rows that had a past prediction to learn from."),
+    "temperature": ("Fitted temperature", "Of held-out data; above 1 where the model is over-confident."),
+    "learning_rate": ("Learning rate", ""),
+    "grad_norm": ("Gradient norm", "Before clipping."),
+}
+FIRST = ("loss", "hard_loss", "eval_loss", "alpha", "target_entropy", "past_agreement", "eval_accuracy", "eval_ece")
+
+
+def make_page(runs: Sequence[Run], comparison: str = "", title: str | None = None) -> str:
+    """
+    The report of some trainings.
+
+    Args:
+        runs (`Sequence[Run]`): drawn together; each has its verdict.
+        comparison (`str`, *optional*): HTML of the tables of `hf-selfkd compare`.
+        title (`str`, *optional*): the names of the runs by default.
+    """
+    names = names_of(runs)
+    title = title or " · ".join(names[:4]) + (" …" if len(names) > 4 else "")
+    parts = [f"<h1>{_safe(title)}</h1>", _opening(runs)]
+    parts += [_verdict(run, name if len(runs) > 1 else "") for run, name in zip(runs, names, strict=True)]
+    parts += [comparison, _results(runs, names), _calibration(runs, names), _curves(runs, names)]
+    parts += [_samples(run, name if len(runs) > 1 else "") for run, name in zip(runs, names, strict=True)]
+    parts += [_settings(run, name if len(runs) > 1 else "") for run, name in zip(runs, names, strict=True)]
+    parts.append(f"<footer><p>Made by <code>hf-selfkd report</code>, hf_selfkd {__version__}.</p></footer>")
+    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+    return (
+        '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_safe(title)}</title>\n<style>\n{style}</style></head>\n<body><main>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</main></body></html>\n"
+    )
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """A name a run, the shortest end of its path that tells it from the others."""
+    paths = [run.folder.resolve().parts for run in runs]
+    paths = [path[:-1] if path[-1] == "model" else path for path in paths]  # of a comparison's cells
+    for length in range(1, max(map(len, paths), default=0) + 1):
+        names = ["/".join(path[-length:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(run.folder) for run in runs]
+
+
+def _safe(text: Any) -> str:
+    return html.escape(str(text))
+
+
+def _with_code(text: str) -> str:
+    """Markdown's `code` as HTML."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", _safe(text))
+
+
+def _heading(text: str, name: str) -> str:
+    return f"<h2>{_safe(text)}{f': {_safe(name)}' if name else ''}</h2>"
+
+
+def _opening(runs: Sequence[Run]) -> str:
+    facts = [run.facts for run in runs if run.facts is not None]
+    if runs and not facts:
+        return '<p class="soft">Without a model card the method of these runs is not known.</p>'
+    if not facts:
+        return ""
+    data = facts[0].data.get("samples")
+    what = f"{facts[0].model_class}" + (f", {facts[0].parameters:,} parameters" if facts[0].parameters else "")
+    told = f"<p>{_safe(what)}{f', trained on {data:,} samples' if data else ''}.</p>"
+    return told + (f"<p>{_with_code(describe_method(facts[0]))}</p>" if len(runs) == 1 else "")
+
+
+def _verdict(run: Run, name: str) -> str:
+    sentences = "".join(f"<p>{_with_code(sentence)}</p>" for sentence in diagnose(symptoms_of(run)))
+    return f'<section class="verdict">{f"<strong>{_safe(name)}</strong>" if name else ""}{sentences}</section>'
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    rows = ["".join(f"<th>{_safe(cell)}</th>" for cell in head)]
+    rows += ["".join(f"<td>{_safe(cell)}</td>" for cell in row) for row in body]
+    return '<div class="wide"><table>' + "".join(f"<tr>{row}</tr>" for row in rows) + "</table></div>"
+
+
+def _results(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """One table: a column for each split of each run."""
+    columns = {}
+    for run, name in zip(runs, names, strict=True):
+        for one in run.evaluations:
+            columns[f"{name}, {one.split}" if len(runs) > 1 else one.split] = one.metrics
+    known = {key for metrics in columns.values() for key in metrics}
+    keys = [key for key in METRICS if key in known] + sorted(known - METRICS.keys() - {"temperature"})
+    body = [
+        [
+            metric(key).name,
+            *(metric(key).shown(found[key]) if _finite(found.get(key)) else "" for found in columns.values()),
+        ]
+        for key in keys
+    ]
+    return "<h2>Results</h2>" + _table(["", *columns], body) if columns else ""
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _figure(drawing: str, caption: str, words: str = "") -> str:
+    return f"<figure><figcaption><strong>{_safe(caption)}</strong> {_safe(words)}</figcaption>{drawing}</figure>"
+
+
+def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
+    figures: dict[bool, list[str]] = {True: [], False: []}
+    logged = list(dict.fromkeys(key for run in runs for key in run.logged()))
+    for key in [*(key for key in CURVES if key in logged), *(key for key in logged if key not in CURVES)]:
+        known = metric(key.removeprefix("eval_"))
+        label, words = CURVES.get(key, (known.name if key.startswith("eval_") else key, ""))
+        factor = known.factor if key.startswith("eval_") else 1
+        lines = {name: run.curve(key) * (1, factor) for run, name in zip(runs, names, strict=True)}
+        lines = {name: line for name, line in lines.items() if len(line) > 1}
+        if key == "alpha" or any(np.ptp(line[:, 1]) for line in lines.values()):
+            drawing = line_chart(lines, "Step", from_zero=key == "alpha")
+            figures[key in FIRST].append(_figure(drawing, label, words))
+    shown, folded = (f'<div class="charts">{"".join(figures[first])}</div>' for first in (True, False))
+    more = f"<details><summary>More curves</summary>{folded}</details>" if figures[False] else ""
+    return f"<h2>Curves</h2>{shown if figures[True] else ''}{more}" if figures[True] or figures[False] else ""
+
+
+def _calibration(runs: Sequence[Run], names: Sequence[str]) -> str:
+    figures = []
+    for run, name in zip(runs, names, strict=True):
+        for one in run.evaluations:
+            if one.reliability and sum(one.reliability["count"]):
+                caption = f"{name}, split {one.split}" if len(runs) > 1 else f"Split {one.split}"
+                words = "Bars: accuracy. Dashed: the gap to the confidence. A calibrated model follows the diagonal."
+                figures.append(_figure(reliability_chart(one.reliability), caption, words))
+    rows = {name: run.rows for run, name in zip(runs, names, strict=True) if run.rows is not None}
+    if rows:
+        curves = {name: risk_coverage_of(row["confidence"], row["correct"]) for name, row in rows.items()}
+        lines = {
+            f"{name} (AURC {curve.aurc:.1f})": np.stack((100 * curve.coverage, 100 * curve.risk), axis=1)
+            for name, curve in curves.items()
+        }
+        words = "Error rate among the samples that the model is surest of: low and flat is good."
+        drawing = line_chart(lines, "Coverage, %", "Error, %", from_zero=True)
+        aurc = "" if len(lines) > 1 else f" AURC {next(iter(curves.values())).aurc:.1f}."
+        figures.append(_figure(drawing, "Risk and coverage, test", words + aurc))
+    return f'<h2>Confidence</h2><div class="charts">{"".join(figures)}</div>' if figures else ""
+
+
+# Samples
+
+
+def _samples(run: Run, name: str) -> str:
+    told = run.samples
+    if told is None:
+        return (
+            _heading("Samples", name) + '<p class="soft">No sample is shown: only a training with '
+            "teacher='history' remembers what it said of each (of tokens with history_trace=True).</p>"
+        )
+    several = told["epochs"] > 1
+    over = f"the {told['epochs']} epochs" if several else "the last epoch (history_trace=True keeps all)"
+    words = f"Mean probability of the label over {over}, {told['samples']:,} training samples."
+    bars = _figure(
+        bar_chart(told["histogram"]["edges"], told["histogram"]["count"], "Probability of the label", "Samples"),
+        "How much the model believed its labels",
+        words,
+    )
+    parts = [_heading("Samples", name), f'<div class="charts">{bars}</div>']
+    titles = {
+        "suspicious": ("Most suspicious", "The labels that the model believed least. Wrong labels gather here; so do "
+                       "samples that are rare or hard. The line shows the probability of the label, epoch by epoch."),
+        "undecided": ("Most undecided", "Samples on which the model changed its mind most, from epoch to epoch."),
+    }  # fmt: skip
+    for kind, (title, meaning) in titles.items():
+        if told.get(kind):
+            shown = "".join(_sample(sample) for sample in told[kind])
+            long = " long" if any("image" not in sample for sample in told[kind]) else ""
+            parts.append(f"<h3>{title}</h3><p>{meaning}</p>")
+            parts.append(f'<div class="list{long}"><div class="samples">{shown}</div></div>')
+    return "".join(parts)
+
+
+def _sample(sample: dict[str, Any]) -> str:
+    parts = []
+    if "image" in sample:
+        parts.append(f'<img src="{_safe(sample["image"])}" alt="sample {sample["id"]}">')
+    if "text" in sample:
+        parts.append(f"<p>{_safe(sample['text'])}</p>")
+    if "tokens" in sample:
+        parts.append("<p>" + "".join(_token(*token) for token in sample["tokens"]) + "</p>")
+    if "label" in sample:
+        believed = ", ".join(f"{name} {prob:.2f}" for name, prob in sample["believed"])
+        parts.append(f"<p>Label <strong>{_safe(sample['label'])}</strong>; the model at last: {_safe(believed)}</p>")
+    if len(sample["path"]) > 1:
+        parts.append(spark_line(sample["path"]))
+    parts.append(f'<p class="soft">Sample {sample["id"]}, mean {sample["mean"]:.3f}</p>')
+    return f'<div class="sample">{"".join(parts)}</div>'
+
+
+def _token(word: str, prob: float, best: str) -> str:
+    told = f"{prob:.2f}" + (f"; believed most: {best}" if best != word else "")
+    return f'<span class="token" style="--doubt:{100 * (1 - prob):.0f}%" title="{_safe(told)}">{_safe(word)}</span> '
+
+
+def _settings(run: Run, name: str) -> str:
+    if run.facts is None or not run.facts.settings:
+        return ""
+    body = [
+        [key, f"{value:g}" if isinstance(value, float) else str(value)] for key, value in run.facts.settings.items()
+    ]
+    return _heading("Settings", name) + _table(["", "value"], body)
