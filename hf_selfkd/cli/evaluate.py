@@ -55,7 +55,10 @@ def lines(results: dict[str, Any], split: str) -> list[str]:
 
 
 def _said(temperature: float) -> str:
-    word = "over-confident" if temperature > 1 else "not confident enough"
+    from ..metrics.temperature import temperature_in_words
+
+    told = f"Temperature that would calibrate the model: {temperature_in_words(temperature)}"
     if abs(temperature - 1) < 0.05:
-        return f"Temperature that would calibrate the model: {temperature:.2f}, so it is calibrated as it is."
-    return f"Temperature that would calibrate the model: {temperature:.2f}, so it is {word} (divide its logits by it)."
+        return f"{told}, so it is calibrated as it is."
+    word = "over-confident" if temperature > 1 else "not confident enough"
+    return f"{told}, so it is {word} (divide its logits by it)."

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..cards.facts import Evaluation
+from ..metrics.temperature import temperature_in_words
 
 
 CALM = 2.0  # points that confidence and accuracy may differ before that is worth a word
@@ -122,7 +123,11 @@ def _confidence(symptoms: Symptoms) -> str:
         return f"Calibrated, as far as can be told: {shown}{limit if symptoms.noise > CALM else ''}."
     word = "Over-confident" if gap > 0 else "Under-confident"
     known = symptoms.temperature
-    cure = f" A temperature of {known:.2f} would calibrate it." if known and abs(known - 1) >= 0.05 else ""
+    cure = (
+        f" A temperature of {temperature_in_words(known)} would calibrate it."
+        if known and abs(known - 1) >= 0.05
+        else ""
+    )
     return f"{word}: {shown}.{cure}"
 
 

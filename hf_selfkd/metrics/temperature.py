@@ -13,6 +13,13 @@ from ..losses.soft_targets import chunks, label_entries, labelled, where_mask
 LOG_TEMPERATURES = torch.linspace(-1.5, 1.5, 31)  # temperatures 0.22 to 4.5
 
 
+def temperature_in_words(temperature: float) -> str:
+    """A fitted temperature as text; at an end of the range that is searched it may lie beyond."""
+    low, high = (float(LOG_TEMPERATURES[end].exp()) for end in (0, -1))
+    beyond = " or more" if temperature > 0.999 * high else " or less" if temperature < 1.001 * low else ""
+    return f"{temperature:.2f}{beyond}"
+
+
 class TemperatureFit:
     """
     Temperature scaling (Guo et al., ICML 2017): the temperature that minimizes the negative log-likelihood of labels.
