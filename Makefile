@@ -7,7 +7,7 @@ OLDEST ?= .venv-oldest
 OLDEST_PYTHON ?= python3.10
 
 .NOTPARALLEL:
-.PHONY: demo demo-translation test test-oldest lint results docs clean
+.PHONY: demo demo-translation test test-oldest lint results docs dist build check-tag clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo_digits.py
@@ -32,6 +32,21 @@ results: $(VENV)/.dev
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
+
+# What is released: source and wheel in dist/, from nothing that an earlier build left behind.
+dist: $(VENV)/.release
+	rm -rf build dist *.egg-info
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	! tar -tzf dist/*.tar.gz | grep /tests/
+
+# And the wheel at work in an empty environment: some gigabytes, for minutes.
+build: dist
+	PYTHON=$(PYTHON) .ci/check_wheel dist/*.whl
+
+# Whether TAG (v0.1.0) is the version of the package, the citation and the changelog.
+check-tag:
+	.ci/check_tag "$(TAG)"
 
 # One stamp an extra, so that each command works alone and in any order. venv writes pip last: without it, it was stopped.
 $(VENV)/.%: pyproject.toml
