@@ -38,11 +38,14 @@ class Checkpoints:
             self._save_readable_args(self.args.output_dir if output_dir is None else output_dir)
 
     def _save_readable_args(self, folder: str) -> None:
-        """Write the arguments as an object that can be read where this package is not installed; no field is lost."""
+        """
+        Write the arguments as an object that can be read where this package is not installed, and without a token of
+        the Hub, as the file is uploaded; no other field is lost.
+        """
         kind = next(cls for cls in type(self.args).__mro__ if not cls.__module__.startswith(__package__))
-        if kind is not type(self.args):
+        if kind is not type(self.args) or self.args.hub_token is not None:
             plain = copy.copy(self.args)
-            plain.__class__ = kind
+            plain.__class__, plain.hub_token = kind, None
             torch.save(plain, os.path.join(folder, TRAINING_ARGS_NAME))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

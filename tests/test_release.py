@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from helpers import make_model, make_samples
+from transformers import TrainingArguments
 
 import hf_selfkd
 from hf_selfkd import SelfKDConfig, SelfKDTrainer
@@ -196,6 +197,19 @@ def test_what_a_checkpoint_has_of_ours_is_safetensors(tmp_path):
     assert pickled == {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"}  # of transformers
     for name in pickled - {"training_args.bin", "rng_state.pth"}:
         torch.load(checkpoint / name, weights_only=True)
+
+
+@pytest.mark.parametrize("kind", [SelfKDConfig, TrainingArguments])
+def test_no_token_is_written(tmp_path, kind):
+    args = kind(str(tmp_path), max_steps=1, hub_token="hf_secret", use_cpu=True, report_to="none")
+    trainer = SelfKDTrainer(make_model("resnet"), args, train_dataset=make_samples("images"))
+    trainer.train()
+    trainer.save_model()
+    trainer._save_checkpoint(trainer.model, None)
+    assert len(list(tmp_path.rglob("training_args.bin"))) == 2
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
+    assert torch.load(tmp_path / "training_args.bin", weights_only=False).max_steps == 1
+    assert trainer.args.hub_token == "hf_secret"
 
 
 def is_pickled(path):
