@@ -11,11 +11,13 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import typer
 from helpers import results
 from typer.testing import CliRunner
 
 import hf_selfkd
 from hf_selfkd.cli import app
+from hf_selfkd.cli.common import print_table
 from hf_selfkd.cli.train import own_flags
 from hf_selfkd.scripts.arguments import SCRIPTS
 from hf_selfkd.scripts.common import parse_arguments
@@ -186,6 +188,15 @@ def test_evaluate_runs_the_script_and_prints_the_figures(tmp_path, monkeypatch, 
     assert "| Accuracy (%) | 75.00 |" in said and "1.50, so it is over-confident" in said and "runtime" not in said
     status, said = call("evaluate", "fishing", "a/model")
     assert status == 1 and "no task 'fishing'" in said
+
+
+def test_tables_are_drawn_on_a_terminal_that_is_wide_enough():
+    command = typer.Typer()
+    command.command()(lambda: print_table(["name", "value"], [["one", "1.5"], ["two", "22"]]))
+    for columns, forced, drawn in (("80", "1", True), ("8", "1", False), ("80", "", False)):
+        environment = {"COLUMNS": columns, "FORCE_COLOR": forced, "TERM": "xterm"}
+        said = CliRunner(env=environment).invoke(command, [], catch_exceptions=False).output
+        assert ("┃" in said) == drawn and ("| two | 22 |" in said) == (not drawn), said
 
 
 def test_predict_runs_the_script_and_names_what_it_wrote(tmp_path, monkeypatch):

@@ -233,10 +233,19 @@ def test_the_command(tmp_path, trainings):
         "--methods",
         "plain,rank",
     ]
-    status, said = call(*words, "--do_predict", "--num_train_epochs", "3")
+    words += ["--do_predict", "--num_train_epochs", "3", "--model_type", "bert", "--train_file", "texts.csv"]
+    status, said = call(*words)
     assert status == 0 and "rank: nothing can be concluded" in said and (tmp_path / "comparison.html").is_file()
     assert len(trainings.words) == 6 and trainings.words[0][1:4] == ["--do_predict", "--num_train_epochs", "3"]
     assert trainings.words[0][0] == "text-classification" in SCRIPTS
+
+
+def test_settings_that_are_refused_are_found_before_the_first_training(tmp_path, trainings):
+    flags = ["--model_type", "bert", "--train_file", "texts.csv", "--calibration_fraction", "2"]
+    status, said = call("compare", "text-classification", "--folder", str(tmp_path), *flags)
+    assert status == 1 and "given: calibration_fraction=2.0" in said and trainings.words == []
+    status, said = call("compare", "text-classification", "--folder", str(tmp_path), *flags[:4], "--aplha", "1")
+    assert status == 1 and "plain: --aplha 1: no such flag" in said and trainings.words == []
 
 
 @pytest.mark.parametrize(

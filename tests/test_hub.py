@@ -75,6 +75,31 @@ def test_every_strategy_arrives_and_loads_elsewhere(tmp_path):
     assert summaries[-1] == "End of training" and "Training in progress, epoch 3" in summaries
 
 
+@pytest.mark.slow
+def test_a_script_uploads_what_it_trained(tmp_path):
+    rows = [f"{word} {n},{label}" for n in range(8) for word, label in (("sunny", "good"), ("rainy", "bad"))]
+    (tmp_path / "texts.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    flags = {"train_file": tmp_path / "texts.csv", "validation_file": tmp_path / "texts.csv", "model_type": "bert"}
+    flags |= {"config_overrides": json.dumps(small), "tokenizer_vocab_size": 300, "num_train_epochs": 3}
+    flags |= {"report_to": "none", "hub_model_id": "me/script", "output_dir": tmp_path / "out"}
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    command = ["-m", "hf_selfkd", "train", "text-classification", *words, "--do_train", "--do_eval", "--use_cpu"]
+    with HubServer() as server:
+        process([*command, "--push_to_hub"], server.url, tmp_path / "home")
+        code = """
+import sys
+sys.modules["hf_selfkd"] = None
+from transformers import pipeline
+print(pipeline("text-classification", model="me/script")("sunny 3")[0]["label"] in ("good", "bad"))
+"""
+        assert process(["-c", code], server.url, tmp_path / "other").stdout.strip().endswith("True")
+        files = server.repos["me/script"]
+    assert {"model.safetensors", "tokenizer.json", "README.md"} <= files.keys()
+    assert b"teacher=history" in files["README.md"] and b"pipeline_tag: text-classification" in files["README.md"]
+    assert not any("_selfkd" in name for name in files) and str(tmp_path).encode() not in files["README.md"]
+
+
 def found_early(said, *parts):
     for (kind, text), part in zip(said, parts, strict=True):
         assert kind == "ValueError" and "\n" not in text

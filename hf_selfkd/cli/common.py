@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
@@ -56,3 +56,20 @@ def print_pairs(pairs: dict[str, str]) -> None:
     for name, text in pairs.items():
         table.add_row(name, text)
     Console(highlight=False).print(table)
+
+
+def print_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> None:
+    """A table: drawn on a terminal that is wide enough, else as Markdown, to be copied."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, table = Console(highlight=False), Table(header_style="bold")
+    for place, name in enumerate(head):
+        table.add_column(name, justify="right" if place else "left", no_wrap=True)
+    for row in body:
+        table.add_row(*row)
+    needed = console.measure(table, options=console.options.update(width=10_000)).maximum
+    if console.is_terminal and needed <= console.width:
+        return console.print(table)
+    lines = ["| " + " | ".join(row) + " |" for row in (head, *body)]
+    typer.echo("\n".join((lines[0], "|" + "---|" * len(head), *lines[1:])))

@@ -9,7 +9,7 @@ import typer
 
 from ..comparison.methods import BASELINE, DEFAULT, METHODS
 from ..scripts.arguments import SCRIPTS
-from .common import check_task, one_line_errors
+from .common import check_task, one_line_errors, print_table, script_of
 
 
 def compare(
@@ -36,9 +36,13 @@ def compare(
     with one_line_errors():
         chosen, numbers = _chosen(task, methods, seeds)
         comparison = Comparison(task, ctx.args, folder, keep_models)
+        _check(task, ctx.args, chosen, folder)
         cells = comparison.run_missing(chosen, numbers, typer.echo)
     summary = report.summarize(cells)
-    typer.echo("\n" + report.markdown(summary))
+    for head, body in report.tables(summary):
+        typer.echo()
+        print_table(head, body)
+    typer.echo("\n" + "\n".join(report.verdicts(summary)))
     for path in report.write(summary, folder, f"{task}: {', '.join(chosen)}"):
         typer.echo(f"Wrote {path}")
 
@@ -56,3 +60,18 @@ def _chosen(task: str, methods: str, seeds: str) -> tuple[list[str], list[int]]:
     except ValueError:
         raise ValueError(f"--seeds {seeds}: give whole numbers with commas, such as 0,1,2.") from None
     return list(dict.fromkeys(chosen)), list(dict.fromkeys(numbers))
+
+
+def _check(task: str, words: list[str], methods: list[str], folder: Path) -> None:
+    """
+    Raises:
+        ValueError: if the settings of a method are refused, before the first of them is trained.
+    """
+    from ..scripts.common import parse_arguments
+
+    parser = script_of(task).make_parser()
+    for method in methods:
+        try:
+            parse_arguments(parser, [*words, *METHODS[method], "--output_dir", str(folder)])
+        except ValueError as error:
+            raise ValueError(f"{method}: {error}") from None

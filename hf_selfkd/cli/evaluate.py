@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..scripts.arguments import SCRIPTS
-from .common import check_task, one_line_errors, predicts, script_of
+from .common import check_task, one_line_errors, predicts, print_table, script_of
 
 
 def evaluate(
@@ -34,24 +34,23 @@ def evaluate(
     script_of(task).main([*ctx.args, *words])
     results = output_dir / f"{split}_results.json"
     if results.is_file():  # only the first of several processes writes it
-        typer.echo("\n" + "\n".join(lines(json.loads(results.read_text()), split)))
+        show(json.loads(results.read_text()), split)
         for name in ("reliability.png", "risk_coverage.png", "predictions.csv"):
             if (output_dir / name).is_file():
                 typer.echo(f"Wrote {output_dir / name}")
 
 
-def lines(results: dict[str, Any], split: str) -> list[str]:
-    """A table of the figures, and what the temperature says in words."""
+def show(results: dict[str, Any], split: str) -> None:
+    """Print a table of the figures, and what the temperature says in words."""
     from ..cards.names import METRICS, measured, metric
 
     found = measured(results, split)
     temperature = found.pop("temperature", None)
     names = [name for name in METRICS if name in found] + sorted(found.keys() - METRICS.keys())
-    table = [f"| {metric(name).name} | {metric(name).shown(found[name])} |" for name in names]
-    table = ["| metric | value |", "|---|---|", *table]
+    typer.echo()
+    print_table(["metric", "value"], [[metric(name).name, metric(name).shown(found[name])] for name in names])
     if temperature is not None:
-        table += ["", _said(temperature)]
-    return table
+        typer.echo(f"\n{_said(temperature)}")
 
 
 def _said(temperature: float) -> str:

@@ -99,10 +99,14 @@ class Comparison:
         done = {(cell.method, cell.seed) for cell in self.finished()}
         missing = [(method, seed) for seed in seeds for method in methods if (method, seed) not in done]
         tell(f"{len(methods) * len(seeds) - len(missing)} of {len(methods) * len(seeds)} runs are done already.")
+        begin = time.perf_counter()
         for number, (method, seed) in enumerate(missing, 1):
             start = time.perf_counter()
             self._train(method, seed)
-            tell(f"{number} of {len(missing)}: {method}, seed {seed}, {time.perf_counter() - start:.0f} s")
+            now = time.perf_counter()
+            left = (now - begin) / number * (len(missing) - number)
+            to_come = f"; about {left / 60:.0f} min to come" if left > 30 else ""
+            tell(f"{number} of {len(missing)}: {method}, seed {seed}, {now - start:.0f} s{to_come}")
         wanted = {(method, seed) for method in methods for seed in seeds}
         return [cell for cell in self.finished() if (cell.method, cell.seed) in wanted]
 

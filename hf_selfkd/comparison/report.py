@@ -83,7 +83,8 @@ def _difference(name: str, part: dict[str, Any]) -> str:
     return f"{values[0]} ({values[1]} to {values[2]})"
 
 
-def _tables(summary: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
+def tables(summary: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
+    """The figures, and the differences from the baseline, each as a head and rows of text."""
     names, rows = summary["names"], summary["methods"]
     head = ["method", "seeds", *(metric(name).name for name in names), "seconds"]
     body = []
@@ -100,15 +101,19 @@ def _tables(summary: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
     return tables
 
 
+def verdicts(summary: dict[str, Any]) -> list[str]:
+    """A sentence a method."""
+    return [row["verdict"] for row in summary["methods"] if row["verdict"]]
+
+
 def markdown(summary: dict[str, Any]) -> str:
     """The comparison as Markdown."""
     parts = []
-    for head, body in _tables(summary):
+    for head, body in tables(summary):
         lines = ["| " + " | ".join(row) + " |" for row in (head, *body)]
         lines.insert(1, "|" + "---|" * len(head))
         parts.append("\n".join(lines))
-    verdicts = [f"- {row['verdict']}" for row in summary["methods"] if row["verdict"]]
-    return "\n\n".join([*parts, "\n".join(verdicts)]).strip() + "\n"
+    return "\n\n".join([*parts, "\n".join(f"- {text}" for text in verdicts(summary))]).strip() + "\n"
 
 
 _STYLE = """
@@ -121,15 +126,14 @@ th:first-child, td:first-child { text-align: left; }
 """
 
 
-def tables_of(summary: dict[str, Any]) -> str:
+def html_tables(summary: dict[str, Any]) -> str:
     """The tables and verdicts of a comparison, as HTML within a page."""
     parts = []
-    for head, body in _tables(summary):
+    for head, body in tables(summary):
         rows = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
         rows += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in body]
         parts.append('<div class="wide"><table>' + "".join(f"<tr>{row}</tr>" for row in rows) + "</table></div>")
-    verdicts = [html.escape(row["verdict"]) for row in summary["methods"] if row["verdict"]]
-    parts.append("<ul>" + "".join(f"<li>{text}</li>" for text in verdicts) + "</ul>")
+    parts.append("<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in verdicts(summary)) + "</ul>")
     return "".join(parts)
 
 
@@ -139,7 +143,7 @@ def page(summary: dict[str, Any], title: str) -> str:
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
-        f"<body><h1>{html.escape(title)}</h1>{tables_of(summary)}</body></html>\n"
+        f"<body><h1>{html.escape(title)}</h1>{html_tables(summary)}</body></html>\n"
     )
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..comparison.report import tables_of
+from ..comparison.report import html_tables
 from ..runs import Run, find_runs
 from .page import make_page
 
@@ -34,7 +34,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     folders, comparison, runs = [Path(folder) for folder in folders], "", []
     for folder in folders:
         if (folder / COMPARISON).is_file():
-            comparison += tables_of(json.loads((folder / COMPARISON).read_text(encoding="utf-8")))
+            comparison += html_tables(json.loads((folder / COMPARISON).read_text(encoding="utf-8")))
             runs += [Run.load(path) for path in find_runs(folder) if path != folder]
         else:
             runs += [Run.load(path) for path in find_runs(folder)]
