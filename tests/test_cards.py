@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,14 +13,14 @@ from helpers import make_model, make_samples, make_trainer, refused, train
 from huggingface_hub import ModelCard
 from test_cli import call
 from test_faults_memory import Hub
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hf_selfkd import SelfKDConfig, SelfKDDataCollator
 from hf_selfkd.cards import CardFacts, Evaluation, render, write_card
-from hf_selfkd.cards.collect import task_of
+from hf_selfkd.cards.collect import collect, task_of
 from hf_selfkd.cards.merge import BEGIN, END
 from hf_selfkd.cards.names import METRICS, TASKS
-from hf_selfkd.cards.render import usage
+from hf_selfkd.cards.render import metadata, usage
 from hf_selfkd.metrics import calibration_metrics, compute_classification_metrics, reliability_curve
 
 
@@ -54,6 +55,35 @@ def facts(**given):
 
 
 # What is told
+
+
+def test_classes_and_the_length_of_inputs_are_told():
+    text = render(facts(classes=["cat", "dog"], input_length=512))
+    assert "It tells 2 classes: `cat`, `dog`. Inputs have at most 512 tokens." in text
+    text = render(facts(classes=[f"c{n}" for n in range(100)]))
+    assert "`c11` and 88 more, which `config.json` names." in text and "`c12`" not in text and "tokens" not in text
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "classes"), [("resnet", "images", 5), ("bert", "texts", 5), ("plain_gpt2", "words", 0)]
+)
+def test_classes_are_those_of_the_model(tmp_path, model, kind, classes):
+    trainer = make_trainer(tmp_path, model, make_samples(kind), max_steps=1)
+    assert len(collect(trainer).classes) == classes and collect(trainer).input_length is None  # no tokenizer
+    trainer.processing_class = SimpleNamespace(model_max_length=8)
+    assert collect(trainer).input_length == 8
+
+
+def test_energy_is_told_where_it_was_measured(tmp_path):
+    trainer = make_trainer(tmp_path, "resnet", make_samples("images"), max_steps=1)
+    trainer.train()
+    assert "energy" not in collect(trainer).training
+    callback = TrainerCallback()
+    callback.tracker = SimpleNamespace(final_emissions_data=SimpleNamespace(energy_consumed=0.25, emissions=0.1))
+    trainer.add_callback(callback)
+    told = collect(trainer)
+    assert "0.25 kWh, 0.1 kg of CO2 (measured by CodeCarbon)" in render(told)
+    assert metadata(told)["co2_eq_emissions"] == {"emissions": pytest.approx(100), "source": "codecarbon"}
 
 
 def test_figures_are_those_of_the_model(tmp_path):

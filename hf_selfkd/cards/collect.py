@@ -96,6 +96,8 @@ def collect(trainer: SelfKDMixin, **given: Any) -> CardFacts:
         repo_id=repo,
         model_class=type(model).__name__,
         parameters=_count_parameters(trainer.model),
+        classes=_classes(trainer),
+        input_length=_input_length(trainer, model),
         base_model=base if HUB_ID.fullmatch(base or "") and not os.path.exists(base) and base != repo else None,
         task=_listed(given.get("tasks"))[0] if given.get("tasks") else task_of(model),
         library="peft" if hasattr(uncompiled(trainer.model), "peft_config") else "transformers",
@@ -112,6 +114,23 @@ def collect(trainer: SelfKDMixin, **given: Any) -> CardFacts:
         training=_training(trainer) if trained else {},
         versions=_versions(),
     )
+
+
+def _classes(trainer: SelfKDMixin) -> list[str]:
+    """The classes of a classifier; none of a model whose classes are tokens."""
+    task, model = trainer._find_task_quietly(), base_model(trainer.model)
+    names = getattr(getattr(model, "config", None), "id2label", None) or {}
+    if task is None or task.num_classes != len(names):
+        return []
+    return [str(names[number]) for number in sorted(names)]
+
+
+def _input_length(trainer: SelfKDMixin, model: torch.nn.Module) -> int | None:
+    """What tokenizer and positions of the model allow, if they tell."""
+    known = [getattr(trainer.processing_class, "model_max_length", None)]
+    known.append(getattr(getattr(model, "config", None), "max_position_embeddings", None))
+    limits = [limit for limit in known if isinstance(limit, int) and 0 < limit < 10**9]
+    return min(limits) if limits and known[0] is not None else None
 
 
 def _listed(value: str | list[str] | None) -> list[str]:
@@ -226,11 +245,23 @@ def _training(trainer: SelfKDMixin) -> dict[str, Any]:
     runtimes = [entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry]
     if runtimes:
         result["seconds"] = runtimes[-1]
+    energy = _energy(trainer)
+    if energy:
+        result["energy"] = energy
     device = args.device
     result["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     if device.type == "cpu":
         result["device"] = f"CPU, {platform.machine()}, threads a process: {torch.get_num_threads()}"
     return result
+
+
+def _energy(trainer: SelfKDMixin) -> dict[str, float]:
+    """What CodeCarbon measured, if it is installed and its callback ran: kilowatt-hours and kilograms of CO2."""
+    for callback in trainer.callback_handler.callbacks:
+        data = getattr(getattr(callback, "tracker", None), "final_emissions_data", None)
+        if data is not None:
+            return {"kwh": float(data.energy_consumed), "co2_kg": float(data.emissions)}
+    return {}
 
 
 def _versions() -> dict[str, str]:

@@ -44,6 +44,8 @@ class CardFacts:
         repo_id (`str`, *optional*): where the model is, or will be, on the Hub.
         model_class (`str`): its class.
         parameters (`int`): without auxiliary heads.
+        classes (`list[str]`): of a classifier, by their numbers.
+        input_length (`int`, *optional*): most tokens of an input.
         base_model (`str`, *optional*): what was fine-tuned, if that is on the Hub.
         task (`str`, *optional*): as the Hub names it.
         library (`str`): `"transformers"` or `"peft"`.
@@ -63,6 +65,8 @@ class CardFacts:
     model_name: str
     model_class: str = ""
     parameters: int | None = None
+    classes: list[str] = field(default_factory=list)
+    input_length: int | None = None
     repo_id: str | None = None
     base_model: str | None = None
     task: str | None = None

@@ -16,6 +16,8 @@ from .names import METRICS, TASKS, TEACHERS, metric, papers
 from .pictures import draw_pictures
 
 
+LISTED = 12  # classes that are named
+
 # The text
 
 
@@ -32,6 +34,7 @@ def render(facts: CardFacts, pictures: dict[str, str] | None = None) -> str:
     text = template.render(
         facts=facts,
         opening=_opening(facts),
+        inputs=_inputs(facts),
         tables=[_table(evaluation, facts) for evaluation in facts.evaluations if evaluation.metrics],
         chosen=_chosen(facts),
         pictures={"reliability": None, "curves": None} | (pictures or {}),
@@ -60,6 +63,18 @@ def _opening(facts: CardFacts) -> str:
     if not facts.method:
         return f"{words}{origin}. How it was trained is not known to this card."
     return f"{words}{origin}, trained {how} by `hf_selfkd`."
+
+
+def _inputs(facts: CardFacts) -> str:
+    """What goes in and what comes out."""
+    parts = []
+    if facts.classes:
+        names = ", ".join(f"`{name}`" for name in facts.classes[:LISTED])
+        more = f" and {len(facts.classes) - LISTED} more, which `config.json` names" * (len(facts.classes) > LISTED)
+        parts.append(f"It tells {len(facts.classes)} classes: {names}{more}.")
+    if facts.input_length:
+        parts.append(f"Inputs have at most {facts.input_length:,} tokens.")
+    return " ".join(parts)
 
 
 def _count(number: int) -> str:
@@ -181,6 +196,7 @@ def usage(facts: CardFacts) -> str:
 
 
 def describe_method(facts: CardFacts) -> str:
+    """What was done beside plain training, in sentences of Markdown."""
     method, parts = facts.method, []
     teacher, heads = method.get("teacher", "none"), method.get("auxiliary_heads")
     if teacher in TEACHERS:
@@ -241,6 +257,9 @@ def _training(facts: CardFacts) -> str:
         parts.append(f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes")
     if training.get("processes", 1) > 1:
         parts.append(f"{training['processes']} processes")
+    if "energy" in training:
+        energy = training["energy"]
+        parts.append(f"{energy['kwh']:.3g} kWh, {energy['co2_kg']:.3g} kg of CO2 (measured by CodeCarbon)")
     if "device" in training:
         parts.append(f"on {training['device']}")
     return ", ".join(parts) + "." if parts else ""
@@ -267,6 +286,9 @@ def metadata(facts: CardFacts) -> dict[str, Any]:
         "eval_results": results,
         "model_name": facts.model_name if results else None,
     }
+    energy = facts.training.get("energy")
+    if energy:  # in grams, as the Hub has it
+        values["co2_eq_emissions"] = {"emissions": 1000 * energy["co2_kg"], "source": "codecarbon"}
     return {name: value for name, value in values.items() if value}
 
 
