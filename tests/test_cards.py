@@ -74,6 +74,15 @@ def test_classes_are_those_of_the_model(tmp_path, model, kind, classes):
     assert collect(trainer).input_length == 8
 
 
+@pytest.mark.parametrize(
+    ("samples", "said"), [(40, "40 samples cannot tell a difference below 14.2 points"), (4000, "is over-confident")]
+)
+def test_chance_is_not_called_over_confidence(samples, said):
+    curve = {"count": [samples], "confidence": [0.8], "accuracy": [0.7]}
+    text = render(facts(evaluations=[Evaluation("eval", {"accuracy": 0.7}, samples, 50, {}, curve)]))
+    assert "mean confidence is 80.0 %, its accuracy 70.0 %" in text and said in text
+
+
 def test_energy_is_told_where_it_was_measured(tmp_path):
     trainer = make_trainer(tmp_path, "resnet", make_samples("images"), max_steps=1)
     trainer.train()

@@ -10,6 +10,7 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ..metrics.calibration import noise_of_gap
 from .facts import CardFacts, Evaluation
 from .merge import BEGIN, END, merged_data, merged_text, read_card
 from .names import METRICS, TASKS, TEACHERS, metric, papers
@@ -119,6 +120,13 @@ def _confidence(reliability: dict[str, list]) -> str:
     )
     if abs(sure - right) < 1:
         return f"Its mean confidence, {sure:.1f} %, is within a point of its accuracy."
+    samples = sum(reliability["count"])
+    noise = noise_of_gap(right / 100, samples)
+    if abs(sure - right) <= noise:
+        return (
+            f"Its mean confidence is {sure:.1f} %, its accuracy {right:.1f} %: {samples:,} samples cannot tell a "
+            f"difference below {noise:.1f} points."
+        )
     word = "over" if sure > right else "under"
     return f"Its mean confidence is {sure:.1f} %, its accuracy {right:.1f} %: the model is {word}-confident."
 

@@ -7,12 +7,12 @@ docs/results.md.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..cards.facts import Evaluation
+from ..metrics.calibration import noise_of_gap
 from ..metrics.temperature import temperature_in_words
 
 
@@ -64,7 +64,7 @@ class Symptoms:
         """`float`: points by which the gap may differ from 0 by chance, with 95 % confidence."""
         if not self.samples or self.accuracy is None:
             return 0.0
-        return 196 * math.sqrt(self.accuracy * (1 - self.accuracy) / self.samples)
+        return noise_of_gap(self.accuracy, self.samples)
 
     @property
     def distils(self) -> bool:

@@ -271,6 +271,17 @@ def metrics_or_nan(scores: RowScores) -> dict[str, float]:
     return dict.fromkeys(METRICS, float("nan"))
 
 
+def noise_of_gap(accuracy: float, samples: int) -> float:
+    """
+    Percentage points by which mean confidence and accuracy may differ by chance, with 95 % confidence.
+
+    Args:
+        accuracy (`float`): a fraction.
+        samples (`int`): that it was measured on.
+    """
+    return 196 * math.sqrt(accuracy * (1 - accuracy) / samples)
+
+
 def perplexity(nll: float) -> float:
     """`exp(nll)`, infinite where that is too large for a number."""
     try:
