@@ -181,14 +181,15 @@ def made(gap=0.0, loss=None, nll=1.0, samples=10000, **others):
         (made(gap=-9, teacher="history"), ["To try: a lower alpha", "AURC"], ["Softer targets"]),
         (made(gap=9, teacher="history"), ["To try: a higher alpha"], ["Softer targets"]),
         (made(gap=9, smoothing=0.1, loss=0.5), ["do not compare"], ["Softer targets", "far better"]),
-        (made(gap=9, augmented=True, loss=0.1), ["do not compare"], ["far better"]),
+        (made(gap=9, augmented=True, loss=0.1), ["do not compare", "alpha=0.8 beside it"], ["far better", "plain"]),
+        (made(gap=-9, augmented=True), ["To try: dividing the logits", "AURC"], ["alpha", "plain"]),
         (made(gap=9, temperature=1.7), ["A temperature of 1.70 would"], []),
         (made(gap=9, temperature=4.4817), ["A temperature of 4.48 or more would"], []),
         (made(teacher="history", alpha=0.8, alpha_reached=0.1), ["alpha reached 0.1 of 0.8"], []),
         (Symptoms(), ["Nothing can be said"], ["None"]),
         (Symptoms(nll=2.0, train_loss=0.4), ["far better than others"], ["confident"]),
     ],
-    ids=range(15),
+    ids=range(16),
 )
 def test_what_is_said(symptoms, said, not_said):
     text = " ".join(diagnose(symptoms))

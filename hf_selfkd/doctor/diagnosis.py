@@ -168,15 +168,8 @@ def _advice(symptoms: Symptoms) -> str:
     gap = symptoms.gap
     if gap is None:
         return ""
-    if symptoms.distils:
-        if gap < -max(CALM, symptoms.noise):
-            return (
-                "To try: a lower alpha, alpha_schedule='calibrated' (if held-out labels are right), or divide the "
-                "logits by the temperature. Under-confidence alone does not hurt the ranking: look at AURC first."
-            )
-        if gap > max(CALM, symptoms.noise):
-            return "To try: a higher alpha, more epochs at it, or auxiliary_heads='sla' for images."
-        return ""
+    if symptoms.distils or symptoms.augmented:
+        return _advice_on_method(symptoms)
     helps = softer_targets_help(symptoms)
     if helps:
         return "Softer targets are likely to help: try alpha=0.8, for images also auxiliary_heads='sla', alpha=0."
@@ -186,3 +179,19 @@ def _advice(symptoms: Symptoms) -> str:
         "Softer targets are not likely to help calibration: plain training is not over-confident. If labels may be "
         "wrong they can still help accuracy and the ranking of errors (AURC): compare (`hf-selfkd compare`)."
     )
+
+
+def _advice_on_method(symptoms: Symptoms) -> str:
+    """What to change where targets were softened, heads taught or images mixed."""
+    beyond = max(CALM, symptoms.noise)
+    if symptoms.gap < -beyond:
+        softer = "a lower alpha, alpha_schedule='calibrated' (if held-out labels are right), or " * symptoms.distils
+        return (
+            f"To try: {softer}dividing the logits by the temperature. Under-confidence alone does not hurt the "
+            "ranking: look at AURC first."
+        )
+    if symptoms.gap > beyond:
+        if not symptoms.distils:
+            return "To try: alpha=0.8 beside it."
+        return "To try: a higher alpha, more epochs at it, or auxiliary_heads='sla' for images."
+    return ""
