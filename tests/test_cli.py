@@ -197,6 +197,12 @@ def test_tables_are_drawn_on_a_terminal_that_is_wide_enough():
         environment = {"COLUMNS": columns, "FORCE_COLOR": forced, "TERM": "xterm"}
         said = CliRunner(env=environment).invoke(command, [], catch_exceptions=False).output
         assert ("┃" in said) == drawn and ("| two | 22 |" in said) == (not drawn), said
+    command = typer.Typer()
+    command.command()(lambda: print_table(["name", "difference"], [["one", "-1.5 (-2.0 to -1.0)"]]))
+    for columns, lines in (("40", 5), ("28", 6)):
+        environment = {"COLUMNS": columns, "FORCE_COLOR": "1", "TERM": "xterm"}
+        said = CliRunner(env=environment).invoke(command, [], catch_exceptions=False).output
+        assert "(-2.0 to -1.0) │" in said and len(said.splitlines()) == lines, said
 
 
 def test_predict_runs_the_script_and_names_what_it_wrote(tmp_path, monkeypatch):

@@ -6,11 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import typer
 
 from ..scripts.arguments import SCRIPTS
 
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 # Of a command that passes the words which it does not know on to a script.
 PASSES_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -59,17 +63,24 @@ def print_pairs(pairs: dict[str, str]) -> None:
 
 
 def print_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> None:
-    """A table: drawn on a terminal that is wide enough, else as Markdown, to be copied."""
+    """A table: drawn on a terminal, if need be with what is in parentheses below, else as Markdown, to be copied."""
     from rich.console import Console
+
+    console = Console(highlight=False)
+    for below in (" (", "\n(") if console.is_terminal else ():
+        table = _drawn(head, [[cell.replace(" (", below) for cell in row] for row in body])
+        if console.measure(table, options=console.options.update(width=10_000)).maximum <= console.width:
+            return console.print(table)
+    lines = ["| " + " | ".join(row) + " |" for row in (head, *body)]
+    typer.echo("\n".join((lines[0], "|" + "---|" * len(head), *lines[1:])))
+
+
+def _drawn(head: Sequence[str], body: Sequence[Sequence[str]]) -> Table:
     from rich.table import Table
 
-    console, table = Console(highlight=False), Table(header_style="bold")
+    table = Table(header_style="bold")
     for place, name in enumerate(head):
         table.add_column(name, justify="right" if place else "left", no_wrap=True)
     for row in body:
         table.add_row(*row)
-    needed = console.measure(table, options=console.options.update(width=10_000)).maximum
-    if console.is_terminal and needed <= console.width:
-        return console.print(table)
-    lines = ["| " + " | ".join(row) + " |" for row in (head, *body)]
-    typer.echo("\n".join((lines[0], "|" + "---|" * len(head), *lines[1:])))
+    return table

@@ -147,7 +147,7 @@ def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
         factor = known.factor if key.startswith("eval_") else 1
         lines = {name: run.curve(key) * (1, factor) for run, name in zip(runs, names, strict=True)}
         lines = {name: line for name, line in lines.items() if len(line) > 1}
-        if key == "alpha" or any(np.ptp(line[:, 1]) for line in lines.values()):
+        if any(np.ptp(line[:, 1]) or (key == "alpha" and line[:, 1].any()) for line in lines.values()):
             drawing = line_chart(lines, "Step", from_zero=key == "alpha")
             figures[key in FIRST].append(_figure(drawing, label, words))
     shown, folded = (f'<div class="charts">{"".join(figures[first])}</div>' for first in (True, False))
