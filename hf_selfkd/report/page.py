@@ -38,6 +38,9 @@ CURVES = {
 FIRST = ("loss", "hard_loss", "eval_loss", "alpha", "target_entropy", "past_agreement", "eval_accuracy", "eval_ece")
 
 
+DARKEST = 50  # per cent of colour behind a token that was not believed at all
+
+
 def make_page(runs: Sequence[Run], comparison: str = "", title: str | None = None) -> str:
     """
     The report of some trainings.
@@ -201,11 +204,14 @@ def _samples(run: Run, name: str) -> str:
                        "samples that are rare or hard. The line shows the probability of the label, epoch by epoch."),
         "undecided": ("Most undecided", "Samples on which the model changed its mind most, from epoch to epoch."),
     }  # fmt: skip
+    tokens = (
+        " The redder a token, the less it was believed; point at it for what was believed most." * told["per_token"]
+    )
     for kind, (title, meaning) in titles.items():
         if told.get(kind):
             shown = "".join(_sample(sample) for sample in told[kind])
             long = " long" if any("image" not in sample for sample in told[kind]) else ""
-            parts.append(f"<h3>{title}</h3><p>{meaning}</p>")
+            parts.append(f"<h3>{title}</h3><p>{meaning}{tokens}</p>")
             parts.append(f'<div class="list{long}"><div class="samples">{shown}</div></div>')
     return "".join(parts)
 
@@ -229,7 +235,9 @@ def _sample(sample: dict[str, Any]) -> str:
 
 def _token(word: str, prob: float, best: str) -> str:
     told = f"{prob:.2f}" + (f"; believed most: {best}" if best != word else "")
-    return f'<span class="token" style="--doubt:{100 * (1 - prob):.0f}%" title="{_safe(told)}">{_safe(word)}</span> '
+    return (
+        f'<span class="token" style="--doubt:{DARKEST * (1 - prob):.0f}%" title="{_safe(told)}">{_safe(word)}</span> '
+    )
 
 
 def _settings(run: Run, name: str) -> str:
