@@ -209,7 +209,12 @@ def code(value: Any) -> str:
 
 
 def _literal(value: Any) -> str:
-    return f'"{value}"' if isinstance(value, str) and '"' not in value and "\\" not in value else repr(value)
+    return quoted(repr(value))
+
+
+def quoted(text: str) -> str:
+    """The same with double quotes, as the source has them."""
+    return text if '"' in text else text.replace("'", '"')
 
 
 # Types
@@ -396,11 +401,13 @@ def _parameter(one: inspect.Parameter) -> str:
 
 def _hint(annotation: Any) -> str:
     text = getattr(annotation, "__forward_arg__", annotation)
-    return text if isinstance(text, str) else text.__name__
+    return quoted(text) if isinstance(text, str) else text.__name__
 
 
 def api(links: Links) -> str:
-    blocks, entries, told = [], {}, {}
+    blocks: list[str] = []
+    entries: dict[str, list[str]] = {}  # the names of each module
+    told: dict[tuple[type, str], str] = {}  # the heading of each member of a class of the package
     for module, name, value in documented():
         links.add(name)
         entries.setdefault(module.__name__, []).append(name)
@@ -417,7 +424,7 @@ def api(links: Links) -> str:
             blocks.append(f"Also here: {', '.join(others)}.")
         for name in own:
             blocks += named(module, name, getattr(module, name), told)
-    intro = "Every public name, with the methods that this package adds. What is inherited from transformers is not."
+    intro = "Every public name, with the methods and properties that this package adds to what transformers has."
     return links.resolve(page("Python names", intro, blocks), "api.md")
 
 
@@ -426,7 +433,7 @@ def named(module: ModuleType, name: str, value: Any, told: dict[tuple[type, str]
     yield f"### `{name}`"
     if is_constant(value):
         if not name.startswith("__"):  # the version is another one with each release
-            yield f"```python\n{name} = {value!r}\n```"
+            yield f"```python\n{name} = {_literal(value)}\n```"
         yield comment_of(module, name)
         return
     if not inspect.isclass(value):
@@ -441,11 +448,11 @@ def named(module: ModuleType, name: str, value: Any, told: dict[tuple[type, str]
     else:
         yield signature(f"class {name}", value)
     yield render(value.__doc__)
-    before = []
+    before: dict[str, None] = {}  # the classes that have told a member
     for member, (owner, found) in members_of(value).items():
         place = told[owner, member]
         if place != f"{name}.{member}":
-            before.append(f"[`~{place}`]")
+            before[place.partition(".")[0]] = None
             continue
         yield f"#### `{place}`"
         function = function_of(found)
@@ -455,7 +462,7 @@ def named(module: ModuleType, name: str, value: Any, told: dict[tuple[type, str]
             yield signature(shown, function, bound=not isinstance(found, staticmethod))
         yield render(function.__doc__)
     if before:
-        yield f"As in the classes above: {', '.join(before)}."
+        yield f"Methods and properties as in {', '.join(f'[`{other}`]' for other in before)}."
 
 
 # Command line
