@@ -622,7 +622,7 @@ def pages() -> dict[str, str]:
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     for name, text in pages().items():
-        (FOLDER / name).write_text(text, encoding="utf-8")
+        (FOLDER / name).write_text(text, encoding="utf-8", newline="\n")
         print(f"Wrote docs/reference/{name}")
 
 
