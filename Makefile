@@ -7,7 +7,7 @@ OLDEST ?= .venv-oldest
 OLDEST_PYTHON ?= python3.10
 
 .NOTPARALLEL:
-.PHONY: demo demo-translation test test-oldest lint results docs dist build check-tag clean
+.PHONY: demo demo-translation test test-oldest lint results reference docs dist build check-tag clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo_digits.py
@@ -29,6 +29,10 @@ lint: $(VENV)/.dev
 # The tables of docs/results.md, from the runs that are logged in docs/results.
 results: $(VENV)/.dev
 	$(BIN)/python benchmarks/results.py
+
+# The pages of docs/reference, from docstrings, dataclasses and commands.
+reference: $(VENV)/.dev
+	$(BIN)/python docs/generate_reference.py
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

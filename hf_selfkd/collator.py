@@ -56,6 +56,12 @@ class SelfKDDataCollator:
         return (self.mixup_alpha > 0 or self.cutmix_alpha > 0) and self.mix_probability > 0
 
     def __call__(self, features: list[Any]) -> dict[str, Any]:
+        """
+        The batch of the wrapped collator.
+
+        Raises:
+            ValueError: if images are to be mixed, which only the training of [`SelfKDTrainer`] does.
+        """
         batch = self.collator(features)
         if self.mixes:
             raise ValueError(

@@ -34,7 +34,7 @@ class HeadResults:
     Args:
         logits (`list` of `torch.FloatTensor`): `[B, outputs]` or `[B, L, outputs]` of each head.
         features (`list` of `torch.FloatTensor`): adapted features of each head, `None` where they are not compared.
-        deep (`torch.FloatTensor`, *optional*): features of the last layer, without a gradient.
+        deep (`torch.FloatTensor` or `None`): features of the last layer, without a gradient.
     """
 
     logits: list[torch.Tensor]
@@ -242,7 +242,16 @@ def with_auxiliary(outputs: Any, results: HeadResults | None) -> Any:
 
 
 def split_auxiliary(heads: AuxiliaryHeads, outputs: Any) -> tuple[Any, HeadResults | None]:
-    """Take the field of the heads off a model's outputs again; `None` if they said nothing."""
+    """
+    Take the field of the heads off a model's outputs again.
+
+    Args:
+        heads ([`AuxiliaryHeads`]): those of the model.
+        outputs (`ModelOutput` or `dict`): what the model returned, with the field `auxiliary`.
+
+    Returns:
+        `tuple`: the outputs without the field, and the [`HeadResults`]; `None` if the heads said nothing.
+    """
     parts = list(outputs[AUXILIARY])
     rest = {name: value for name, value in outputs.items() if name != AUXILIARY}
     kind = type(outputs).__base__
@@ -280,11 +289,21 @@ def output_embedding_of(model: nn.Module) -> Callable[[torch.Tensor], torch.Tens
 
 
 def heads_of(model: nn.Module) -> AuxiliaryHeads | None:
-    """The heads that a model has, if any."""
+    """
+    The heads that a model has, if any.
+
+    Args:
+        model (`nn.Module`): with heads or without.
+    """
     found = getattr(model, ATTRIBUTE, None)
     return found if isinstance(found, AuxiliaryHeads) else None
 
 
 def head_names(model: nn.Module) -> set[str]:
-    """The names in a model's state that belong to its heads."""
+    """
+    The names in a model's state that belong to its heads.
+
+    Args:
+        model (`nn.Module`): with heads or without.
+    """
     return {name for name in model.state_dict() if name.startswith(f"{ATTRIBUTE}.")}

@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 
-# Metrics of an evaluation; the stock Trainer itself knows that losses are better when lower.
+# Metrics of an evaluation that are better when lower; of losses, the stock Trainer knows it.
 LOWER_IS_BETTER = ("nll", "brier", "ece", "ece_15", "aurc", "eaurc", "token_nll", "token_ece", "perplexity")
 
 

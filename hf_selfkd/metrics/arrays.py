@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 
-IGNORED_LABEL = -100
+IGNORED_LABEL = -100  # of a row or token that has no label and counts for nothing
 
 
 def classified_rows(predictions: Any, labels: Any, from_logits: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:

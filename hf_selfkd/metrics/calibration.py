@@ -179,6 +179,8 @@ class ClassificationMetrics:
 
     def __call__(self, eval_prediction: Any, compute_result: bool | None = None) -> dict[str, float]:
         """
+        Metrics of an evaluation, or of its batches one by one.
+
         Args:
             eval_prediction (`EvalPrediction` or `(predictions, labels)`): One evaluation, or one batch of it.
             compute_result (`bool`, *optional*):
@@ -206,8 +208,11 @@ compute_classification_metrics = ClassificationMetrics()
 
 
 def row_scores(predictions: Any, labels: Any, from_logits: bool = True) -> RowScores:
-    """Score every labelled row; arguments and errors as [`calibration_metrics`], but there may be no labelled row, and
-    rows that are no numbers have NaN for scores."""
+    """Score every labelled row. There may be none, and rows that are no numbers have NaN for scores.
+
+    Args:
+        predictions, labels, from_logits: As for [`calibration_metrics`], with the same errors otherwise.
+    """
     return join_scores(
         scores
         for rows, row_labels in classified_rows(predictions, labels, from_logits)

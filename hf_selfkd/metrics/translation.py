@@ -21,6 +21,10 @@ class TranslationMetrics:
     Sentences whose labels are all -100 have no reference and are left out of BLEU and chrF. Metrics that cannot be
     computed, for want of any label for instance, are NaN, with a warning.
 
+    Args:
+        processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`): What decodes the token ids.
+        bleu_tokenizer (`str`, *optional*, defaults to `"13a"`): How sacrebleu splits words.
+
     Attributes:
         signatures (`dict[str, str]`):
             sacrebleu's signatures of `bleu` and `chrf`, to be published with them; empty before the first call that
@@ -39,6 +43,8 @@ class TranslationMetrics:
 
     def __call__(self, eval_prediction: Any, compute_result: bool | None = None) -> dict[str, float]:
         """
+        Metrics of an evaluation, or of its batches one by one.
+
         Args:
             eval_prediction (`EvalPrediction` or `(predictions, labels)`): One evaluation, or one batch of it.
             compute_result (`bool`, *optional*): What `batch_eval_metrics=True` passes; as [`ClassificationMetrics`].
