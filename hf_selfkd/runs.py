@@ -17,6 +17,7 @@ from .comparison.cells import read_rows
 
 # The underscore keeps the file from the Hub: it shows training samples.
 SAMPLES_FILE = "_selfkd_samples.json"
+COPYING = 5  # seconds by which files of a copied folder may be older than they were
 
 
 @dataclass
@@ -59,16 +60,23 @@ class Run:
                     "trainer.save_state() after train())."
                 )
             state = found[-1]
-        results, samples, predictions = (
-            folder / name for name in ("all_results.json", SAMPLES_FILE, "predictions.csv")
-        )
+
+        def newer(name: str) -> Path | None:
+            """A file that this training wrote, and not an earlier one into the same folder."""
+            path = folder / name
+            return path if path.is_file() and path.stat().st_mtime > state.stat().st_mtime - COPYING else None
+
+        results, samples, predictions = map(newer, ("all_results.json", SAMPLES_FILE, "predictions.csv"))
+        found = _read(results) if results else {}
+        if predictions is None:  # then those of `all_results.json` may be of an earlier training
+            found = {name: value for name, value in found.items() if not name.startswith("predict_")}
         return cls(
             folder,
             _read(state).get("log_history", []),
-            _read(results) if results.is_file() else {},
+            found,
             CardFacts.find(folder),
-            _read(samples) if samples.is_file() else None,
-            read_rows(predictions) if predictions.is_file() else None,
+            _read(samples) if samples else None,
+            read_rows(predictions) if predictions else None,
         )
 
     @property

@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import os
 import re
 from xml.etree import ElementTree
 
@@ -285,6 +286,18 @@ def test_a_page_tells_what_the_run_left(tmp_path):
     assert captions[0] == "Split eval" and {"Training loss", "alpha", "Accuracy (%)"} <= set(captions)
     assert "Evaluation loss" not in captions and "runtime" not in text  # one is flat, the other no metric
     assert "Most suspicious" in text and "Most undecided" not in text
+
+
+def test_what_an_earlier_training_left_is_not_shown(tmp_path):
+    folder = run_folder(tmp_path / "run")
+    (folder / "all_results.json").write_text(json.dumps({"predict_temperature": 2.0, "eval_nll": 1.0}))
+    assert Run.load(folder).rows is not None and Run.load(folder).results["predict_temperature"] == 2.0
+    for name in ("predictions.csv", SAMPLES_FILE):
+        os.utime(folder / name, (0, 0))
+    run = Run.load(folder)
+    assert run.rows is None and run.samples is None and run.results == {"eval_nll": 1.0}
+    made = trained(tmp_path / "run", "resnet", make_samples("images"), alpha=0.0)
+    assert save_samples(made) is None and not (folder / SAMPLES_FILE).exists()
 
 
 def test_runs_are_drawn_together(tmp_path):

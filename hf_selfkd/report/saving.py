@@ -40,11 +40,11 @@ def save_samples(trainer: SelfKDMixin, folder: str | Path | None = None) -> Path
     Returns:
         `Path`: of the file; `None` where no history tells of samples, and in all processes but the first.
     """
-    if trainer.distiller is None or not isinstance(trainer.teacher, HistoryTeacher):
-        return None
     if not trainer.is_world_process_zero():
         return None
-    paths = paths_of(trainer.teacher)
+    path = Path(trainer.args.output_dir if folder is None else folder) / SAMPLES_FILE
+    path.unlink(missing_ok=True)  # of an earlier training
+    paths = paths_of(trainer.teacher) if isinstance(trainer.teacher, HistoryTeacher) else None
     if paths is None:
         return None
     describe = _Describer(trainer)
@@ -57,7 +57,6 @@ def save_samples(trainer: SelfKDMixin, folder: str | Path | None = None) -> Path
         "histogram": {"count": counts.tolist(), "edges": edges.tolist()},
         **{kind: [describe(paths, place) for place in places] for kind, places in kinds.items()},
     }
-    path = Path(trainer.args.output_dir if folder is None else folder) / SAMPLES_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(told, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
