@@ -65,7 +65,13 @@ def names_of(kind):
         return {"model": make_model("resnet"), "train": make_samples("images"), "test": make_samples("images", seed=1)}
     if kind in LEARNERS:
         names = {"model": make_model(LEARNERS[kind]), "tokenizer": make_tokenizer(), "collator": collate}
+        if kind == "pairs":
+            names["model"].generation_config.max_length = 8
         return names | {"train": make_samples(kind, 24), "test": make_samples(kind, seed=1)}
+    if kind == "deep":
+        config = make_model("plain_vit").config
+        config.num_hidden_layers = 12
+        return names_of("images") | {"model": type(make_model("plain_vit"))(config)}
     if kind == "ordinal":  # one score fewer than classes
         config = make_model("resnet").config
         config.num_labels = CLASSES - 1
@@ -101,6 +107,7 @@ def run(page, title, folder, monkeypatch):
 RUNNABLE = [(page, title) for page in PAGES for title, kind, _ in sections(page) if kind is not None]
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # PEFT looks at all attributes
 @pytest.mark.parametrize("page, title", RUNNABLE, ids=lambda part: part.lower().replace(" ", "-"))
 def test_a_section_runs(tmp_path, monkeypatch, page, title):
     names = run(page, title, tmp_path, monkeypatch)
