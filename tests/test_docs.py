@@ -1,8 +1,8 @@
 """The snippets of the documentation run, and what it quotes is what the package says.
 
 The blocks of a section (`##`) are one script. A comment `<!-- setup: KIND -->` in the section says on what it runs; a
-section without one is not run, which is for the README only. Long trainings are cut to three epochs. The commands of all
-pages are read by the parsers that would read them, and not run.
+section without one is not run, which is for the README only. Long trainings are cut to three epochs. The commands of
+all pages are read by the parsers that would read them, and not run.
 """
 
 import ast
