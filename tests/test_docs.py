@@ -214,6 +214,16 @@ def test_commands_exist_with_their_flags(page):
     assert not any(found.values()), {command: wrong for command, wrong in found.items() if wrong}
 
 
+@pytest.mark.parametrize("page", ["README.md", "examples/README.md", *DOCS])
+def test_files_that_are_named_are_here(page):
+    text = (ROOT / page).read_text()
+    named = re.findall(r"(?<![\w/.])(?:examples|benchmarks|tests|docs)/[\w/]+\.(?:py|yaml|md|ipynb)", text)
+    named += [f"examples/configs/{name}" for name in re.findall(r"`(\w+\.yaml)", text) if page == "docs/papers.md"]
+    named = [name for name in named if page != "examples/README.md" or not name.startswith("docs/")]
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+    assert named or page != "docs/papers.md"
+
+
 def test_commands_that_do_not_exist_are_found():
     assert len([words for page in ["README.md", *DOCS] for words in commands(page)]) > 40
     for right in ("train translation", "doctor outputs/texts", "compare text-classification --folder x --do_predict"):
