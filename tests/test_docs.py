@@ -1,29 +1,39 @@
 """The snippets of the documentation run, and what it quotes is what the package says.
 
 The blocks of a section (`##`) are one script. A comment `<!-- setup: KIND -->` in the section says on what it runs; a
-section without one is not run, which no section of docs/migration.md with Python in it may be. Long trainings are cut
-to three epochs.
+section without one is not run, which is for the README only. Long trainings are cut to three epochs. The commands of
+all pages are read by the parsers that would read them, and not run.
 """
 
 import ast
 import copy
 import inspect
 import re
+import shlex
 import textwrap
+from functools import lru_cache
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from helpers import collate, difference, make_model, make_samples, state_of
+import typer
+import yaml
+from helpers import CLASSES, collate, difference, make_model, make_samples, make_trainer, state_of
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Trainer
 
+from hf_selfkd.cli import app
+from hf_selfkd.cli.common import script_of
+from hf_selfkd.cli.compare import _chosen
 from hf_selfkd.distiller import SelfDistiller
+from hf_selfkd.scripts.arguments import SCRIPTS
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/migration.md", "docs/troubleshooting.md"]
+DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+TESTED_ELSEWHERE = ("docs/walkthrough.md", "docs/how_it_works.md")  # test_walkthrough.py; at the end of this file
+PAGES = ["README.md", *(page for page in DOCS if page not in TESTED_ELSEWHERE)]
 WORDS = ["[PAD]", "[EOS]", "[UNK]", *(f"w{n}" for n in range(27))]
 
 
@@ -45,13 +55,37 @@ def make_tokenizer():
     )
 
 
+LEARNERS = {"texts": "plain_bert", "pairs": "plain_marian", "words": "plain_gpt2"}
+LEARNERS |= {"tokens": "plain_bert_tokens", "sounds": "wav2vec2"}
+
+
 def names_of(kind):
     """The names that the snippets of a section find: a small random model, and data that it can learn."""
     if kind == "images":
         return {"model": make_model("resnet"), "train": make_samples("images"), "test": make_samples("images", seed=1)}
-    if kind == "texts":
-        names = {"model": make_model("plain_bert"), "collator": collate}
-        return names | {"train": make_samples("texts", 24), "test": make_samples("texts", seed=1)}
+    if kind in LEARNERS:
+        names = {"model": make_model(LEARNERS[kind]), "tokenizer": make_tokenizer(), "collator": collate}
+        if kind == "pairs":
+            names["model"].generation_config.max_length = 8
+        return names | {"train": make_samples(kind, 24), "test": make_samples(kind, seed=1)}
+    if kind == "deep":
+        config = make_model("plain_vit").config
+        config.num_hidden_layers = 12
+        return names_of("images") | {"model": type(make_model("plain_vit"))(config)}
+    if kind == "ordinal":  # one score fewer than classes
+        config = make_model("resnet").config
+        config.num_labels = CLASSES - 1
+        return names_of("images") | {"model": type(make_model("resnet"))(config)}
+    if kind == "subclass":
+        return names_of("images") | {"TrainerOfYours": type("TrainerOfYours", (Trainer,), {})}
+    if kind == "ensemble":
+        models_of_yours = [make_model("resnet", seed) for seed in (1, 2)]
+        return names_of("images") | {"ensemble": [make_trainer("out", model, None) for model in models_of_yours]}
+    if kind == "trained":
+        names = names_of("images")
+        trainer = make_trainer("out", names["model"], names["train"], eval_dataset=names["test"])
+        trainer.train()
+        return names | {"trainer": trainer}
     if kind == "conversations":
         rows = [{"prompt": f"w{n} w{n + 1}", "completion": f"w{n + 2} w{n + 3} w{n + 4}"} for n in range(20)]
         names = {"model": make_model("plain_gpt2"), "tokenizer": make_tokenizer()}
@@ -73,6 +107,7 @@ def run(page, title, folder, monkeypatch):
 RUNNABLE = [(page, title) for page in PAGES for title, kind, _ in sections(page) if kind is not None]
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # PEFT looks at all attributes
 @pytest.mark.parametrize("page, title", RUNNABLE, ids=lambda part: part.lower().replace(" ", "-"))
 def test_a_section_runs(tmp_path, monkeypatch, page, title):
     names = run(page, title, tmp_path, monkeypatch)
@@ -81,10 +116,12 @@ def test_a_section_runs(tmp_path, monkeypatch, page, title):
         assert all(torch.isfinite(tensor).all() for tensor in state_of(names["trainer"]).values())
 
 
-def test_every_section_of_the_migration_page_runs():
-    assert [title for title, kind, _ in sections("docs/migration.md") if kind is None] == []
+def test_every_section_of_the_documentation_runs():
+    silent = [(page, title) for page in PAGES for title, kind, _ in sections(page) if kind is None]
+    assert [page for page, _ in silent if page != "README.md"] == [], silent
     assert len([page for page, _ in RUNNABLE if page == "docs/migration.md"]) >= 6
-    assert {page for page, _ in RUNNABLE} == set(PAGES)
+    some = {"README.md", *(f"docs/{name}.md" for name in "guide index layered metrics tasks troubleshooting".split())}
+    assert {page for page, _ in RUNNABLE} >= some
 
 
 def test_a_snippet_that_fails_is_found(tmp_path, monkeypatch):
@@ -109,6 +146,102 @@ def test_the_loss_by_hand_gives_the_same_weights(tmp_path, monkeypatch):
     for block in blocks[:3]:
         exec(block.replace("alpha=0.7", "alpha=0.0"), plain)
     assert difference(plain["by_hand"], plain["trainer"]) > 1e-5
+
+
+# Commands
+
+
+def commands(page):
+    """The lines of the bash blocks of a page that start `hf-selfkd` or a script, as words after `hf-selfkd`."""
+    for block in re.findall(r"^```bash\n(.*?)^```$", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            script = next((word for word in words if re.fullmatch(r"examples/\w+\.py", word)), None)
+            if words[:1] == ["hf-selfkd"]:
+                yield words[1:]
+            elif "hf_selfkd" in words:  # python -m hf_selfkd, torchrun ... -m hf_selfkd
+                yield words[words.index("hf_selfkd") + 1 :]
+            elif script is not None and (task := Path(script).stem.replace("_", "-")) in SCRIPTS:
+                yield ["train", task, *words[words.index(script) + 1 :]]
+
+
+@lru_cache
+def parser_of(task):
+    return script_of(task).make_parser()
+
+
+def unknown_words(task, words):
+    """What the script of a task does not know of the words after it; a file of settings that is here is read, too."""
+    parser, settings = parser_of(task), {}
+    if words and words[0].endswith((".yaml", ".json")):
+        file = ROOT / words[0]
+        assert file.is_file() or not words[0].startswith("examples/"), f"there is no {words[0]}"
+        settings, words = yaml.safe_load(file.read_text()) if file.is_file() else {}, words[1:]
+    try:
+        _, unknown = parser.parse_known_args([word for word in words if word not in ("--help", "--help-all")])
+    except SystemExit:  # a value that is not of the kind of its flag; argparse has told which
+        return words
+    return [*unknown, *(settings.keys() - vars(parser.parse_args([])).keys())]
+
+
+def faults(words):
+    """What is wrong with the words of a command after `hf-selfkd`; empty if nothing is."""
+    group = typer.main.get_command(app)
+    name, *rest = words or ["--help"]
+    if name.startswith("-"):
+        return []
+    if name not in group.commands:
+        return [name]
+    if name == "train":
+        if rest and rest[0] in ("-h", "--help"):
+            return []
+        return unknown_words(rest[0], rest[1:]) if rest and rest[0] in SCRIPTS else rest[:1]
+    try:
+        context = group.commands[name].make_context(name, list(rest))
+        if name == "compare":
+            _chosen(*(context.params[field] for field in ("task", "methods", "seeds")))
+    except Exception as error:  # of click, whose copy typer may bring itself; or ours
+        return [str(error) or repr(error)]
+    task = context.params.get("task", context.params.get("patient"))
+    if task in SCRIPTS:
+        return unknown_words(task, context.args)
+    return context.args if name == "doctor" else [task, *context.args] if "task" in context.params else context.args
+
+
+@pytest.mark.parametrize("page", ["README.md", "examples/README.md", *DOCS])
+def test_commands_exist_with_their_flags(page):
+    found = {shlex.join(words): faults(list(words)) for words in commands(page)}
+    assert not any(found.values()), {command: wrong for command, wrong in found.items() if wrong}
+
+
+@pytest.mark.parametrize("page", ["README.md", "examples/README.md", *DOCS])
+def test_files_that_are_named_are_here(page):
+    text = (ROOT / page).read_text()
+    named = re.findall(r"(?<![\w/.])(?:examples|benchmarks|tests|docs)/[\w/]+\.(?:py|yaml|md|ipynb)", text)
+    named += [f"examples/configs/{name}" for name in re.findall(r"`(\w+\.yaml)", text) if page == "docs/papers.md"]
+    named = [name for name in named if page != "examples/README.md" or not name.startswith("docs/")]
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+    assert named or page != "docs/papers.md"
+
+
+def test_commands_that_do_not_exist_are_found():
+    assert len([words for page in ["README.md", *DOCS] for words in commands(page)]) > 40
+    for right in ("train translation", "doctor outputs/texts", "compare text-classification --folder x --do_predict"):
+        assert faults(right.split()) == []
+    for wrong in (
+        "trian text-classification",
+        "train texts",
+        "train text-classification --no_such_flag 3",
+        "train text-classification --num_train_epochs many",
+        "train text-classification texts.yaml more.yaml",
+        "evaluate text-classification outputs/texts --output_directory x",
+        "compare text-classification --folder x --methods plain,no-such-method",
+        "compare text-classification --do_predict",
+        "doctor outputs/texts --alpha 1",
+        "doctor text-classification --no_such_flag",
+        "report --no-such-option outputs/texts",
+    ):
+        assert faults(wrong.split()), wrong
 
 
 # Quotations
