@@ -9,6 +9,8 @@ import ast
 import copy
 import inspect
 import re
+import subprocess
+import sys
 import shlex
 import textwrap
 from functools import lru_cache
@@ -294,3 +296,14 @@ def test_the_step_on_the_page_is_that_of_the_package():
     assert ast.dump(ast.Module(shown.body, [])) == ast.dump(ast.Module(step.body[1:], []))
     branches = [node for node in ast.walk(step) if isinstance(node, (ast.If, ast.For, ast.While, ast.Try))]
     assert not branches and len(step.body) - 1 <= 20
+
+
+@pytest.mark.slow
+def test_the_site_builds_strictly(tmp_path):
+    """Every link, anchor and page of the navigation."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    pages = {path.parent.name for path in (tmp_path / "site").rglob("index.html")}
+    assert {"walkthrough", "doctor", "api", "configuration", "mathematics", "papers"} <= pages
+    assert not list((tmp_path / "site").rglob("*.jsonl")) and not list((tmp_path / "site").rglob("*.py"))
