@@ -9,9 +9,9 @@ import ast
 import copy
 import inspect
 import re
+import shlex
 import subprocess
 import sys
-import shlex
 import textwrap
 from functools import lru_cache
 from pathlib import Path
