@@ -71,7 +71,18 @@ class SelfKDDataCollator:
         return batch
 
     def mix(self, batch: dict[str, Any], record: BatchRecord, seed: int, epoch: int) -> None:
-        """Mix the images of a batch, or not, and note in the record how."""
+        """
+        Mix the images of a batch, or not, and note in the record how; a training calls this.
+
+        Args:
+            batch (`dict`): with `pixel_values` of shape `[B, ...]`, which are replaced.
+            record ([`~hf_selfkd.batch.BatchRecord`]): of the batch; gets the partners and the weight.
+            seed (`int`): of the mixing.
+            epoch (`int`): of the mixing; 0 before training.
+
+        Raises:
+            ValueError: if the batch has no `pixel_values`.
+        """
         images = batch.get("pixel_values")
         if images is None:
             raise ValueError(

@@ -300,6 +300,9 @@ class MethodArguments:
     def check_with(self, args: TrainingArguments) -> None:
         """Check the fields together with those of [`~transformers.TrainingArguments`].
 
+        Args:
+            args ([`~transformers.TrainingArguments`]): left as they are.
+
         Raises:
             ValueError: naming the fields, their values and what to do.
         """
@@ -325,7 +328,7 @@ class MethodArguments:
 class SelfKDConfig(MethodArguments, TrainingArguments):
     r"""
     Arguments of [`SelfKDTrainer`]: all of [`~transformers.TrainingArguments`], with the same meaning and defaults, and
-    all of [`MethodArguments`](#hf_selfkd.config.MethodArguments): `alpha`, `alpha_schedule`, `teacher`, `temperature`,
+    all of [`~hf_selfkd.config.MethodArguments`]: `alpha`, `alpha_schedule`, `teacher`, `temperature`,
     `auxiliary_heads` and so on.
 
     Raises:

@@ -373,7 +373,8 @@ class SelfKDTrainer(SelfKDMixin, Trainer):
 
     Args:
         model ([`~transformers.PreTrainedModel`] or `nn.Module`, *optional*):
-            A model for sequence, image, audio or token classification, or a language model, PEFT-wrapped or not.
+            A model for sequence, image, audio, video or token classification, or a language model, PEFT-wrapped or
+            not.
         args ([`SelfKDConfig`] or [`~transformers.TrainingArguments`], *optional*): the arguments.
         data_collator (`Callable`, *optional*): as for [`~transformers.Trainer`], or a [`SelfKDDataCollator`].
         train_dataset, eval_dataset, processing_class, model_init, compute_loss_func, compute_metrics, callbacks,
@@ -390,7 +391,7 @@ class SelfKDTrainer(SelfKDMixin, Trainer):
     ```python
     from hf_selfkd import SelfKDConfig, SelfKDTrainer
 
-    trainer = SelfKDTrainer(model, SelfKDConfig("out", num_train_epochs=30), train_dataset=data)
+    trainer = SelfKDTrainer(model, SelfKDConfig("out", num_train_epochs=30), train_dataset=train)
     trainer.train()
     ```
     """

@@ -8,9 +8,11 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
-from transformers import Seq2SeqTrainingArguments
+from test_docs import names_of
+from transformers import Seq2SeqTrainingArguments, Trainer
 
 import hf_selfkd
 from hf_selfkd.cli import app
@@ -198,8 +200,8 @@ def signatures():
         parameters = list(inspect.signature(function).parameters.values())
         if "." in name:
             parameters = parameters[1:]
-            if not script.section_of(function.__doc__, "Args"):
-                continue  # a method may say it in a sentence
+            if hasattr(Trainer, name.partition(".")[2]) and not script.section_of(function.__doc__, "Args"):
+                continue  # as there
         if inspect.isclass(value) or inspect.isroutine(value) or hasattr(value, "__func__"):
             yield name, function.__doc__, parameters
 
@@ -235,3 +237,40 @@ def test_configurations_add_no_fields_of_their_own():
     known = {spec.name for kind in (Seq2SeqTrainingArguments, MethodArguments) for spec in fields(kind)}
     for kind in (hf_selfkd.SelfKDConfig, hf_selfkd.Seq2SeqSelfKDConfig):
         assert {spec.name for spec in fields(kind)} <= known
+
+
+# Examples
+
+EXAMPLES = {  # what each runs on, as the sections of other pages do
+    "SelfKDConfig": "images",
+    "SelfKDTrainer": "images",
+    "calibration_metrics": "images",
+    "compute_translation_metrics": "pairs",
+    "reliability_diagram": "images",
+}
+
+
+def examples():
+    """The code under the heading `Example` of each public name that has some."""
+    for name, _, value in documented():
+        docstring = getattr(value, "__doc__", None) if callable(value) and "." not in name else None
+        parts = script.parts_of(inspect.cleandoc(docstring or ""))
+        places = [place for place, part in enumerate(parts) if part.title == "Example"]
+        if places and hasattr(value, "__name__"):
+            text = parts[places[0]].text or parts[places[0] + 1].text
+            yield name, text.removeprefix("```python\n").removesuffix("```")
+
+
+def test_every_example_has_what_it_runs_on():
+    assert dict(examples()).keys() == EXAMPLES.keys()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    names = {title: value for _, title, value in script.documented()} | names_of(EXAMPLES[name])
+    names |= {key: rng.normal(size=(30, 5)) for key in ("logits_a", "logits_b")} | {"labels": rng.integers(5, size=30)}
+    exec(compile(dict(examples())[name], name, "exec"), names)
+    assert name != "reliability_diagram" or (tmp_path / "reliability.png").is_file()
+    assert name != "SelfKDTrainer" or names["trainer"].state.global_step > 0

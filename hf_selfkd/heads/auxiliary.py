@@ -78,7 +78,12 @@ class AuxiliaryHeads(nn.Module):
         self.handles: list[Any] = []
 
     def register(self, model: nn.Module) -> None:
-        """Listen to a model and run within its forward."""
+        """
+        Listen to a model and run within its forward.
+
+        Args:
+            model (`nn.Module`): the one that the heads were made for.
+        """
         self.recorder.register(model)
         self.handles.append(model.register_forward_pre_hook(self._begin))
         self.handles.append(model.register_forward_hook(self._end, with_kwargs=True))
@@ -91,7 +96,12 @@ class AuxiliaryHeads(nn.Module):
 
     @contextmanager
     def watched(self, on: bool = True) -> Iterator[None]:
-        """Keep what the heads say in `results`, in any mode, or (`on=False`) run none; the outputs are the model's."""
+        """
+        Keep what the heads say in `results`, in any mode; the outputs are the model's.
+
+        Args:
+            on (`bool`, *optional*, defaults to `True`): `False` runs no head at all.
+        """
         enabled, self.enabled, self.watching = self.enabled, False, on
         try:
             yield
@@ -194,7 +204,12 @@ class AuxiliaryHeads(nn.Module):
         )
 
     def class_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """Scores of the classes alone, `[..., N]`: rotations are summed over as probabilities, not as scores."""
+        """
+        Scores of the classes alone, `[..., N]`: rotations are summed over as probabilities, not as scores.
+
+        Args:
+            logits (`torch.FloatTensor` of shape `[..., N]` or `[..., 4 * N]`): of a head.
+        """
         if self.config.views != "rotation":
             return logits
         return torch.logsumexp(logits.float().unflatten(-1, (-1, ROTATIONS)), dim=-1)

@@ -169,6 +169,9 @@ class AuxiliaryHeadsConfig:
         What `auxiliary_heads` of the trainer and of its arguments may be: a configuration, the name of a preset or
         where one was saved.
 
+        Args:
+            heads ([`AuxiliaryHeadsConfig`], `str` or `None`): a configuration and `None` stay as they are.
+
         Raises:
             ValueError: if it is neither.
         """
@@ -192,7 +195,12 @@ class AuxiliaryHeadsConfig:
         return asdict(self)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write `auxiliary_heads_config.json` into a folder (`str` or `Path`), which is made if it is missing."""
+        """
+        Write `auxiliary_heads_config.json`.
+
+        Args:
+            save_directory (`str` or `Path`): the folder, which is made if it is missing.
+        """
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         content = self.to_dict() | {"hf_selfkd_version": __version__}
         (Path(save_directory) / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -233,7 +241,13 @@ class AuxiliaryHeadsConfig:
         return cls(**{name: value for name, value in content.items() if name not in unknown})
 
     def with_choices(self, head: HeadKind, views: Views) -> AuxiliaryHeadsConfig:
-        """The same with every `"auto"` of `head` and `views` decided."""
+        """
+        The same with every `"auto"` of `head` and `views` decided.
+
+        Args:
+            head (`str`): what `head` is, if it is `"auto"`.
+            views (`str`): what `views` is, if it is `"auto"`.
+        """
         return replace(
             self,
             head=head if self.head == "auto" else self.head,

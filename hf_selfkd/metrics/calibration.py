@@ -130,8 +130,7 @@ def calibration_metrics(predictions: Any, labels: Any, from_logits: bool = True)
 
     Example:
         ```python
-        >>> calibration_metrics([[2.0, 0.0], [0.0, 1.0]], [0, 0])["accuracy"]
-        0.5
+        calibration_metrics([[2.0, 0.0], [0.0, 1.0]], [0, 0])["accuracy"]  # 0.5
         ```
     """
     return _metrics(_require_usable(row_scores(predictions, labels, from_logits)))

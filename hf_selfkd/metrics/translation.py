@@ -134,7 +134,8 @@ def compute_translation_metrics(processing_class: Any, bleu_tokenizer: str = "13
     Example:
         ```python
         compute_metrics = compute_translation_metrics(tokenizer)
-        trainer = Seq2SeqSelfKDTrainer(model, args, ..., compute_metrics=compute_metrics)
+        args = Seq2SeqSelfKDConfig("out", predict_with_generate=True)
+        trainer = Seq2SeqSelfKDTrainer(model, args, collator, eval_dataset=test, compute_metrics=compute_metrics)
         trainer.evaluate()["eval_bleu"], compute_metrics.signatures["bleu"]
         ```
     """

@@ -26,7 +26,8 @@ class Task:
 
     Args:
         model (`nn.Module`): the model, in any wrapper.
-        label_names (`tuple[str]`, *optional*): names under which a batch may hold the labels.
+        label_names (`tuple[str]`, *optional*, defaults to `("labels",)`):
+            names under which a batch may hold the labels.
 
     Attributes:
         name (`str`): for messages.
@@ -47,7 +48,12 @@ class Task:
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        """Whether the task is that of this bare model."""
+        """
+        Whether the task is that of a model.
+
+        Args:
+            model (`nn.Module`): bare, without wrappers.
+        """
         return False
 
     @property
@@ -91,13 +97,21 @@ class Task:
         return Batch(inputs, labels, name, record.ids, samples, mixing)
 
     def accepts(self, inputs: dict[str, Any]) -> bool:
-        """Whether a batch holds labels that are classes, under one of their names."""
+        """
+        Whether a batch holds labels that are classes, under one of their names.
+
+        Args:
+            inputs (`dict`): as the dataloader gave them.
+        """
         found = [inputs[name] for name in self.label_names if name in inputs]
         return bool(found) and isinstance(found[0], torch.Tensor) and found[0].dtype == torch.int64
 
     def checked_labels(self, labels: Any) -> torch.Tensor:
         """
         The labels as `torch.LongTensor`.
+
+        Args:
+            labels (`torch.Tensor`): of a batch.
 
         Raises:
             ValueError: if they are no integers.
@@ -118,21 +132,43 @@ class Task:
         return labels.long()
 
     def sample_index(self, ids: np.ndarray, labels: torch.Tensor) -> SampleIndex:
-        """Where the predictions of samples are kept, from their ids `[B]` and labels on the CPU."""
+        """
+        Where the predictions of samples are kept.
+
+        Args:
+            ids (`np.ndarray` of `int64`, shape `[B]`): sample ids.
+            labels (`torch.LongTensor` of shape `[B]` or `[B, L]`): their labels, on the CPU.
+        """
         if not self.per_token and labels.numel() == len(ids):
             labels = labels.reshape(-1)
         return sample_index(ids, labels, self.shifts_labels)
 
     def inputs_without_labels(self, batch: Batch) -> dict[str, Any]:
-        """What the model needs to be run without labels."""
+        """
+        What the model needs to be run without labels.
+
+        Args:
+            batch ([`~hf_selfkd.batch.Batch`]): as [`~Task.split`] gave it.
+        """
         return batch.inputs
 
     def logits(self, outputs: Any, has_loss: bool) -> torch.Tensor:
-        """The logits among a model's outputs; `has_loss` says whether a tuple starts with the loss."""
+        """
+        The logits among a model's outputs.
+
+        Args:
+            outputs (`dict` or `tuple`): of the model.
+            has_loss (`bool`): whether a tuple starts with the loss.
+        """
         return logits_of(outputs, has_loss)
 
     def rows(self, logits: torch.Tensor, labels: torch.Tensor) -> Rows:
-        """The rows of logits, of the model or of a head, and labels.
+        """
+        The rows of logits and labels.
+
+        Args:
+            logits (`torch.FloatTensor`): of the model or of a head; a sample is at the same place as in the labels.
+            labels (`torch.LongTensor` of shape `[B]` or `[B, L]`): of a batch.
 
         Raises:
             ValueError: if the shapes do not fit.
@@ -140,7 +176,12 @@ class Task:
         raise NotImplementedError(f"{type(self).__name__}.rows")
 
     def row_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """The labels `[R]` of the rows."""
+        """
+        The labels `[R]` of the rows.
+
+        Args:
+            labels (`torch.LongTensor` of shape `[B]` or `[B, L]`): of a batch.
+        """
         return labels.reshape(-1)
 
 
