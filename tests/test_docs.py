@@ -25,6 +25,7 @@ from helpers import CLASSES, collate, difference, make_model, make_samples, make
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer
 
+from hf_selfkd import SelfKDMixin
 from hf_selfkd.cli import app
 from hf_selfkd.cli.common import script_of
 from hf_selfkd.cli.compare import _chosen
@@ -296,6 +297,12 @@ def test_the_step_on_the_page_is_that_of_the_package():
     assert ast.dump(ast.Module(shown.body, [])) == ast.dump(ast.Module(step.body[1:], []))
     branches = [node for node in ast.walk(step) if isinstance(node, (ast.If, ast.For, ast.While, ast.Try))]
     assert not branches and len(step.body) - 1 <= 20
+
+
+def test_the_call_of_the_step_on_the_page_is_that_of_the_package():
+    page = (ROOT / "docs/how_it_works.md").read_text()
+    (shown,) = re.findall(r"```python\n(loss, outputs = .*?)```", page, re.DOTALL)
+    assert " ".join(shown.split()) in " ".join(inspect.getsource(SelfKDMixin.compute_loss).split())
 
 
 @pytest.mark.slow

@@ -344,7 +344,10 @@ class HeadMetrics:
             metrics.gather()
 
     def compute(self, prefix: str) -> dict[str, float]:
-        """`{prefix}_head0_accuracy` (a fraction), `_nll` and `_ece` (per cent, 10 bins), and so on for every head."""
+        """
+        `{prefix}_head0_accuracy` (a fraction), `_nll`, `_ece` (per cent, 10 bins) and `_perplexity`, and so on for
+        every head.
+        """
         return {
             f"{prefix}_head{index}_{name.removeprefix('token_')}": value
             for index, metrics in enumerate(self.metrics)
