@@ -10,8 +10,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 HTTPError = HfHubHTTPError.__bases__[0]  # of httpx or httpx2, as the client has it
 HUB_ERRORS = (HTTPError, HFValidationError, LocalTokenNotFoundError, ConnectionError)
-# What stays here: histories, checkpoints, and arguments that may hold a token.
-IGNORED = ["_*", "checkpoint-*", "*/checkpoint-*", "*/_selfkd/*", "training_args.bin", ".env*"]
+# What stays here: histories, training samples, reports, checkpoints, and files that may hold a token or a path.
+IGNORED = ["_*", "*/_*", "checkpoint-*", "*/checkpoint-*", "training_args.bin", "trainer_state.json", ".env*"]
 
 
 def reason(error: BaseException) -> str:

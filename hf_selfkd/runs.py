@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +19,8 @@ from .comparison.cells import read_rows
 
 # The underscore keeps the file from the Hub: it shows training samples.
 SAMPLES_FILE = "_selfkd_samples.json"
-COPYING = 5  # seconds by which files of a copied folder may be older than they were
+STATE = "trainer_state.json"
+EVALUATION = re.compile(r"eval(_\w+)?_loss$")
 
 
 @dataclass
@@ -51,38 +54,22 @@ class Run:
             ValueError: if it holds no training.
         """
         folder = Path(folder)
-        state = folder / "trainer_state.json"
-        if not state.is_file():
-            found = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
-            if not found:
-                raise ValueError(
-                    f"{folder} has no trainer_state.json: choose the --output_dir of a training (in Python, call "
-                    "trainer.save_state() after train())."
-                )
-            state = found[-1]
-
-        def newer(name: str) -> Path | None:
-            """A file that this training wrote, and not an earlier one into the same folder."""
-            path = folder / name
-            return path if path.is_file() and path.stat().st_mtime > state.stat().st_mtime - COPYING else None
-
-        results, samples, predictions = map(newer, ("all_results.json", SAMPLES_FILE, "predictions.csv"))
-        found = _read(results) if results else {}
-        if predictions is None:  # then those of `all_results.json` may be of an earlier training
-            found = {name: value for name, value in found.items() if not name.startswith("predict_")}
-        return cls(
-            folder,
-            _read(state).get("log_history", []),
-            found,
-            CardFacts.find(folder),
-            _read(samples) if samples else None,
-            read_rows(predictions) if predictions else None,
-        )
-
-    @property
-    def name(self) -> str:
-        """`str`: of its folder."""
-        return self.folder.resolve().name
+        log = _log_of(folder)
+        facts = CardFacts.find(folder)
+        if facts is not None and not _is_of(facts, log):
+            facts = None
+        found = folder / "all_results.json"
+        results = read_json(found) if found.is_file() else {}
+        if results.get("train_runtime") not in (None, *(entry.get("train_runtime") for entry in log)):
+            results = {}
+        samples = folder / SAMPLES_FILE
+        told = read_json(samples, "epochs", "histogram", "suspicious") if samples.is_file() else None
+        rows = read_rows(folder / "predictions.csv") if (folder / "predictions.csv").is_file() else None
+        run = cls(folder, log, results, facts, told)
+        tested = next((one.metrics.get("accuracy") for one in run.evaluations if one.split == "test"), None)
+        if rows is not None and tested is not None and abs(rows["correct"].mean() - tested) < 1e-6:
+            run.rows = rows
+        return run
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:
@@ -91,13 +78,25 @@ class Run:
             return sorted(self.facts.evaluations, key=lambda one: one.split == "test")
         found = [(prefix, measured(self.results, prefix)) for prefix in ("eval", "predict")]
         if not any(metrics for _, metrics in found):
-            last = next((entry for entry in reversed(self.log) if "eval_loss" in entry), {})
-            found = [("eval", measured(last, "eval"))]
+            found = list(self._logged_evaluations())
         return [
             Evaluation("test" if prefix == "predict" else prefix, metrics, self.results.get(f"{prefix}_samples"))
             for prefix, metrics in found
             if metrics
         ]
+
+    def _logged_evaluations(self) -> Iterator[tuple[str, dict[str, float]]]:
+        """The last logged metrics of each evaluation set."""
+        prefixes = {name.removesuffix("_loss"): None for entry in self.log for name in entry if EVALUATION.match(name)}
+        for prefix in prefixes:
+            last = next(entry for entry in reversed(self.log) if f"{prefix}_loss" in entry)
+            yield prefix, measured(last, prefix)
+
+    @property
+    def diverged_at(self) -> int | None:
+        """`int`: the first step whose training loss was not a number, if there is one."""
+        bad = [entry["step"] for entry in self.log if "step" in entry and not np.isfinite(entry.get("loss", 0.0))]
+        return min(bad, default=None)
 
     def curve(self, name: str) -> np.ndarray:
         """What was logged under a name: an array `[n, 2]` of steps and finite values."""
@@ -115,11 +114,42 @@ class Run:
         return [name for name in names if name.removeprefix("eval_") not in left_out and len(self.curve(name)) > 1]
 
 
-def _read(path: Path) -> Any:
+def _log_of(folder: Path) -> list[dict[str, Any]]:
+    """What the training of a folder logged: that of the end, or of the newest checkpoint if it never came there."""
+    checkpoints = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
+    paths = [path for path in (folder / STATE, *checkpoints[-1:]) if path.is_file()]
+    if not paths:
+        raise ValueError(
+            f"{folder} has no {STATE}: choose the --output_dir of a training (in Python, call trainer.save_state() "
+            "after train())."
+        )
+    logs = [read_json(path, "log_history")["log_history"] for path in paths]
+    # An earlier part of the same training begins in the same way, whatever the times of the files are.
+    same = len(logs) == 1 or logs[1][:2] == logs[0][:2]
+    older = len(logs) == 1 or paths[1].stat().st_mtime <= paths[0].stat().st_mtime
+    return logs[0] if same or older else logs[1]
+
+
+def _is_of(facts: CardFacts, log: list[dict[str, Any]]) -> bool:
+    """Whether a card is of the training that logged this, and not of another one into the same folder."""
+    seconds = facts.training.get("seconds")
+    return seconds is None or seconds in [entry.get("train_runtime") for entry in log]
+
+
+def read_json(path: Path, *names: str) -> dict[str, Any]:
+    """
+    Read an object.
+
+    Raises:
+        ValueError: if the file holds something else, or lacks one of these names.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): it was cut off or changed; train again.") from None
+        raise ValueError(f"{path} is no JSON ({error}): it was cut off or changed; make it again.") from None
+    if not isinstance(found, dict) or not set(names) <= found.keys():
+        raise ValueError(f"{path} is not what hf_selfkd or transformers write: it lacks {', '.join(names)}.")
+    return found
 
 
 def find_runs(folder: str | Path) -> list[Path]:
@@ -132,5 +162,18 @@ def find_runs(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: choose the --output_dir of a training or the --folder of compare.")
-    cells = sorted(path.parent for path in folder.glob("*/model/trainer_state.json"))
+    if (folder / STATE).is_file() or list(folder.glob(f"checkpoint-*/{STATE}")):
+        return [folder]
+    cells = sorted(path.parent for pattern in (f"model/{STATE}", f"*/model/{STATE}") for path in folder.glob(pattern))
     return cells or [folder]
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """A name a run, the shortest end of its path that tells it from the others."""
+    paths = [run.folder.resolve().parts for run in runs]
+    paths = [path[:-1] if path[-1] == "model" else path for path in paths]  # of a comparison's cells
+    for length in range(1, max(map(len, paths), default=0) + 1):
+        names = ["/".join(path[-length:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(run.folder) for run in runs]

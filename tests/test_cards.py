@@ -75,7 +75,7 @@ def test_classes_are_those_of_the_model(tmp_path, model, kind, classes):
 
 
 @pytest.mark.parametrize(
-    ("samples", "said"), [(40, "40 samples cannot tell a difference below 14.2 points"), (4000, "is over-confident")]
+    ("samples", "said"), [(40, "40 samples cannot tell a difference below 13.8 points"), (4000, "is over-confident")]
 )
 def test_chance_is_not_called_over_confidence(samples, said):
     curve = {"count": [samples], "confidence": [0.8], "accuracy": [0.7]}

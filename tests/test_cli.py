@@ -183,11 +183,33 @@ def test_evaluate_runs_the_script_and_prints_the_figures(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(script_of(task), "main", main)
     status, said = call("evaluate", task, "a/model", "--output-dir", str(tmp_path), "--validation_file", "x.csv")
-    assert status == 0 and seen[:2] == ["--validation_file", "x.csv"] and f"--do_{split}" in seen
+    assert (
+        status == 0
+        and seen[:2] == ["--validation_file", "x.csv"]
+        and seen[seen.index("--do_train") + 1] == "False"
+        and f"--do_{split}" in seen
+    )
     assert seen[seen.index("--model_name_or_path") + 1] == "a/model"
     assert "| Accuracy (%) | 75.00 |" in said and "1.50, so it is over-confident" in said and "runtime" not in said
     status, said = call("evaluate", "fishing", "a/model")
     assert status == 1 and "no task 'fishing'" in said
+    (tmp_path / "trainer_state.json").write_text("{}")
+    for command in ("evaluate", "predict"):
+        status, said = call(command, "text-classification", "a/model", "--output_dir", str(tmp_path))
+        assert status == 1 and "is the folder of a training" in said
+
+
+def test_data_without_labels_are_not_evaluated(tmp_path, monkeypatch):
+    def main(words):
+        (tmp_path / "predict_results.json").write_text(json.dumps({"predict_runtime": 3.0, "predict_samples": 4}))
+
+    monkeypatch.setattr(script_of("text-classification"), "main", main)
+    status, said = call("evaluate", "text-classification", "a/model", "--output-dir", str(tmp_path))
+    assert status == 1 and "use `hf-selfkd predict text-classification`" in said
+    status, said = call("evaluate", "text-classification", "a/model", "none.yaml", "--output-dir", str(tmp_path / "x"))
+    monkeypatch.undo()
+    status, said = call("predict", "text-classification", "a/model", "none.yaml", "--output-dir", str(tmp_path / "x"))
+    assert status == 1 and said.startswith("Error: ") and "none.yaml" in said
 
 
 def test_tables_are_drawn_on_a_terminal_that_is_wide_enough():

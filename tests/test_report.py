@@ -1,6 +1,8 @@
 """The report: wrong labels are found, what is drawn is what was logged, and one page holds all."""
 
+import base64
 import html.parser
+import io
 import json
 import os
 import re
@@ -18,14 +20,15 @@ from hf_selfkd import Seq2SeqSelfKDTrainer
 from hf_selfkd.cards import CardFacts, Evaluation
 from hf_selfkd.comparison import report as comparison
 from hf_selfkd.comparison.cells import Cell
+from hf_selfkd.hub import IGNORED
 from hf_selfkd.metrics import compute_classification_metrics
 from hf_selfkd.metrics.calibration import risk_coverage_of
 from hf_selfkd.report import save_samples, write_report
 from hf_selfkd.report.content import content_of, raw_item
-from hf_selfkd.report.page import make_page, names_of
+from hf_selfkd.report.page import make_page
 from hf_selfkd.report.suspects import Paths, most_suspicious, most_undecided, paths_of
 from hf_selfkd.report.svg import bar_chart, line_chart, reliability_chart, spark_line, ticks
-from hf_selfkd.runs import SAMPLES_FILE, Run, find_runs
+from hf_selfkd.runs import SAMPLES_FILE, Run, find_runs, names_of
 
 
 def trained(out, model, dataset, trainer=None, **options):
@@ -99,9 +102,23 @@ def test_a_sample_is_shown_as_a_picture_or_a_text():
     assert content_of({"image": grey, "label": 1})["image"].startswith("data:image/png;base64,")
     assert content_of({"pixel_values": torch.rand(3, 8, 8)})["image"].startswith("data:image/png;base64,")
     assert content_of({"pixel_values": torch.rand(5, 8, 8)}) == {}
-    assert content_of({"text": "a  <b>\n c", "label": 0}) == {"text": "a <b> c"}
+    assert content_of({"id": "7", "text": "a  <b>\n c", "label": 0}) == {"text": "a <b> c"}
     assert len(content_of({"text": "word " * 1000})["text"]) == 600
     assert content_of({"input_ids": [1, 2]}) == {} and content_of({}) == {}
+
+
+def pixels_of(address):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))))
+
+
+def test_pictures_of_other_modes_are_seen_as_they_are():
+    wide = Image.fromarray((np.arange(64, dtype=np.uint16) * 100).reshape(8, 8))
+    floats = Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8))
+    for image in (wide, floats):
+        shown = pixels_of(content_of({"image": image})["image"])
+        assert shown.min() == 0 and shown.max() == 255
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert (pixels_of(content_of({"image": clear})["image"]) == 255).all()  # nothing but paper
 
 
 def test_the_raw_sample_of_a_transformed_dataset():
@@ -170,6 +187,7 @@ def test_lines_stand_where_their_values_are():
     np.testing.assert_allclose(points[:, 0], points[0, 0] + slope * line[:, 0], atol=0.1)
     height = (points[0, 1] - points[1, 1]) / 2  # y grows downwards
     np.testing.assert_allclose(points[:, 1], points[0, 1] - height * (line[:, 1] - 1), atol=0.1)
+    assert len(line_chart({"one": line * 1e300}, "x")) < 3000 and "1e+0" not in line_chart({"one": line}, "x")
     assert 0 < points.min() and points[:, 0].max() < 560 and points[:, 1].max() < 300
 
 
@@ -247,11 +265,14 @@ def run_folder(path, **changes):
     """A folder as a training leaves it."""
     path.mkdir(parents=True)
     log = [{"step": s, "loss": 3.0 / s, "alpha": 0.1 * s, "epoch": s / 2, "eval_runtime": s} for s in range(1, 7)]
+    log.append({"step": 6, "train_runtime": 12.5, "train_loss": 1.0})
     log += [{"step": s, "eval_loss": 1.0, "eval_accuracy": 0.5 + 0.1 * s, "epoch": s} for s in (2, 4)]
     (path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     curve = {"count": [10, 30], "confidence": [0.4, 0.9], "accuracy": [0.5, 0.7]}
     evaluation = Evaluation("eval", {"accuracy": 0.65, "nll": 1.25, "ece": 17.5}, 40, 6, {}, curve)
-    facts = CardFacts("tiny", "TinyModel", 10, evaluations=[evaluation], settings={"seed": 3})
+    test = Evaluation("test", {"accuracy": 2 / 3, "nll": 0.9}, 3, 6)
+    training = {"seconds": 12.5, "steps": 6}
+    facts = CardFacts("tiny", "TinyModel", 10, evaluations=[evaluation, test], settings={"seed": 3}, training=training)
     facts.method = {"teacher": "history", "alpha": 0.8, "alpha_schedule": "linear", "alpha_reached": 0.8}
     for name, value in changes.items():
         setattr(facts, name, value)
@@ -267,7 +288,7 @@ def run_folder(path, **changes):
 
 def test_a_page_needs_nothing_beside_it(tmp_path):
     page = write_report([run_folder(tmp_path / "run")])
-    assert page == tmp_path / "run" / "report.html"
+    assert page == tmp_path / "run" / "_report.html"
     text = page.read_text()
     reader = Reader(text)
     assert reader.open == [] and "script" not in reader.tags and "link" not in reader.tags
@@ -288,16 +309,71 @@ def test_a_page_tells_what_the_run_left(tmp_path):
     assert "Most suspicious" in text and "Most undecided" not in text
 
 
-def test_what_an_earlier_training_left_is_not_shown(tmp_path):
+def test_what_is_of_another_training_is_not_shown(tmp_path):
+    """A folder that was trained into twice, or that a model was evaluated into."""
     folder = run_folder(tmp_path / "run")
-    (folder / "all_results.json").write_text(json.dumps({"predict_temperature": 2.0, "eval_nll": 1.0}))
+    results = folder / "all_results.json"
+    results.write_text(json.dumps({"predict_temperature": 2.0, "train_runtime": 12.5}))
     assert Run.load(folder).rows is not None and Run.load(folder).results["predict_temperature"] == 2.0
-    for name in ("predictions.csv", SAMPLES_FILE):
-        os.utime(folder / name, (0, 0))
-    run = Run.load(folder)
-    assert run.rows is None and run.samples is None and run.results == {"eval_nll": 1.0}
+    results.write_text(json.dumps({"predict_temperature": 2.0, "train_runtime": 99.0}))
+    assert Run.load(folder).results == {}
+    predictions = (folder / "predictions.csv").read_text()
+    (folder / "predictions.csv").write_text(predictions.replace("1,a,0.8,b,0.2", "1,a,0.8,a,0.8"))
+    assert Run.load(folder).rows is None  # the test accuracy of the card is another one
+    state = json.loads((folder / "trainer_state.json").read_text())
+    state["log_history"] = [
+        {**entry, "train_runtime": 7.0} if "train_runtime" in entry else entry for entry in state["log_history"]
+    ]
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    assert Run.load(folder).facts is None
     made = trained(tmp_path / "run", "resnet", make_samples("images"), alpha=0.0)
     assert save_samples(made) is None and not (folder / SAMPLES_FILE).exists()
+
+
+def test_a_folder_may_be_copied_in_any_order(tmp_path):
+    folder = run_folder(tmp_path / "run")
+    for place, path in enumerate(sorted(folder.iterdir())):
+        os.utime(path, (1000 * place, 1000 * place))
+    run = Run.load(folder)
+    assert run.rows is not None and run.facts is not None and run.samples is not None
+
+
+def test_a_training_that_was_stopped_is_told_by_its_checkpoint(tmp_path):
+    folder = run_folder(tmp_path / "run")
+    whole = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    (folder / "checkpoint-3").mkdir()
+    state = folder / "checkpoint-3" / "trainer_state.json"
+    state.write_text(json.dumps({"log_history": whole[:3]}))
+    assert Run.load(folder).log == whole  # an earlier part of the same training, whatever its time
+    state.write_text(json.dumps({"log_history": [{"step": 1, "loss": 9.0}]}))
+    assert Run.load(folder).log == [{"step": 1, "loss": 9.0}]
+    os.utime(state, (0, 0))
+    assert Run.load(folder).log == whole
+
+
+def test_evaluation_sets_with_names_and_losses_that_are_no_numbers(tmp_path):
+    log = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": 0.0}]
+    log += [{"step": 3, "eval_a_loss": 1.0, "eval_a_nll": 1.0}, {"step": 3, "eval_b_loss": 2.0, "eval_b_nll": 2.0}]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    run = Run.load(tmp_path)
+    assert run.diverged_at == 2 and {one.split: one.metrics["nll"] for one in run.evaluations} == {
+        "eval_a": 1,
+        "eval_b": 2,
+    }
+    assert "Diverged" in make_page([run])
+
+
+def test_uploads_leave_report_and_samples_here(tmp_path):
+    from huggingface_hub.utils import filter_repo_objects
+
+    folder = run_folder(tmp_path / "run")
+    write_report(folder)
+    (folder / "sub").mkdir()
+    (folder / "sub" / SAMPLES_FILE).write_text("{}")
+    paths = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    left = set(filter_repo_objects(paths, ignore_patterns=IGNORED))
+    assert left == {"selfkd_card.json", "predictions.csv"}
+    assert "_report.html" in paths and "_report.html" not in set(filter_repo_objects(paths, ignore_patterns=["_*"]))
 
 
 def test_runs_are_drawn_together(tmp_path):
@@ -322,7 +398,7 @@ def test_a_comparison_has_its_tables_and_models(tmp_path):
     text = page.read_text()
     assert "minus plain, 95 % interval" in text and "<h2>Curves" not in text and Reader(text).open == []
     run_folder(tmp_path / "plain_0" / "model")
-    assert find_runs(tmp_path) == [tmp_path / "plain_0" / "model"]
+    assert find_runs(tmp_path) == find_runs(tmp_path / "plain_0") == [tmp_path / "plain_0" / "model"]
     assert "<h2>Curves" in write_report([tmp_path]).read_text()
 
 
@@ -353,6 +429,12 @@ def test_what_is_no_run_is_told(tmp_path):
     run_folder(tmp_path / "run")
     (tmp_path / "run" / SAMPLES_FILE).write_text('{"samples": 9, "epo')
     refused(lambda: Run.load(tmp_path / "run"), SAMPLES_FILE, "is no JSON")
+    (tmp_path / "run" / SAMPLES_FILE).write_text("{}")
+    refused(lambda: Run.load(tmp_path / "run"), SAMPLES_FILE, "is not what hf_selfkd", "epochs")
+    (tmp_path / "run" / "trainer_state.json").write_text("[]")
+    refused(lambda: Run.load(tmp_path / "run"), "trainer_state.json", "is not what")
+    (tmp_path / "comparison.json").write_text("{}")
+    refused(lambda: write_report(str(tmp_path)), "comparison.json", "is not what", "methods")
     status, said = call("report", str(tmp_path / "none"))
     assert status == 1 and said.startswith("Error: ") and "is no folder" in said
 

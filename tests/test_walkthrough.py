@@ -17,9 +17,9 @@ SHORTER |= {"--methods plain,label-smoothing,history --seeds 0,1,2": "--methods 
 SHORTER |= {"texts.yaml --do_eval\n": "texts.yaml --do_eval --no-cost\n"}
 ELSEWHERE = "import sys\nsys.modules['hf_selfkd'] = None  # not installed where the model is used\n"
 LEFT = """
-    texts/model.safetensors texts/README.md texts/predictions.csv texts/report.html texts/_selfkd_samples.json
+    texts/model.safetensors texts/README.md texts/predictions.csv texts/_report.html texts/_selfkd_samples.json
     compare/comparison.md compare/comparison.html evaluated/predictions.csv evaluated/reliability.png
-    predicted/predictions.csv digits/report.html digits/model.safetensors
+    predicted/predictions.csv digits/_report.html digits/model.safetensors
 """
 
 
@@ -64,7 +64,7 @@ def test_the_walkthrough_runs(tmp_path):
                 done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
                 assert done.returncode == 0 and done.stdout.count("'score'") == 3, done.stderr
                 ran += 1
-        assert not any("_selfkd_samples" in file for file in server.repos["me/languages"])
+        assert not any("_selfkd" in file or "report" in file for file in server.repos["me/languages"])
         assert b"label-smoothing" not in server.repos["me/languages"]["README.md"]  # in this test it was left out
         assert b"| history |" in server.repos["me/languages"]["README.md"]
     assert ran == 10

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ def one_line_errors() -> Iterator[None]:
     """Tell an error of the user's in one line, and end with status 1."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
 
@@ -42,6 +43,15 @@ def check_task(task: str) -> None:
 def predicts(task: str) -> bool:
     """Whether the script of a task writes predictions of a test split."""
     return any("test" in getattr(kind, "SPLITS", ()) for kind in SCRIPTS[task].arguments)
+
+
+def check_output(output_dir: Path) -> None:
+    """
+    Raises:
+        ValueError: if the folder is that of a training, whose predictions and figures would be overwritten.
+    """
+    if (output_dir / "trainer_state.json").is_file():
+        raise ValueError(f"--output-dir {output_dir} is the folder of a training, whose figures stay: choose another.")
 
 
 def script_of(task: str) -> ModuleType:

@@ -20,7 +20,9 @@ def compare(
         str, typer.Option(help=f"With commas, of {', '.join(METHODS)}; 'given' is your settings as they are.")
     ] = ",".join(DEFAULT),
     seeds: Annotated[str, typer.Option(help="With commas; at least three to see a spread.")] = "0,1,2",
-    keep_models: Annotated[bool, typer.Option(help="Keep the trained models.")] = False,
+    keep_models: Annotated[
+        bool, typer.Option("--keep-models", "--keep_models", help="Keep the trained models.")
+    ] = False,
 ) -> None:
     """
     Train each method with each seed, everything else equal, and say what can be concluded.

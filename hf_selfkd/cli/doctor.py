@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,12 @@ from ..comparison.methods import METHODS
 from ..scripts.arguments import SCRIPTS
 from .common import one_line_errors, print_pairs, script_of
 
+
+if TYPE_CHECKING:
+    from ..trainer import SelfKDTrainer
+
+
+BUSY = 0.5  # by which the same steps may differ before they say nothing
 
 # Of a run in a temporary folder, of which nothing is kept.
 _QUIET = (
@@ -31,7 +37,12 @@ def doctor(
     patient: Annotated[str, typer.Argument(help=f"A task ({', '.join(SCRIPTS)}), or the folder of a training.")],
     cost: Annotated[bool, typer.Option(help="Measure what a step costs, beside plain training.")] = True,
     plain_run: Annotated[
-        bool, typer.Option(help="Train plainly with these settings, and say whether softer targets may help.")
+        bool,
+        typer.Option(
+            "--plain-run",
+            "--plain_run",
+            help="Train plainly with these settings, and say whether softer targets may help.",
+        ),
     ] = False,
 ) -> None:
     """
@@ -49,6 +60,9 @@ def doctor(
         if patient in SCRIPTS:
             _before(patient, ctx.args, cost, plain_run)
         elif Path(patient).is_dir():
+            if ctx.args or plain_run:
+                given = " ".join(ctx.args) or "--plain-run"
+                raise ValueError(f"{given}: of a training that is over, the folder {patient} says all; leave it out.")
             _after(Path(patient))
         else:
             raise ValueError(f"{patient} is neither a task ({', '.join(SCRIPTS)}) nor the folder of a training.")
@@ -60,10 +74,11 @@ def _before(task: str, words: list[str], cost: bool, plain_run: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         quiet = [*words, *_QUIET, "--output_dir", folder]
         with _silence():
-            plan = plan_of(script_of(task).build(quiet).trainer)
+            trainer = script_of(task).build(quiet).trainer
+            plan = plan_of(trainer)
         print_pairs(plan)
         if cost:
-            print_pairs({"cost": _cost(task, quiet, distils="Plain training" not in plan["method"])})
+            print_pairs({"cost": _cost(task, quiet, trainer)})
         if plain_run:
             _plain_run(task, quiet, folder)
 
@@ -81,22 +96,30 @@ def _silence() -> Iterator[None]:
         logging.disable(before)
 
 
-def _cost(task: str, words: list[str], distils: bool) -> str:
+def _cost(task: str, words: list[str], planned: SelfKDTrainer) -> str:
     """What a step takes in milliseconds, as asked and plainly: each in turn, twice, as a machine has its moods."""
-    from ..doctor import step_times
+    from ..doctor import short_epochs, step_times
 
-    methods = ((), METHODS["plain"]) if distils else ((),)
+    teaches = planned.distiller is not None and planned.distiller.teaches
+    methods = ((), METHODS["plain"]) if teaches else ((),)
+    words = [*words, "--eval_strategy", "no", *short_epochs(planned)]
     times: list[list[float]] = [[] for _ in methods]
     for _ in range(2):
         for place, flags in enumerate(methods):
             with _silence():
-                trainer = script_of(task).build([*words, "--eval_strategy", "no", *flags]).trainer
-                times[place].append(1000 * step_times(trainer))
+                times[place].append(1000 * step_times(script_of(task).build([*words, *flags]).trainer))
     asked, *plain = [min(part) for part in times]
-    if not math.isfinite(asked):
+    if not all(math.isfinite(one) for part in times for one in part):
         return "the training is too short to measure a step"
-    beside = f", {plain[0]:.1f} ms in plain training ({asked / plain[0]:.2f} times)" if plain else ""
-    return f"{asked:.1f} ms a step{beside}"
+    if not plain:
+        return f"{asked:.1f} ms a step"
+    told = f"{asked:.1f} ms a step, {plain[0]:.1f} ms in plain training"
+    mood = max(max(part) / min(part) for part in times) - 1
+    if mood > BUSY:
+        return f"{told}; this machine is too busy to compare the two"
+    if abs(asked / plain[0] - 1) <= mood:
+        return f"{told}: no difference beyond the {100 * mood:.0f} % that this machine varies by"
+    return f"{told} ({asked / plain[0]:.2f} times)"
 
 
 def _plain_run(task: str, words: list[str], folder: str) -> None:
@@ -113,10 +136,10 @@ def _plain_run(task: str, words: list[str], folder: str) -> None:
 
 def _after(folder: Path) -> None:
     from ..doctor import diagnose, symptoms_of
-    from ..runs import Run, find_runs
+    from ..runs import Run, find_runs, names_of
 
-    for path in find_runs(folder):
-        run = Run.load(path)
-        typer.echo(f"{run.name}:")
+    runs = [Run.load(path) for path in find_runs(folder)]
+    for run, name in zip(runs, names_of(runs), strict=True):
+        typer.echo(f"{name}:")
         for sentence in diagnose(symptoms_of(run)):
             typer.echo(f"  {sentence}")

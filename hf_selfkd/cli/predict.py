@@ -8,14 +8,16 @@ from typing import Annotated
 import typer
 
 from ..scripts.arguments import SCRIPTS
-from .common import check_task, one_line_errors, predicts, script_of
+from .common import check_output, check_task, one_line_errors, predicts, script_of
 
 
 def predict(
     ctx: typer.Context,
     task: Annotated[str, typer.Argument(help=f"One of {', '.join(name for name in SCRIPTS if predicts(name))}.")],
     model: Annotated[str, typer.Argument(help="Folder or Hub id of the model.")],
-    output_dir: Annotated[Path, typer.Option(help="For the predictions.")] = Path("outputs/predict"),
+    output_dir: Annotated[Path, typer.Option("--output-dir", "--output_dir", help="For the predictions.")] = Path(
+        "outputs/predict"
+    ),
 ) -> None:
     """
     Write what a model says of every sample: its class and probability, or its translation. No labels are needed.
@@ -30,8 +32,9 @@ def predict(
             raise ValueError(
                 f"{task} has nothing to predict: use `hf-selfkd evaluate {task}`, or a pipeline to write."
             )
-    words = ["--model_name_or_path", model, "--do_predict", "--output_dir", str(output_dir), "--report_to", "none"]
-    script_of(task).main([*ctx.args, *words])
+        check_output(output_dir)
+        words = ["--model_name_or_path", model, "--do_predict", "--do_train", "False", "--report_to", "none"]
+        script_of(task).main([*ctx.args, *words, "--output_dir", str(output_dir)])
     for name in ("predictions.csv", "predictions.txt"):
         if (output_dir / name).is_file():
             typer.echo(f"Wrote {output_dir / name}")

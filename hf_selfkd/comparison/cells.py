@@ -114,7 +114,8 @@ class Comparison:
         place = self.place(method, seed)
         shutil.rmtree(place, ignore_errors=True)  # of a run that was stopped
         place.mkdir(parents=True)
-        words = [*self.words, "--do_train", "--do_eval", "--report_to", "none", *METHODS[method]]
+        words = [*self.words, "--do_train", "--do_eval", "--report_to", "none", "--push_to_hub", "False"]
+        words += METHODS[method]
         words += ["--seed", str(seed), "--output_dir", str(place / "model")]
         with (place / "log.txt").open("w") as log:
             command = [sys.executable, "-m", "hf_selfkd", "train", self.task, *words]
@@ -144,7 +145,7 @@ def read_rows(path: Path) -> dict[str, np.ndarray] | None:
     """What `predictions.csv` says of each sample; `None` if it has no labels."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    if not rows or "label" not in rows[0]:
+    if not rows or not {"prediction", "label", "confidence", "label_probability"} <= rows[0].keys():
         return None
     numbers = {name: np.array([float(row[name]) for row in rows]) for name in ("label_probability", "confidence")}
     if not all(np.isfinite(values).all() for values in numbers.values()):

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
 
 
 if TYPE_CHECKING:
     from ..trainer import SelfKDMixin
 
-WARM_UP, MEASURED = 3, 8  # optimizer steps
+FIRST, MEASURED = 6, 8  # optimizer steps: of a shortened first epoch, and of later ones
 
 
 class _Clock(TrainerCallback):
@@ -30,7 +31,7 @@ class _Clock(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         _wait_for(args.device)
         self.seconds.append(time.perf_counter() - self._start)
-        if len(self.seconds) == WARM_UP + MEASURED:
+        if len(self.seconds) == FIRST + MEASURED:
             control.should_training_stop = True
         control.should_evaluate = control.should_save = control.should_log = False
 
@@ -40,10 +41,25 @@ def _wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def short_epochs(trainer: SelfKDMixin) -> list[str]:
+    """
+    Flags that make epochs of a few steps, so that what is measured is an epoch in which the past teaches; none for a
+    training of one epoch, or of few samples.
+
+    Args:
+        trainer ([`SelfKDTrainer`]): after [`plan_of`].
+    """
+    args, data = trainer.args, trainer.train_dataset
+    samples = FIRST * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if trainer.state.num_train_epochs < 2 or not has_length(data) or len(data) <= samples:
+        return []
+    return ["--max_train_samples", str(samples), "--max_steps", "-1", "--num_train_epochs", "4"]
+
+
 def step_times(trainer: SelfKDMixin) -> float:
     """
-    Seconds of an optimizer step: the median of a few, without reading the data. The first epoch is measured, in which
-    a history is written and not read yet (reading costs about as much as writing). The trainer is used up.
+    Seconds of an optimizer step: the median of a few after the first six, without reading the data. The trainer is
+    used up.
 
     Args:
         trainer ([`SelfKDTrainer`]): as it would train; its output folder should be a temporary one.
@@ -54,5 +70,5 @@ def step_times(trainer: SelfKDMixin) -> float:
     clock = _Clock()
     trainer.add_callback(clock)
     trainer.train()
-    measured = clock.seconds[WARM_UP:]
+    measured = clock.seconds[FIRST:]
     return statistics.median(measured) if measured else float("nan")

@@ -7,6 +7,8 @@ docs/results.md.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +22,7 @@ CALM = 2.0  # points that confidence and accuracy may differ before that is wort
 CONFIDENT = 5.0  # points of over-confidence from which softer targets have been worth their while
 FITTED = 0.5  # of the held-out NLL: a training loss below it means that training samples are known by heart
 UNFITTED = 0.85  # of the held-out NLL: a training loss above it means that there is more to learn
+NEARLY_NOTHING = 0.05  # nats: of losses below it ratios say nothing
 NOISIER = 1.25  # of the held-out NLL: a training loss above it means that training labels or inputs are harder
 
 
@@ -29,6 +32,7 @@ class Symptoms:
     The figures of a training that tell how it went.
 
     Args:
+        split (`str`): of the held-out figures.
         nll (`float`, *optional*): negative log-likelihood of held-out labels, in nats.
         accuracy, confidence (`float`, *optional*): of held-out samples, as fractions; the confidence is a mean.
         samples (`int`, *optional*): number of held-out samples.
@@ -36,10 +40,16 @@ class Symptoms:
         temperature (`float`, *optional*): that would calibrate the model.
         teacher (`str`): that taught; `"none"` for plain training.
         alpha, alpha_reached (`float`): planned for the last epoch, and at the end.
+        schedule (`str`): of alpha.
         smoothing (`float`): of the labels.
-        augmented (`bool`): whether heads or mixed images make the training loss one of other inputs.
+        heads (`bool`): whether auxiliary heads learned.
+        mixed (`bool`): whether images were mixed.
+        images (`bool`): whether the model classifies images.
+        known (`bool`): whether what was done is known, and not only logged figures.
+        diverged_at (`int`, *optional*): the first step whose loss was not a number.
     """
 
+    split: str = "eval"
     nll: float | None = None
     accuracy: float | None = None
     confidence: float | None = None
@@ -49,8 +59,13 @@ class Symptoms:
     teacher: str = "none"
     alpha: float = 0.0
     alpha_reached: float = 0.0
+    schedule: str = "linear"
     smoothing: float = 0.0
-    augmented: bool = False
+    heads: bool = False
+    mixed: bool = False
+    images: bool = False
+    known: bool = True
+    diverged_at: int | None = None
 
     @property
     def gap(self) -> float | None:
@@ -67,9 +82,18 @@ class Symptoms:
         return noise_of_gap(self.accuracy, self.samples)
 
     @property
-    def distils(self) -> bool:
-        """`bool`: whether the targets were softened in any way."""
-        return self.teacher != "none" or self.smoothing > 0
+    def plain(self) -> bool:
+        """`bool`: whether nothing but labels and samples as they are was learned from, as far as is known."""
+        return self.known and self.teacher == "none" and not (self.smoothing or self.heads or self.mixed)
+
+    @property
+    def fitted(self) -> bool | None:
+        """`bool`: whether training samples are fitted as well as others are, `None` if that cannot be told."""
+        if self.train_loss is None or self.nll is None or not self.nll > 0 or not self.known:
+            return None
+        if self.smoothing or self.heads or self.mixed:
+            return None  # the training loss is of other targets or inputs
+        return self.train_loss <= UNFITTED * self.nll or max(self.train_loss, self.nll) < NEARLY_NOTHING
 
     def reliability(self, evaluation: Evaluation) -> None:
         """Take accuracy and confidence over from an evaluation, where it has them."""
@@ -92,10 +116,10 @@ def softer_targets_help(symptoms: Symptoms) -> bool | None:
         `bool` or `None`: `None` where it cannot be told.
     """
     gap = symptoms.gap
-    if gap is None or (abs(gap) < CONFIDENT and abs(gap) <= symptoms.noise):
+    if gap is None or abs(gap) <= symptoms.noise:
         return None
     if gap >= CONFIDENT:
-        return True
+        return None if symptoms.fitted is False else True
     return False if gap < CALM else None
 
 
@@ -106,18 +130,26 @@ def diagnose(symptoms: Symptoms) -> list[str]:
     Args:
         symptoms ([`Symptoms`]): what is known of it.
     """
+    if symptoms.diverged_at is not None:
+        return [
+            f"Diverged: the loss of step {symptoms.diverged_at:,} was not a number. Lower learning_rate, clip "
+            "gradients (max_grad_norm=1), or look for broken samples."
+        ]
     said = [_confidence(symptoms), _fit(symptoms), _progress(symptoms), _advice(symptoms)]
     return [sentence for sentence in said if sentence] or [
-        "Nothing can be said: there are no held-out figures. Evaluate with "
-        "compute_metrics=compute_classification_metrics."
+        "Nothing can be said: no held-out figures were found. Evaluate with "
+        "compute_metrics=compute_classification_metrics, and write a card (trainer.create_model_card())."
     ]
 
 
 def _confidence(symptoms: Symptoms) -> str:
     gap = symptoms.gap
-    if gap is None:
+    if gap is None or not math.isfinite(gap):
         return ""
-    shown = f"mean confidence {100 * symptoms.confidence:.1f} %, accuracy {100 * symptoms.accuracy:.1f} %"
+    shown = (
+        f"mean confidence {100 * symptoms.confidence:.1f} %, accuracy {100 * symptoms.accuracy:.1f} % "
+        f"(split {symptoms.split})"
+    )
     if abs(gap) <= max(CALM, symptoms.noise):
         limit = f"; {symptoms.samples:,} samples cannot tell less than {symptoms.noise:.1f} points" if gap else ""
         return f"Calibrated, as far as can be told: {shown}{limit if symptoms.noise > CALM else ''}."
@@ -133,21 +165,23 @@ def _confidence(symptoms: Symptoms) -> str:
 
 def _fit(symptoms: Symptoms) -> str:
     loss, nll = symptoms.train_loss, symptoms.nll
-    if loss is None or nll is None or not nll > 0:
+    if loss is None or nll is None or not nll > 0 or not symptoms.known:
         return ""
     shown = f"training loss {loss:.3g}, held-out NLL {nll:.3g}"
-    if symptoms.augmented or symptoms.smoothing:
+    if symptoms.fitted is None:
         return (
             f"Fit: {shown}; the training loss is of other inputs or targets than the NLL, so the two do not compare."
         )
+    if max(loss, nll) < NEARLY_NOTHING:
+        return f"Fits its training data and others: {shown}."
     if loss < FITTED * nll:
         return f"Fits its training data far better than others: {shown}."
     if loss > NOISIER * nll:
         return (
-            f"Its training data are harder than others: {shown}. Some of their labels may be wrong (the report shows "
-            "the most suspicious), or augmentation is strong."
+            f"Its training data are harder than others: {shown}. Augmentation or dropout is strong, or some labels "
+            "are wrong (the report shows the most suspicious)."
         )
-    if loss > UNFITTED * nll:
+    if not symptoms.fitted:
         return (
             f"Has not fitted its training data: {shown}. More epochs, a higher learning rate, or with SGD "
             "max_grad_norm=0 come first."
@@ -156,7 +190,8 @@ def _fit(symptoms: Symptoms) -> str:
 
 
 def _progress(symptoms: Symptoms) -> str:
-    if symptoms.alpha and symptoms.alpha_reached < 0.75 * symptoms.alpha:
+    planned = symptoms.alpha if symptoms.schedule != "calibrated" else 0  # which goes where held-out data say
+    if symptoms.alpha_reached < 0.75 * planned:
         return (
             f"alpha reached {symptoms.alpha_reached:.2g} of {symptoms.alpha:.2g}: the run ended before the length it "
             "was planned for, and self-distillation did little. Plan fewer epochs, or alpha_schedule='constant'."
@@ -166,13 +201,17 @@ def _progress(symptoms: Symptoms) -> str:
 
 def _advice(symptoms: Symptoms) -> str:
     gap = symptoms.gap
-    if gap is None:
+    if not symptoms.known:
         return ""
-    if symptoms.distils or symptoms.augmented:
+    if gap is None:
+        told = "Confidence was not compared with accuracy, so nothing can be said of softer targets: compare"
+        return f"{told} (`hf-selfkd compare`)." if symptoms.plain and symptoms.nll is not None else ""
+    if not symptoms.plain:
         return _advice_on_method(symptoms)
     helps = softer_targets_help(symptoms)
     if helps:
-        return "Softer targets are likely to help: try alpha=0.8, for images also auxiliary_heads='sla', alpha=0."
+        heads = " for images also auxiliary_heads='sla' with alpha=0," * symptoms.images
+        return f"Softer targets are likely to help: try alpha=0.8,{heads} beside this run."
     if helps is None:
         return "Whether softer targets would help cannot be told from this: compare (`hf-selfkd compare`)."
     return (
@@ -184,14 +223,31 @@ def _advice(symptoms: Symptoms) -> str:
 def _advice_on_method(symptoms: Symptoms) -> str:
     """What to change where targets were softened, heads taught or images mixed."""
     beyond = max(CALM, symptoms.noise)
-    if symptoms.gap < -beyond:
-        softer = "a lower alpha, alpha_schedule='calibrated' (if held-out labels are right), or " * symptoms.distils
-        return (
-            f"To try: {softer}dividing the logits by the temperature. Under-confidence alone does not hurt the "
-            "ranking: look at AURC first."
-        )
-    if symptoms.gap > beyond:
-        if not symptoms.distils:
-            return "To try: alpha=0.8 beside it."
-        return "To try: a higher alpha, more epochs at it, or auxiliary_heads='sla' for images."
-    return ""
+    if abs(symptoms.gap) <= beyond:
+        return ""
+    tries = list(_softer(symptoms) if symptoms.gap > 0 else _harder(symptoms))
+    last = " Under-confidence alone does not hurt the ranking: look at AURC first." if symptoms.gap < 0 else ""
+    return f"To try: {', or '.join(tries)}.{last}"
+
+
+def _softer(symptoms: Symptoms) -> Iterator[str]:
+    if symptoms.teacher != "none":
+        if symptoms.alpha < 1:
+            yield "a higher alpha"
+    elif symptoms.smoothing:
+        yield "PS-KD (alpha=0.8) in place of label smoothing"
+    else:
+        yield "alpha=0.8 beside it"
+    if symptoms.images and not symptoms.heads:
+        yield "auxiliary_heads='sla'"
+    yield "dividing the logits by the temperature"
+
+
+def _harder(symptoms: Symptoms) -> Iterator[str]:
+    if symptoms.teacher != "none":
+        yield "a lower alpha"
+        if symptoms.schedule != "calibrated":
+            yield "alpha_schedule='calibrated' (if held-out labels are right)"
+    if symptoms.smoothing:
+        yield "a lower label_smoothing_factor"
+    yield "dividing the logits by the temperature"

@@ -51,7 +51,7 @@ def plan_of(trainer: SelfKDMixin) -> dict[str, str]:
     plan = {"data": _data(trainer), "model": _model(trainer), "steps": _steps(trainer)}
     if distiller is None:
         return plan | {"method": "Plain training: nothing is distilled."}
-    plan["method"] = _method(distiller)
+    plan["method"] = _method(distiller, trainer.method.warm_start_teacher)
     if isinstance(distiller.teacher, HistoryTeacher):
         plan["history"] = _history(trainer, distiller)
     heads = heads_of(trainer.model)
@@ -73,7 +73,7 @@ def _data(trainer: SelfKDMixin) -> str:
     told = f"{len(data):,} training samples" if has_length(data) else "a stream of training samples"
     held_out = trainer.eval_dataset
     if held_out is None:
-        return told + "; no evaluation set, so nothing will tell how far the model can be trusted"
+        return told + "; no evaluation set while training (do_eval)"
     sets = held_out.values() if isinstance(held_out, dict) else [held_out]
     if all(has_length(part) for part in sets):
         return told + f", {sum(len(part) for part in sets):,} to evaluate on"
@@ -91,15 +91,17 @@ def _model(trainer: SelfKDMixin) -> str:
 def _steps(trainer: SelfKDMixin) -> str:
     args, steps, epochs = trainer.args, trainer.state.max_steps, trainer.state.num_train_epochs
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    told = f"{steps:,} steps of {batch} samples"
+    told = f"{steps:,} step{'s' if steps > 1 else ''} of {batch} samples"
     return told + f", {epochs} epoch{'s' if epochs > 1 else ''}" if has_length(trainer.train_dataset) else told
 
 
-def _method(distiller: SelfDistiller) -> str:
+def _method(distiller: SelfDistiller, warm_start: bool) -> str:
     kind, alpha = distiller.teacher.kind, distiller.alpha
     if kind == "none" or not alpha:
         return "labels as they are (no teacher)"
-    when = "from the first epoch on" if distiller.teacher.first_epoch == 0 else "from the second epoch on"
+    when = (
+        "from the first epoch on" if warm_start or distiller.teacher.first_epoch == 0 else "from the second epoch on"
+    )
     told = f"teacher {kind!r}, which acts {when}; alpha by the schedule {distiller.schedule!r}"
     if distiller.schedule in ("linear", "cosine"):
         epochs = distiller.num_epochs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..cards import Evaluation
 from ..runs import Run
 from .diagnosis import Symptoms
 
@@ -23,21 +24,31 @@ def symptoms_of(run: Run) -> Symptoms:
         teacher=method.get("teacher", "none"),
         alpha=method.get("alpha", 0.0),
         alpha_reached=method.get("alpha_reached", 0.0),
+        schedule=method.get("alpha_schedule", "linear"),
         smoothing=method.get("label_smoothing", 0.0),
-        augmented=bool(method.get("auxiliary_heads") or method.get("mixing")),
+        heads=bool(method.get("auxiliary_heads")),
+        mixed=bool(method.get("mixing")),
+        images=run.facts is not None and run.facts.task == "image-classification",
+        known=bool(method),
+        diverged_at=run.diverged_at,
     )
     losses = run.curve("hard_loss") if len(run.curve("hard_loss")) else run.curve("loss")
     if len(losses):
         count = max(1, round(LAST * len(losses)))
         symptoms.train_loss = float(losses[-count:, 1].mean())
-    for evaluation in run.evaluations:
-        metrics = evaluation.metrics
-        nll = next((metrics[name] for name in ("nll", "token_nll", "loss") if name in metrics), None)
-        symptoms.nll = nll if nll is not None and np.isfinite(nll) else symptoms.nll
-        symptoms.temperature = metrics.get("temperature", symptoms.temperature)
-        symptoms.reliability(evaluation)
-    if run.rows is not None:
+    if run.evaluations:
+        _take(symptoms, run.evaluations[-1], run)
+    return symptoms
+
+
+def _take(symptoms: Symptoms, evaluation: Evaluation, run: Run) -> None:
+    """The held-out figures, all of one evaluation."""
+    metrics, symptoms.split = evaluation.metrics, evaluation.split
+    nll = next((metrics[name] for name in ("nll", "token_nll", "loss") if name in metrics), None)
+    symptoms.nll = nll if nll is not None and np.isfinite(nll) else None
+    symptoms.reliability(evaluation)
+    symptoms.temperature = metrics.get("temperature")
+    if evaluation.split == "test" and run.rows is not None:
         symptoms.accuracy, symptoms.confidence = (float(run.rows[name].mean()) for name in ("correct", "confidence"))
         symptoms.samples = len(run.rows["correct"])
-    symptoms.temperature = run.results.get("predict_temperature", symptoms.temperature)
-    return symptoms
+        symptoms.temperature = run.results.get("predict_temperature")

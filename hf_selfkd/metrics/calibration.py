@@ -277,13 +277,16 @@ def metrics_or_nan(scores: RowScores) -> dict[str, float]:
 
 def noise_of_gap(accuracy: float, samples: int) -> float:
     """
-    Percentage points by which mean confidence and accuracy may differ by chance, with 95 % confidence.
+    Percentage points by which mean confidence and accuracy may differ by chance, with 95 % confidence, also where few
+    samples are all right or all wrong (Agresti and Coull, The American Statistician, 1998).
 
     Args:
         accuracy (`float`): a fraction.
         samples (`int`): that it was measured on.
     """
-    return 196 * math.sqrt(accuracy * (1 - accuracy) / samples)
+    count = samples + 4
+    centre = (samples * accuracy + 2) / count
+    return 196 * math.sqrt(centre * (1 - centre) / count)
 
 
 def perplexity(nll: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def content_of(item: Mapping[str, Any], tokenizer: Any = None) -> dict[str, str]
     texts = [value for value in item.values() if isinstance(value, str)]
     if not texts and "input_ids" in item and hasattr(tokenizer, "decode"):
         texts = [tokenizer.decode(_listed(item["input_ids"]), skip_special_tokens=True)]
-    return {"text": _cut(" · ".join(texts))} if texts else {}
+    return {"text": _cut(max(texts, key=len))} if texts else {}  # the others may be names, paths, labels
 
 
 def _listed(tokens: Any) -> list[int]:
@@ -60,21 +61,34 @@ def _cut(text: str) -> str:
 
 
 def _picture(pixels: np.ndarray) -> dict[str, str]:
-    """Of an array `[C, H, W]` or `[H, W, C]`, stretched to the whole range of grey."""
-    try:
-        from PIL import Image
-    except ImportError:
+    """Of an array `[C, H, W]` or `[H, W, C]`; nothing without Pillow."""
+    if find_spec("PIL") is None:
         return {}
     if pixels.shape[0] in (1, 3):
         pixels = pixels.transpose(1, 2, 0)
     if pixels.shape[2] not in (1, 3):
         return {}
+    return {"image": _address(_grey(pixels[..., 0] if pixels.shape[2] == 1 else pixels))}
+
+
+def _grey(pixels: np.ndarray) -> Any:
+    """A picture of an array `[H, W]` or `[H, W, 3]`, stretched to the whole range."""
+    from PIL import Image
+
     low, high = float(pixels.min()), float(pixels.max())
-    grey = np.uint8(255 * (pixels - low) / max(high - low, 1e-6))
-    return {"image": _address(Image.fromarray(grey[..., 0] if grey.shape[2] == 1 else grey))}
+    return Image.fromarray(np.uint8(255 * (pixels - low) / max(high - low, 1e-6)))
 
 
 def _address(image: Any) -> str:
+    if image.mode[0] in "IF":  # 16 or 32 bits a pixel: stretched, as they would be white or black
+        values = np.asarray(image, dtype=np.float32)
+        image = _grey(values)
+    elif "A" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        paper = image.copy()
+        paper.paste((255, 255, 255, 255), (0, 0, *image.size))
+        paper.alpha_composite(image)
+        image = paper
     image = image.convert("RGB")
     image.thumbnail((PIXELS, PIXELS))
     file = io.BytesIO()

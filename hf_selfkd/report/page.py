@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from .._version import __version__
+from ..cards import CardFacts
 from ..cards.names import METRICS, metric
 from ..cards.render import describe_method
 from ..doctor.diagnosis import diagnose
 from ..doctor.symptoms import symptoms_of
 from ..metrics.calibration import risk_coverage_of
-from ..runs import Run
+from ..runs import Run, names_of
 from .svg import bar_chart, line_chart, reliability_chart, spark_line
 
 
@@ -68,17 +69,6 @@ def make_page(runs: Sequence[Run], comparison: str = "", title: str | None = Non
     )
 
 
-def names_of(runs: Sequence[Run]) -> list[str]:
-    """A name a run, the shortest end of its path that tells it from the others."""
-    paths = [run.folder.resolve().parts for run in runs]
-    paths = [path[:-1] if path[-1] == "model" else path for path in paths]  # of a comparison's cells
-    for length in range(1, max(map(len, paths), default=0) + 1):
-        names = ["/".join(path[-length:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    return [str(run.folder) for run in runs]
-
-
 def _safe(text: Any) -> str:
     return html.escape(str(text))
 
@@ -95,13 +85,18 @@ def _heading(text: str, name: str) -> str:
 def _opening(runs: Sequence[Run]) -> str:
     facts = [run.facts for run in runs if run.facts is not None]
     if runs and not facts:
-        return '<p class="soft">Without a model card the method of these runs is not known.</p>'
+        told = "Without a model card the method of these runs is not known: trainer.create_model_card() writes one."
+        return f'<p class="soft">{told}</p>'
     if not facts:
         return ""
-    data = facts[0].data.get("samples")
-    what = f"{facts[0].model_class}" + (f", {facts[0].parameters:,} parameters" if facts[0].parameters else "")
-    told = f"<p>{_safe(what)}{f', trained on {data:,} samples' if data else ''}.</p>"
+    told = "".join(f"<p>{_safe(line)}</p>" for line in dict.fromkeys(_model(one) for one in facts))
     return told + (f"<p>{_with_code(describe_method(facts[0]))}</p>" if len(runs) == 1 else "")
+
+
+def _model(facts: CardFacts) -> str:
+    size = f", {facts.parameters:,} parameters" if facts.parameters else ""
+    samples = facts.data.get("samples")
+    return f"{facts.model_class}{size}{f', trained on {samples:,} samples' if samples else ''}."
 
 
 def _verdict(run: Run, name: str) -> str:
@@ -122,7 +117,9 @@ def _results(runs: Sequence[Run], names: Sequence[str]) -> str:
         for one in run.evaluations:
             columns[f"{name}, {one.split}" if len(runs) > 1 else one.split] = one.metrics
     known = {key for metrics in columns.values() for key in metrics}
-    keys = [key for key in METRICS if key in known] + sorted(known - METRICS.keys() - {"temperature"})
+    few = all(found.get("top5_accuracy", 1) == 1 for found in columns.values())  # classes: it is always right
+    known -= {"temperature"} | ({"top5_accuracy"} if few else set())
+    keys = [key for key in METRICS if key in known] + sorted(known - METRICS.keys())
     body = [
         [
             metric(key).name,

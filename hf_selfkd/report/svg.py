@@ -15,6 +15,7 @@ WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 44
 COLOURS = 6  # classes `c0` to `c5` of the style sheet
 POINTS = 400  # of a line, at most
+LARGEST = 1e30  # what is beyond is drawn there
 
 
 def line_chart(lines: Mapping[str, np.ndarray], x_label: str, y_label: str = "", from_zero: bool = False) -> str:
@@ -26,6 +27,7 @@ def line_chart(lines: Mapping[str, np.ndarray], x_label: str, y_label: str = "",
         x_label (`str`), y_label (`str`, *optional*): of the axes.
         from_zero (`bool`, *optional*, defaults to `False`): whether the y axis begins at 0.
     """
+    lines = {name: np.clip(line, -LARGEST, LARGEST) for name, line in lines.items()}
     points = np.concatenate([line for line in lines.values() if len(line)])
     frame = _Frame(points, from_zero)
     parts = [frame.axes(x_label, y_label)]
@@ -141,7 +143,7 @@ class _Frame:
 
 
 def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e5 else f"{value:.4g}"
 
 
 def _safe(text: str) -> str:

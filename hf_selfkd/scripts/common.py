@@ -260,7 +260,7 @@ def predict_classes(trainer: SelfKDTrainer, dataset: Dataset) -> None:
         writer = csv.writer(file)
         writer.writerow(["row", *columns])
         for row, values in enumerate(zip(*columns.values(), strict=True)):
-            writer.writerow([row, *(f"{value:.6g}" if isinstance(value, float) else value for value in values)])
+            writer.writerow([row, *(f"{value:.9g}" if isinstance(value, float) else value for value in values)])
 
 
 def temperature_of(logits: np.ndarray, labels: np.ndarray) -> float:
