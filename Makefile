@@ -15,9 +15,9 @@ demo: $(VENV)/.demo
 demo-translation: $(VENV)/.translation
 	$(BIN)/hf-selfkd train translation
 
-# One thread a process: two processes of two threads each would fight for two cores.
+# Files in the order of tests/conftest.py. One thread a process: two processes of two threads each would fight for two cores.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-oldest: $(OLDEST)/.oldest
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
