@@ -504,10 +504,13 @@ def words_of(function: Callable) -> Iterator[Word]:
         part = next((get_args(part)[0] for part in (hint, *get_args(hint)) if get_origin(part) is list), hint)
         kinds = [{"str": "text", "Path": "path"}.get(kind, kind) for kind in kinds_of(part)]
         option, dashed = isinstance(info, OptionInfo), one.name.replace("_", "-")
+        # In an `Annotated`, typer finds the first of the names that are given where the default would be.
+        given = (info.default, *(info.param_decls or ()))
+        declared = [word for word in given if isinstance(word, str) and word.startswith("--")]
         if not option:
             names = [one.name.upper()]
-        elif info.param_decls:
-            names = list(info.param_decls)
+        elif declared:
+            names = declared
         else:
             names = [f"--{dashed}", f"--no-{dashed}"] if hint is bool else [f"--{dashed}"]
         yield Word(names, kinds[0] + (", several" if several else ""), default, text, option)
