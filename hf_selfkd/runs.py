@@ -63,7 +63,11 @@ class Run:
         if results.get("train_runtime") not in (None, *(entry.get("train_runtime") for entry in log)):
             results = {}
         samples = folder / SAMPLES_FILE
-        told = read_json(samples, "epochs", "histogram", "suspicious") if samples.is_file() else None
+        told = (
+            read_json(samples, "samples", "epochs", "per_token", "histogram", "suspicious")
+            if samples.is_file()
+            else None
+        )
         rows = read_rows(folder / "predictions.csv") if (folder / "predictions.csv").is_file() else None
         run = cls(folder, log, results, facts, told)
         tested = next((one.metrics.get("accuracy") for one in run.evaluations if one.split == "test"), None)

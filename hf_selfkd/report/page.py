@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import html
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,9 @@ from ..doctor.diagnosis import diagnose
 from ..doctor.symptoms import symptoms_of
 from ..metrics.calibration import risk_coverage_of
 from ..runs import Run, names_of
-from .svg import bar_chart, line_chart, reliability_chart, spark_line
+from .gallery import gallery
+from .parts import figure, heading, safe, table, with_code
+from .svg import line_chart, reliability_chart
 
 
 # What is logged, how its axis is called, and what it means; what is not known here is drawn under its own name.
@@ -39,9 +39,6 @@ CURVES = {
 FIRST = ("loss", "hard_loss", "eval_loss", "alpha", "target_entropy", "past_agreement", "eval_accuracy", "eval_ece")
 
 
-DARKEST = 50  # per cent of colour behind a token that was not believed at all
-
-
 def make_page(runs: Sequence[Run], comparison: str = "", title: str | None = None) -> str:
     """
     The report of some trainings.
@@ -53,33 +50,20 @@ def make_page(runs: Sequence[Run], comparison: str = "", title: str | None = Non
     """
     names = names_of(runs)
     title = title or " · ".join(names[:4]) + (" …" if len(names) > 4 else "")
-    parts = [f"<h1>{_safe(title)}</h1>", _opening(runs)]
+    parts = [f"<h1>{safe(title)}</h1>", _opening(runs)]
     parts += [_verdict(run, name if len(runs) > 1 else "") for run, name in zip(runs, names, strict=True)]
     parts += [comparison, _results(runs, names), _calibration(runs, names), _curves(runs, names)]
-    parts += [_samples(run, name if len(runs) > 1 else "") for run, name in zip(runs, names, strict=True)]
+    parts += [gallery(run, name if len(runs) > 1 else "") for run, name in zip(runs, names, strict=True)]
     parts += [_settings(run, name if len(runs) > 1 else "") for run, name in zip(runs, names, strict=True)]
     parts.append(f"<footer><p>Made by <code>hf-selfkd report</code>, hf_selfkd {__version__}.</p></footer>")
     style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_safe(title)}</title>\n<style>\n{style}</style></head>\n<body><main>\n"
+        f"<title>{safe(title)}</title>\n<style>\n{style}</style></head>\n<body><main>\n"
         + "\n".join(part for part in parts if part)
         + "\n</main></body></html>\n"
     )
-
-
-def _safe(text: Any) -> str:
-    return html.escape(str(text))
-
-
-def _with_code(text: str) -> str:
-    """Markdown's `code` as HTML."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", _safe(text))
-
-
-def _heading(text: str, name: str) -> str:
-    return f"<h2>{_safe(text)}{f': {_safe(name)}' if name else ''}</h2>"
 
 
 def _opening(runs: Sequence[Run]) -> str:
@@ -89,8 +73,8 @@ def _opening(runs: Sequence[Run]) -> str:
         return f'<p class="soft">{told}</p>'
     if not facts:
         return ""
-    told = "".join(f"<p>{_safe(line)}</p>" for line in dict.fromkeys(_model(one) for one in facts))
-    return told + (f"<p>{_with_code(describe_method(facts[0]))}</p>" if len(runs) == 1 else "")
+    told = "".join(f"<p>{safe(line)}</p>" for line in dict.fromkeys(_model(one) for one in facts))
+    return told + (f"<p>{with_code(describe_method(facts[0]))}</p>" if len(runs) == 1 else "")
 
 
 def _model(facts: CardFacts) -> str:
@@ -100,14 +84,8 @@ def _model(facts: CardFacts) -> str:
 
 
 def _verdict(run: Run, name: str) -> str:
-    sentences = "".join(f"<p>{_with_code(sentence)}</p>" for sentence in diagnose(symptoms_of(run)))
-    return f'<section class="verdict">{f"<strong>{_safe(name)}</strong>" if name else ""}{sentences}</section>'
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    rows = ["".join(f"<th>{_safe(cell)}</th>" for cell in head)]
-    rows += ["".join(f"<td>{_safe(cell)}</td>" for cell in row) for row in body]
-    return '<div class="wide"><table>' + "".join(f"<tr>{row}</tr>" for row in rows) + "</table></div>"
+    sentences = "".join(f"<p>{with_code(sentence)}</p>" for sentence in diagnose(symptoms_of(run)))
+    return f'<section class="verdict">{f"<strong>{safe(name)}</strong>" if name else ""}{sentences}</section>'
 
 
 def _results(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -127,15 +105,11 @@ def _results(runs: Sequence[Run], names: Sequence[str]) -> str:
         ]
         for key in keys
     ]
-    return "<h2>Results</h2>" + _table(["", *columns], body) if columns else ""
+    return "<h2>Results</h2>" + table(["", *columns], body) if columns else ""
 
 
 def _finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _figure(drawing: str, caption: str, words: str = "") -> str:
-    return f"<figure><figcaption><strong>{_safe(caption)}</strong> {_safe(words)}</figcaption>{drawing}</figure>"
 
 
 def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -149,7 +123,7 @@ def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
         lines = {name: line for name, line in lines.items() if len(line) > 1}
         if any(np.ptp(line[:, 1]) or (key == "alpha" and line[:, 1].any()) for line in lines.values()):
             drawing = line_chart(lines, "Step", from_zero=key == "alpha")
-            figures[key in FIRST].append(_figure(drawing, label, words))
+            figures[key in FIRST].append(figure(drawing, label, words))
     shown, folded = (f'<div class="charts">{"".join(figures[first])}</div>' for first in (True, False))
     more = f"<details><summary>More curves</summary>{folded}</details>" if figures[False] else ""
     return f"<h2>Curves</h2>{shown if figures[True] else ''}{more}" if figures[True] or figures[False] else ""
@@ -162,7 +136,7 @@ def _calibration(runs: Sequence[Run], names: Sequence[str]) -> str:
             if one.reliability and sum(one.reliability["count"]):
                 caption = f"{name}, split {one.split}" if len(runs) > 1 else f"Split {one.split}"
                 words = "Bars: accuracy. Dashed: the gap to the confidence. A calibrated model follows the diagonal."
-                figures.append(_figure(reliability_chart(one.reliability), caption, words))
+                figures.append(figure(reliability_chart(one.reliability), caption, words))
     rows = {name: run.rows for run, name in zip(runs, names, strict=True) if run.rows is not None}
     if rows:
         curves = {name: risk_coverage_of(row["confidence"], row["correct"]) for name, row in rows.items()}
@@ -173,68 +147,8 @@ def _calibration(runs: Sequence[Run], names: Sequence[str]) -> str:
         words = "Error rate among the samples that the model is surest of: low and flat is good."
         drawing = line_chart(lines, "Coverage, %", "Error, %", from_zero=True)
         aurc = "" if len(lines) > 1 else f" AURC {next(iter(curves.values())).aurc:.1f}."
-        figures.append(_figure(drawing, "Risk and coverage, test", words + aurc))
+        figures.append(figure(drawing, "Risk and coverage, test", words + aurc))
     return f'<h2>Confidence</h2><div class="charts">{"".join(figures)}</div>' if figures else ""
-
-
-# Samples
-
-
-def _samples(run: Run, name: str) -> str:
-    told = run.samples
-    if told is None:
-        return (
-            _heading("Samples", name) + '<p class="soft">No sample is shown: only a training with '
-            "teacher='history' remembers what it said of each (of tokens with history_trace=True).</p>"
-        )
-    several = told["epochs"] > 1
-    over = f"the {told['epochs']} epochs" if several else "the last epoch (history_trace=True keeps all)"
-    words = f"Mean probability of the label over {over}, {told['samples']:,} training samples."
-    bars = _figure(
-        bar_chart(told["histogram"]["edges"], told["histogram"]["count"], "Probability of the label", "Samples"),
-        "How much the model believed its labels",
-        words,
-    )
-    parts = [_heading("Samples", name), f'<div class="charts">{bars}</div>']
-    titles = {
-        "suspicious": ("Most suspicious", "The labels that the model believed least. Wrong labels gather here; so do "
-                       "samples that are rare or hard. The line shows the probability of the label, epoch by epoch."),
-        "undecided": ("Most undecided", "Samples on which the model changed its mind most, from epoch to epoch."),
-    }  # fmt: skip
-    tokens = (
-        " The redder a token, the less it was believed; point at it for what was believed most." * told["per_token"]
-    )
-    for kind, (title, meaning) in titles.items():
-        if told.get(kind):
-            shown = "".join(_sample(sample) for sample in told[kind])
-            long = " long" if any("image" not in sample for sample in told[kind]) else ""
-            parts.append(f"<h3>{title}</h3><p>{meaning}{tokens}</p>")
-            parts.append(f'<div class="list{long}"><div class="samples">{shown}</div></div>')
-    return "".join(parts)
-
-
-def _sample(sample: dict[str, Any]) -> str:
-    parts = []
-    if "image" in sample:
-        parts.append(f'<img src="{_safe(sample["image"])}" alt="sample {sample["id"]}">')
-    if "text" in sample:
-        parts.append(f"<p>{_safe(sample['text'])}</p>")
-    if "tokens" in sample:
-        parts.append("<p>" + "".join(_token(*token) for token in sample["tokens"]) + "</p>")
-    if "label" in sample:
-        believed = ", ".join(f"{name} {prob:.2f}" for name, prob in sample["believed"])
-        parts.append(f"<p>Label <strong>{_safe(sample['label'])}</strong>; the model at last: {_safe(believed)}</p>")
-    if len(sample["path"]) > 1:
-        parts.append(spark_line(sample["path"]))
-    parts.append(f'<p class="soft">Sample {sample["id"]}, mean {sample["mean"]:.3f}</p>')
-    return f'<div class="sample">{"".join(parts)}</div>'
-
-
-def _token(word: str, prob: float, best: str) -> str:
-    told = f"{prob:.2f}" + (f"; believed most: {best}" if best != word else "")
-    return (
-        f'<span class="token" style="--doubt:{DARKEST * (1 - prob):.0f}%" title="{_safe(told)}">{_safe(word)}</span> '
-    )
 
 
 def _settings(run: Run, name: str) -> str:
@@ -243,4 +157,4 @@ def _settings(run: Run, name: str) -> str:
     body = [
         [key, f"{value:g}" if isinstance(value, float) else str(value)] for key, value in run.facts.settings.items()
     ]
-    return _heading("Settings", name) + _table(["", "value"], body)
+    return heading("Settings", name) + table(["", "value"], body)
