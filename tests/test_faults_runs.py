@@ -153,17 +153,15 @@ def test_random_augmentation_is_not_taken_for_other_inputs(tmp_path):
     assert train(tmp_path, "vit", samples, resume=3, teacher="history").state.global_step == 18
 
 
+RESUMED = [(8, 2, 3), (8, 4, 9), (2, 4, 8), (4, 8, 9), (4, 3, 8)]  # batch size before, after, and the step between
+SCHEDULES = [("history", "cosine"), ("history", "linear_step"), ("snapshot", "linear"), ("ema", "cosine")]
+
+
 @pytest.mark.parametrize(
-    ("teacher", "schedule"),
-    [
-        ("history", "linear"),
-        ("history", "cosine"),
-        ("history", "linear_step"),
-        ("snapshot", "linear"),
-        ("ema", "cosine"),
-    ],
+    ("before", "after", "at", "teacher", "schedule"),
+    [(*resumed, "history", "linear") for resumed in RESUMED]
+    + [(*RESUMED[place], *schedule) for place, schedule in enumerate(SCHEDULES)],
 )
-@pytest.mark.parametrize(("before", "after", "at"), [(8, 2, 3), (8, 4, 9), (2, 4, 8), (4, 8, 9), (4, 3, 8)])
 def test_alpha_stays_in_its_range_whatever_batches_a_run_is_resumed_with(
     tmp_path, before, after, at, teacher, schedule
 ):
