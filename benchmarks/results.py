@@ -14,6 +14,9 @@ from comparison import COST, FIGURES, read_results, table
 def main() -> None:
     for path in sorted((Path(__file__).parents[1] / "docs" / "results").glob("*.jsonl")):
         rows = read_results(path)
+        for row in rows:
+            if "accuracy" in row:
+                row.setdefault("error", 100 * (1 - row["accuracy"]))
         methods = list(dict.fromkeys(row["method"] for row in rows))
         shown = {name: shape for name, shape in (FIGURES | COST).items() if all(name in row for row in rows)}
         print(f"{path.name}\n\n{table(rows, methods, shown)}\n")
