@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from hf_selfkd.comparison.cells import ROWS_FILE, RUNS_FILE, Cell
+from hf_selfkd.comparison.cells import Cell, read_cells
 from hf_selfkd.comparison.report import summarize, tables
 from hf_selfkd.comparison.statistics import compare
 from hf_selfkd.doctor import Symptoms, softer_targets_help
@@ -63,26 +62,12 @@ def run_regime(folder: Path, methods: str, size: int, wrong: float, epochs: int)
     return out
 
 
-def finished(folder: Path) -> list[Cell]:
-    """The runs of a comparison."""
-    runs = [json.loads(line) for line in (folder / RUNS_FILE).read_text().splitlines()]
-    return [
-        Cell(
-            run["method"],
-            run["seed"],
-            {"train_seconds": run.get("train_seconds")},
-            dict(np.load(folder / f"{run['method']}_{run['seed']}" / ROWS_FILE)),
-        )
-        for run in runs
-    ]
-
-
 def print_methods(folders: list[Path]) -> None:
     """A row a method and regime."""
     print(f"| regime | method | {' | '.join(SHOWN)} |")
     print("|---" * (2 + len(SHOWN)) + "|")
     for folder in folders:
-        head, body = tables(summarize(finished(folder)))[0]
+        head, body = tables(summarize(read_cells(folder)[0]))[0]
         for row in body:
             values = dict(zip(head, row, strict=True))
             print(f"| {folder.name} | {values['method']} | {' | '.join(values[name] for name in SHOWN)} |")
@@ -102,7 +87,7 @@ def print_judgements(folders: list[Path]) -> None:
     print("| regime | plain: confidence - accuracy | doctor | PS-KD: NLL | PS-KD: error % | PS-KD: AURC | right |")
     print("|---|---|---|---|---|---|---|")
     for folder in folders:
-        cells = finished(folder)
+        cells, _ = read_cells(folder)
         (symptoms, helps), found = judge(cells), compare(cells, "history", "plain")
         verdict = "" if helps is None else "yes" if helps == (found["nll"].mean < 0) else "no"
         said, right = said + (helps is not None), right + (verdict == "yes")

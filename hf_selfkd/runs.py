@@ -120,18 +120,28 @@ class Run:
 
 def _log_of(folder: Path) -> list[dict[str, Any]]:
     """What the training of a folder logged: that of the end, or of the newest checkpoint if it never came there."""
-    checkpoints = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
-    paths = [path for path in (folder / STATE, *checkpoints[-1:]) if path.is_file()]
-    if not paths:
+    end, checkpoints = folder / STATE, sorted(folder.glob(f"checkpoint-*/{STATE}"), key=_written)
+    if not end.is_file() and not checkpoints:
         raise ValueError(
             f"{folder} has no {STATE}: choose the --output_dir of a training (in Python, call trainer.save_state() "
             "after train())."
         )
-    logs = [read_json(path, "log_history")["log_history"] for path in paths]
-    # An earlier part of the same training begins in the same way, whatever the times of the files are.
-    same = len(logs) == 1 or logs[1][:2] == logs[0][:2]
-    older = len(logs) == 1 or paths[1].stat().st_mtime <= paths[0].stat().st_mtime
-    return logs[0] if same or older else logs[1]
+    if not end.is_file():
+        return _logged(checkpoints[-1])
+    whole = _logged(end)
+    if checkpoints and _written(checkpoints[-1]) > _written(end):
+        part = _logged(checkpoints[-1])
+        # An earlier part of the same training begins in the same way, whatever the times of the files are.
+        return whole if part[:2] == whole[:2] else part
+    return whole
+
+
+def _written(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _logged(state: Path) -> list[dict[str, Any]]:
+    return read_json(state, "log_history")["log_history"]
 
 
 def _is_of(facts: CardFacts, log: list[dict[str, Any]]) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ..markup import markdown_table
 from ..metrics.calibration import noise_of_gap
 from .facts import CardFacts, Evaluation
 from .merge import BEGIN, END, merged_data, merged_text, read_card
@@ -150,14 +151,17 @@ def _comparison(runs: list[dict[str, Any]]) -> str:
         name for name in sorted({name for run in runs for name in run}, key=_place) if name in _in_comparison(runs)
     ]
     head = ["method", "seeds", *(metric(name).name for name in shown)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    body = []
     for method in methods:
         own = [run for run in runs if run["method"] == method]
         cells = [_mean(name, [run[name] for run in own if name in run]) for name in shown]
-        lines.append("| " + " | ".join([method, str(len({run.get("seed") for run in own})), *cells]) + " |")
+        body.append([method, str(len({run.get("seed") for run in own})), *cells])
     seeds = min(sum(run["method"] == method for run in runs) for method in methods)
     told = "Mean and standard deviation over seeds."
-    return "\n".join(lines) + f"\n\n{told if seeds > 1 else 'Some methods have one seed only, which tells no spread.'}"
+    return (
+        markdown_table(head, body)
+        + f"\n\n{told if seeds > 1 else 'Some methods have one seed only, which tells no spread.'}"
+    )
 
 
 def _in_comparison(runs: list[dict[str, Any]]) -> list[str]:

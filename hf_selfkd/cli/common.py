@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from ..markup import markdown_table
 from ..scripts.arguments import SCRIPTS
 
 
@@ -50,7 +51,9 @@ def check_output(output_dir: Path) -> None:
     Raises:
         ValueError: if the folder is that of a training, whose predictions and figures would be overwritten.
     """
-    if (output_dir / "trainer_state.json").is_file():
+    from ..runs import STATE
+
+    if (output_dir / STATE).is_file():
         raise ValueError(f"--output-dir {output_dir} is the folder of a training, whose figures stay: choose another.")
 
 
@@ -81,8 +84,7 @@ def print_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> None:
         table = _drawn(head, [[cell.replace(" (", below) for cell in row] for row in body])
         if console.measure(table, options=console.options.update(width=10_000)).maximum <= console.width:
             return console.print(table)
-    lines = ["| " + " | ".join(row) + " |" for row in (head, *body)]
-    typer.echo("\n".join((lines[0], "|" + "---|" * len(head), *lines[1:])))
+    typer.echo(markdown_table(head, body))
 
 
 def _drawn(head: Sequence[str], body: Sequence[Sequence[str]]) -> Table:

@@ -68,7 +68,7 @@ class Comparison:
 
     def place(self, method: str, seed: int) -> Path:
         """The folder of a cell."""
-        return self.folder / f"{method}_{seed}"
+        return place_of(self.folder, method, seed)
 
     def finished(self) -> list[Cell]:
         """
@@ -77,16 +77,12 @@ class Comparison:
         Raises:
             ValueError: if some are of other settings.
         """
-        path, cells = self.folder / RUNS_FILE, []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            run = json.loads(line)
-            if run.pop("settings") != self.settings:
-                raise ValueError(
-                    f"{path} has runs of other settings: choose another --folder, or delete this one to start again."
-                )
-            method, seed = run.pop("method"), run.pop("seed")
-            rows = self.place(method, seed) / ROWS_FILE
-            cells.append(Cell(method, seed, run, dict(np.load(rows)) if rows.is_file() else None))
+        cells, settings = read_cells(self.folder)
+        if settings - {self.settings}:
+            raise ValueError(
+                f"{self.folder / RUNS_FILE} has runs of other settings: choose another --folder, or delete this one "
+                "to start again."
+            )
         return cells
 
     def run_missing(self, methods: Sequence[str], seeds: Sequence[int], tell: Callable[[str], None]) -> list[Cell]:
@@ -139,6 +135,23 @@ class Comparison:
             shutil.rmtree(place / "model")
         with (self.folder / RUNS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(run) + "\n")
+
+
+def place_of(folder: Path, method: str, seed: int) -> Path:
+    """The folder of a cell."""
+    return folder / f"{method}_{seed}"
+
+
+def read_cells(folder: Path) -> tuple[list[Cell], set[str]]:
+    """The runs of a comparison that are done, and the settings that they are of."""
+    path, cells, settings = folder / RUNS_FILE, [], set()
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        run = json.loads(line)
+        settings.add(run.pop("settings"))
+        method, seed = run.pop("method"), run.pop("seed")
+        rows = place_of(folder, method, seed) / ROWS_FILE
+        cells.append(Cell(method, seed, run, dict(np.load(rows)) if rows.is_file() else None))
+    return cells, settings
 
 
 def read_rows(path: Path) -> dict[str, np.ndarray] | None:

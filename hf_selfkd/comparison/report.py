@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import statistics as means
@@ -15,6 +14,7 @@ import numpy as np
 
 from ..cards.facts import finite
 from ..cards.names import METRICS, metric
+from ..markup import html_table, markdown_table, safe
 from .cells import Cell
 from .methods import BASELINE
 from .statistics import Difference, compare, figures
@@ -108,11 +108,7 @@ def verdicts(summary: dict[str, Any]) -> list[str]:
 
 def markdown(summary: dict[str, Any]) -> str:
     """The comparison as Markdown."""
-    parts = []
-    for head, body in tables(summary):
-        lines = ["| " + " | ".join(row) + " |" for row in (head, *body)]
-        lines.insert(1, "|" + "---|" * len(head))
-        parts.append("\n".join(lines))
+    parts = [markdown_table(head, body) for head, body in tables(summary)]
     return "\n\n".join([*parts, "\n".join(f"- {text}" for text in verdicts(summary))]).strip() + "\n"
 
 
@@ -128,13 +124,8 @@ th:first-child, td:first-child { text-align: left; }
 
 def html_tables(summary: dict[str, Any]) -> str:
     """The tables and verdicts of a comparison, as HTML within a page."""
-    parts = []
-    for head, body in tables(summary):
-        rows = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
-        rows += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in body]
-        parts.append('<div class="wide"><table>' + "".join(f"<tr>{row}</tr>" for row in rows) + "</table></div>")
-    parts.append("<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in verdicts(summary)) + "</ul>")
-    return "".join(parts)
+    said = "".join(f"<li>{safe(text)}</li>" for text in verdicts(summary))
+    return "".join(html_table(head, body) for head, body in tables(summary)) + f"<ul>{said}</ul>"
 
 
 def page(summary: dict[str, Any], title: str) -> str:
@@ -142,8 +133,8 @@ def page(summary: dict[str, Any], title: str) -> str:
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
-        f"<body><h1>{html.escape(title)}</h1>{html_tables(summary)}</body></html>\n"
+        f"<title>{safe(title)}</title><style>{_STYLE}</style>"
+        f"<body><h1>{safe(title)}</h1>{html_tables(summary)}</body></html>\n"
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..markup import safe
 from ..runs import Run
-from .parts import figure, heading, safe
+from .parts import figure, heading
 from .svg import bar_chart, spark_line
 
 

@@ -15,10 +15,11 @@ from ..cards.names import METRICS, metric
 from ..cards.render import describe_method
 from ..doctor.diagnosis import diagnose
 from ..doctor.symptoms import symptoms_of
+from ..markup import html_table, safe
 from ..metrics.calibration import risk_coverage_of
 from ..runs import Run, names_of
 from .gallery import gallery
-from .parts import figure, heading, safe, table, with_code
+from .parts import figure, heading, with_code
 from .svg import line_chart, reliability_chart
 
 
@@ -105,7 +106,7 @@ def _results(runs: Sequence[Run], names: Sequence[str]) -> str:
         ]
         for key in keys
     ]
-    return "<h2>Results</h2>" + table(["", *columns], body) if columns else ""
+    return "<h2>Results</h2>" + html_table(["", *columns], body) if columns else ""
 
 
 def _finite(value: Any) -> bool:
@@ -157,4 +158,4 @@ def _settings(run: Run, name: str) -> str:
     body = [
         [key, f"{value:g}" if isinstance(value, float) else str(value)] for key, value in run.facts.settings.items()
     ]
-    return heading("Settings", name) + table(["", "value"], body)
+    return heading("Settings", name) + html_table(["", "value"], body)

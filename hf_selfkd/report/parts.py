@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import html
 import re
-from collections.abc import Sequence
-from typing import Any
 
-
-def safe(text: Any) -> str:
-    """Text of any origin within HTML."""
-    return html.escape(str(text))
+from ..markup import safe
 
 
 def with_code(text: str) -> str:
@@ -21,13 +15,6 @@ def with_code(text: str) -> str:
 def heading(text: str, name: str) -> str:
     """The heading of a part, of one run where there are several."""
     return f"<h2>{safe(text)}{f': {safe(name)}' if name else ''}</h2>"
-
-
-def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A table that scrolls where it is too wide."""
-    rows = ["".join(f"<th>{safe(cell)}</th>" for cell in head)]
-    rows += ["".join(f"<td>{safe(cell)}</td>" for cell in row) for row in body]
-    return '<div class="wide"><table>' + "".join(f"<tr>{row}</tr>" for row in rows) + "</table></div>"
 
 
 def figure(drawing: str, caption: str, words: str = "") -> str:

@@ -4,11 +4,12 @@ Charts as SVG text for the report: colours come from the page's style sheet, so 
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+from ..markup import safe
 
 
 WIDTH, HEIGHT = 560, 300
@@ -135,19 +136,15 @@ class _Frame:
             parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{_short(value)}</text>')
         parts.append(f'<line class="axis" x1="{LEFT}" y1="{bottom}" x2="{right}" y2="{bottom}"/>')
         middle = (TOP + bottom) / 2
-        parts.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{_safe(x_label)}</text>')
+        parts.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{safe(x_label)}</text>')
         if y_label:
             turned = f'text-anchor="middle" transform="rotate(-90 14 {middle})"'
-            parts.append(f'<text x="14" y="{middle}" {turned}>{_safe(y_label)}</text>')
+            parts.append(f'<text x="14" y="{middle}" {turned}>{safe(y_label)}</text>')
         return "".join(parts)
 
 
 def _short(value: float) -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e5 else f"{value:.4g}"
-
-
-def _safe(text: str) -> str:
-    return html.escape(text)
 
 
 def _pairs(edges: Sequence[float]) -> zip:
@@ -160,9 +157,9 @@ def _colour(place: int) -> str:
 
 
 def _legend(names: Sequence[str]) -> str:
-    shown = [f'<span><i class="key {_colour(place)}"></i>{_safe(name)}</span>' for place, name in enumerate(names)]
+    shown = [f'<span><i class="key {_colour(place)}"></i>{safe(name)}</span>' for place, name in enumerate(names)]
     return f'<div class="legend">{"".join(shown)}</div>'
 
 
 def _svg(content: str, told: str) -> str:
-    return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_safe(told)}">{content}</svg>'
+    return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{safe(told)}">{content}</svg>'

@@ -166,18 +166,17 @@ class HistoryStore:
         rows = int(tensors["counts"].sum()) if ragged else self.size
         # What is stored decides, not what would be chosen for a new history.
         config = replace(self.config, history_top_k=top_k or num_classes, history_dtype=metadata["dtype"])
-        plan = self._plan(config, max(rows, 1), num_classes)
+        plan = self.plan(max(rows, 1), num_classes, config)
         self.history = self._new_history(plan, ragged)
         moved = self.history.load_state(tensors, self.gather, keep_known=grown)
         for journal in journals:
             self.history.add_journal(journal, moved)
 
-    def plan(self, num_rows: int, num_classes: int) -> Plan:
+    def plan(self, num_rows: int, num_classes: int, config: MethodArguments | None = None) -> Plan:
         """How and where so many rows will be kept; see [`~hf_selfkd.history.plan.plan_history`]."""
-        return self._plan(self.config, num_rows, num_classes)
-
-    def _plan(self, config: MethodArguments, num_rows: int, num_classes: int) -> Plan:
-        return plan_history(config, num_rows, num_classes, self.device, self.folder, self.local_processes)
+        return plan_history(
+            config or self.config, num_rows, num_classes, self.device, self.folder, self.local_processes
+        )
 
     def _has_grown(self, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bool:
         """
