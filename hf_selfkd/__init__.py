@@ -9,6 +9,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .collator import SelfKDDataCollator
     from .config import SelfKDConfig, Seq2SeqSelfKDConfig
+    from .exits import exit_model, export_exit
     from .heads import (
         attach_auxiliary_heads,
         load_auxiliary_heads,
@@ -32,6 +33,8 @@ _MODULES = {
     "Seq2SeqSelfKDConfig": "config",
     "Seq2SeqSelfKDTrainer": "seq2seq",
     "attach_auxiliary_heads": "heads",
+    "exit_model": "exits",
+    "export_exit": "exits",
     "load_auxiliary_heads": "heads",
     "save_auxiliary_heads": "heads",
     "strip_auxiliary_heads": "heads",
@@ -48,6 +51,8 @@ __all__ = [
     "Seq2SeqSelfKDTrainer",
     "__version__",
     "attach_auxiliary_heads",
+    "exit_model",
+    "export_exit",
     "load_auxiliary_heads",
     "save_auxiliary_heads",
     "strip_auxiliary_heads",

@@ -14,7 +14,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from .files import load_tensors, save_tensors
 from .fixes import last_whole_checkpoint, load_renamed_weights, pushed_folder
-from .heads import AuxiliaryHeadsConfig, head_names, heads_of
+from .heads import AuxiliaryHeadsConfig, head_names, heads_of, save_auxiliary_heads
 
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,8 @@ class Checkpoints:
         if _internal_call and output_dir is not None and heads is not None and self.args.should_save:
             config = {"config": json.dumps(heads.config.to_dict())}
             save_tensors(Path(output_dir) / STATE_FOLDER / HEADS_FILE, heads.state_dict(), config)
+        if self.method.save_heads and heads is not None and self.args.should_save:
+            save_auxiliary_heads(self.model, self.args.output_dir if output_dir is None else output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -92,8 +92,9 @@ def check_heads(trainer: Trainer, method: MethodArguments, heads: AuxiliaryHeads
         ValueError: if auxiliary heads and what is asked do not go together.
     """
     if heads is None:
-        if method.evaluate_heads:
-            raise ValueError("evaluate_heads=True, but the model has no heads: set auxiliary_heads.")
+        for name in ("evaluate_heads", "save_heads"):
+            if getattr(method, name):
+                raise ValueError(f"{name}=True, but the model has no heads: set auxiliary_heads.")
         return
     if method.chunked_logits:
         raise ValueError("chunked_logits=True with auxiliary_heads: heads need whole logits, set it to False.")

@@ -106,8 +106,11 @@ class MethodArguments:
             better calibration).
         auxiliary_heads (`str`, *optional*):
             Layered self-distillation: a preset of [`AuxiliaryHeadsConfig`] (`"lsskd"`, `"lsskd_full"`, `"joint"`,
-            `"sla"`, `"byot"`, `"deep_supervision"`) or where a configuration was saved. The trainer's argument of that
-            name takes a configuration itself.
+            `"sla"`, `"byot"`, `"deep_supervision"`, `"exits"`) or where a configuration was saved. The trainer's
+            argument of that name takes a configuration itself.
+        save_heads (`bool`, *optional*, defaults to `False`):
+            Save the auxiliary heads beside the model, in the folder `auxiliary_heads`, which plain transformers does
+            not read: [`load_auxiliary_heads`], `hf-selfkd export` and [`EarlyExit`] do.
         evaluate_heads (`bool`, *optional*, defaults to `False`):
             Report every auxiliary head as a classifier of its own in evaluation (`eval_head0_accuracy` and so on).
 
@@ -180,6 +183,7 @@ class MethodArguments:
         default=None,
         metadata={"help": "Layered self-distillation: a preset (sla, lsskd, byot, ...) or a saved configuration."},
     )
+    save_heads: bool = field(default=False, metadata={"help": "Save the auxiliary heads beside the model."})
     evaluate_heads: bool = field(
         default=False, metadata={"help": "Report every auxiliary head as a classifier of its own in evaluation."}
     )

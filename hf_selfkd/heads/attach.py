@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models import base_model, logits_of
+from ..models import base_model, logits_of, main_parameter
 from ..samples import seeded
 from .auxiliary import ATTRIBUTE, AuxiliaryHeads, head_names, heads_of, output_embedding_of
 from .config import AuxiliaryHeadsConfig
@@ -18,6 +18,7 @@ from .inputs import example_inputs
 from .kinds import grid_of
 from .layers import named
 from .layout import Layout, choose_layers, evaluating, measure
+from .native import NativeHeads, check_equal
 from .reach import NO_GRADIENT
 from .taps import Recorder, remove_taps
 
@@ -59,9 +60,13 @@ def attach_auxiliary_heads(
     with seeded(torch.initial_seed() % 2**63 if seed is None else seed):  # LayerDrop draws in evaluation mode too
         heads = _build(model, config, inputs)
         try:
-            setattr(model, ATTRIBUTE, heads)
+            setattr(model, ATTRIBUTE, heads.train(model.training))
             heads.register(model)
             _check_run(model, heads, inputs)
+            if heads.config.head == "native":
+                _check_exits(model, heads, inputs)
+            if heads.config.layer_weights == "linear":
+                _ = heads.depths  # an error, if a head is on no layer
             heads.requires_grad_(config.trains)  # else optimizers and process groups wait for gradients without end
             _save_without_heads(model, heads)
         except BaseException:
@@ -114,6 +119,18 @@ def _check_run(model: nn.Module, heads: AuxiliaryHeads, inputs: dict[str, Any]) 
             )
 
 
+def _check_exits(model: nn.Module, heads: AuxiliaryHeads, inputs: dict[str, Any]) -> None:
+    """Run each exit as a model of its own, so that what could not be exported is told before training."""
+    base = base_model(model)
+    with evaluating(model), heads.watched():
+        model(**inputs)
+        results, heads.results = heads.results, None
+        for head, logits in zip(heads.heads, results.logits, strict=True):
+            check_equal(
+                logits_of(head.plain_model(base)(**inputs), has_loss=False), logits, type(base).__name__, head.exit
+            )
+
+
 def strip_auxiliary_heads(model: nn.Module) -> nn.Module:
     """
     Take the auxiliary heads off a model: parameters, names, hooks and outputs are those of the bare model again.
@@ -146,15 +163,32 @@ def _build(model: nn.Module, config: AuxiliaryHeadsConfig, inputs: dict[str, Any
     images = inputs.get("pixel_values")
     size = tuple(images.shape[-2:]) if images is not None and images.dim() == 4 and layout.pooled else None
     words = not layout.pooled and output_embedding_of(model) is not None
-    views = config.views if config.views != "auto" else "rotation" if size is not None else "none"
+    rotates = size is not None and config.head != "native"
+    views = config.views if config.views != "auto" else "rotation" if rotates else "none"
     taps = choose_layers(config.layers, layout, model, last=views == "rotation")
     patch = _patch_of(model)
     maps = size is not None and all(_is_map(layout.shapes[name], size, patch) for name in taps)
     config = config.with_choices("lm_head" if words else "conv" if maps else "mlp", views)
     _check_choices(config, layout, taps, size is not None, maps, words, type(base_model(model)).__name__)
+    if config.head == "native":
+        return _native(model, config, layout, taps, inputs)
     factory = HeadFactory(model, config, layout, words, patch)
     heads = [factory.make(name) for name in taps]
     return AuxiliaryHeads(config, taps, layout, Recorder(layout.chain, others), heads).to(**factory.to)
+
+
+def _native(
+    model: nn.Module, config: AuxiliaryHeadsConfig, layout: Layout, layers: list[str], inputs: dict[str, Any]
+) -> AuxiliaryHeads:
+    factory = NativeHeads(model, layout, inputs)
+    heads = [factory.make(name) for name in layers]
+    taps = [head.tap for head in heads]
+    others = [name for name in taps if name not in layout.chain]
+    layout = measure(model, others, inputs) if others else layout
+    replayed = dict.fromkeys(head.prefix + name for head in heads for name in head.taps)
+    parameter = main_parameter(model)
+    recorder = Recorder(layout.chain, others, replayed)
+    return AuxiliaryHeads(config, taps, layout, recorder, heads).to(parameter.device, parameter.dtype)
 
 
 def _patch_of(model: nn.Module) -> tuple[int, int] | None:
@@ -173,6 +207,10 @@ def _check_choices(
 ) -> None:
     if config.views == "rotation" and not image:
         raise ValueError(f"views='rotation' is for image classifiers, and {kind} is none: set views='none'.")
+    if config.head == "native" and config.views == "rotation":
+        raise ValueError(
+            "head='native' with views='rotation': a copy of the model's head tells no rotations: set views='none'."
+        )
     if config.head == "lm_head" and not words:
         raise ValueError(f"head='lm_head' is for language models, and {kind} is none: choose another head.")
     if config.head == "conv" and not maps:

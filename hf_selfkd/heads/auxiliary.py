@@ -17,8 +17,10 @@ from ..models import base_model, is_encoder_decoder
 from .config import ROTATIONS, AuxiliaryHeadsConfig
 from .kinds import Context, Head, pool, to_channels_first
 from .layout import Layout
+from .native import Replayed, replayed_inputs
 from .reach import gradient_size
 from .taps import Recorder
+from .truncated import is_inside
 
 
 ATTRIBUTE = "selfkd_heads"  # under which a model holds its heads
@@ -94,6 +96,31 @@ class AuxiliaryHeads(nn.Module):
         for handle in self.handles:
             handle.remove()
 
+    @property
+    def exits(self) -> list[int | None]:
+        """`list[int]`: how many layers, or stages, come before each head; `None` for a head inside a layer."""
+        layers = self.layout.layers
+        found = [
+            next((place for place, layer in enumerate(layers) if is_inside(n, {layer})), None) for n in self.names
+        ]
+        return [None if place is None else place + 1 for place in found]
+
+    @property
+    def depths(self) -> list[float]:
+        """
+        `list[float]`: the share of the layers that come before each head, in (0, 1].
+
+        Raises:
+            ValueError: if a head is on a module that is no layer.
+        """
+        exits = self.exits
+        if None in exits:
+            raise ValueError(
+                f"layer_weights='linear' needs heads on layers, and {self.names[exits.index(None)]} is none: choose "
+                "layers, or layer_weights='uniform'."
+            )
+        return [exit / len(self.layout.layers) for exit in exits]
+
     @contextmanager
     def watched(self, on: bool = True) -> Iterator[None]:
         """
@@ -141,13 +168,16 @@ class AuxiliaryHeads(nn.Module):
         return None
 
     def _run(self, model: nn.Module, arguments: dict[str, Any], device: torch.device | None) -> HeadResults:
-        own = next(self.parameters()).device
+        own = next((parameter.device for parameter in self.parameters()), device)  # native heads may have no weights
         images = arguments.get("pixel_values")
         size = None if images is None else tuple(images.shape[-2:])
         calls = self.recorder.calls
         if any(features.device != own for features in self.recorder.outputs.values()):
             calls = {index: call.to(own) for index, call in calls.items()}
         context = Context(None, calls, output_embedding_of(model), size, self._length(arguments))
+        if self.recorder.replay:
+            base = base_model(model)
+            context.replayed = Replayed(base, self.recorder.replay, replayed_inputs(base, arguments))
         results = []
         for name, head in zip(self.names, self.heads, strict=True):
             part = self._features(name, own)

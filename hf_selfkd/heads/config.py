@@ -15,8 +15,9 @@ from .._version import __version__
 
 logger = logging.getLogger(__name__)
 
-HeadKind = Literal["auto", "linear", "mlp", "conv", "stages", "transformer", "lm_head"]
+HeadKind = Literal["auto", "linear", "mlp", "conv", "stages", "transformer", "lm_head", "native"]
 Views = Literal["auto", "none", "rotation"]
+LayerWeights = Literal["uniform", "linear"]
 CONFIG_NAME = "auxiliary_heads_config.json"
 ROTATIONS = 4  # M: by 0, 90, 180 and 270 degrees
 
@@ -49,19 +50,21 @@ class AuxiliaryHeadsConfig:
     view, those of its own rotation) over heads and views, which learns nothing from the model.
 
     Args:
-        layers (`list` of `int` or `str`, or `"auto"`, *optional*, defaults to `"auto"`):
-            Where the heads are: indices of layers (negative ones count from the end), names of modules, or `"auto"`:
-            the end of every stage of a CNN or hierarchical model, three evenly spaced layers of a transformer (of the
-            decoder, if it has one). The last layer is among them with rotated views only: without, the model's own
-            classifier stands there.
+        layers (`list` of `int` or `str`, `"auto"` or `"all"`, *optional*, defaults to `"auto"`):
+            Where the heads are: indices of layers (negative ones count from the end), names of modules, `"all"` layers
+            or `"auto"`: the end of every stage of a CNN or hierarchical model, three evenly spaced layers of a
+            transformer (of the decoder, if it has one). `"all"` and `"auto"` have the last layer among them with
+            rotated views only: without, the model's own classifier stands there.
         head (`str`, *optional*, defaults to `"auto"`):
             `"linear"` (pooling and a linear layer), `"mlp"` (one hidden layer more), `"conv"` (a depthwise separable
             convolution before), `"stages"` (a fresh copy of the layers that follow, as HSAKD has it), `"transformer"`
-            (one encoder layer before), `"lm_head"` (a norm, then the model's own output embedding) or `"auto"`:
-            `"lm_head"` for language models, `"conv"` for images, `"mlp"` otherwise.
+            (one encoder layer before), `"lm_head"` (a norm, then the model's own output embedding), `"native"` (a copy
+            of what follows the model's last layer, so that [`export_exit`] can save the layers up to the head as a
+            smaller model of the same architecture) or `"auto"`: `"lm_head"` for language models, `"conv"` for images,
+            `"mlp"` otherwise.
         views (`str`, *optional*, defaults to `"auto"`):
             The self-supervised task: `"rotation"` (heads tell class and rotation of an image jointly), `"none"` (heads
-            tell the class) or `"auto"`: `"rotation"` for image classifiers, `"none"` otherwise.
+            tell the class) or `"auto"`: `"rotation"` for image classifiers, `"none"` otherwise and for native heads.
         views_per_step (`int`, *optional*, defaults to 1):
             Rotated views beside the upright one, 0 to 3. With fewer than 3, a sample sees one after the other in
             successive epochs.
@@ -78,12 +81,15 @@ class AuxiliaryHeadsConfig:
             Weight of the divergence of the model itself from the aggregate of its heads (SLA+SD, Lee et al., ICML
             2020, has it of one head and all views). The heads must learn from labels.
         temperature (`float`, *optional*, defaults to 3.0): of the divergences, which are multiplied by its square.
+        layer_weights (`str`, *optional*, defaults to `"uniform"`):
+            How much the loss of each head counts: `"uniform"` (1) or `"linear"` (the share of the layers that come
+            before the head, so that deep heads count more).
 
     Raises:
         ValueError: if a field is out of range.
     """
 
-    layers: list[int | str] | Literal["auto"] = "auto"
+    layers: list[int | str] | Literal["auto", "all"] = "auto"
     head: HeadKind = "auto"
     views: Views = "auto"
     views_per_step: int = 1
@@ -93,17 +99,19 @@ class AuxiliaryHeadsConfig:
     feature_weight: float = 0.0
     heads_to_model_weight: float = 0.0
     temperature: float = 3.0
+    layer_weights: LayerWeights = "uniform"
 
     def __post_init__(self):
-        for name, allowed in (("head", get_args(HeadKind)), ("views", get_args(Views))):
+        choices = {"head": HeadKind, "views": Views, "layer_weights": LayerWeights}
+        for name, allowed in ((name, get_args(kind)) for name, kind in choices.items()):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
         if isinstance(self.layers, (list, tuple)):
             self.layers = list(self.layers)
         known = isinstance(self.layers, list) and all(_is_a(layer, (int, str)) for layer in self.layers)
-        if self.layers != "auto" and not (known and self.layers):
+        if self.layers not in ("auto", "all") and not (known and self.layers):
             raise ValueError(
-                f"layers={self.layers!r}: give a list of layer indices or module names, or leave out for 'auto'."
+                f"layers={self.layers!r}: give a list of layer indices or module names, 'all', or leave out for 'auto'."
             )
         if not _is_a(self.views_per_step, int) or self.views_per_step not in range(ROTATIONS):
             raise ValueError(f"views_per_step={self.views_per_step} is not one of 0, 1, 2, 3 rotated views.")
@@ -151,6 +159,9 @@ class AuxiliaryHeadsConfig:
           with the square of the temperature as a factor; the features are compared after pooling, averaged over their
           dimensions, with this project's weight.
         - `"deep_supervision"`: heads tell the class (Lee et al., 2015), weight 1. The original lets weights decay.
+        - `"exits"`: native heads, each of which is the end of a smaller model of the same architecture: they learn
+          from (softened) labels and from the whole model. Weights and temperature are untuned. `layers="all"` puts an
+          exit after every layer.
 
         Args:
             name (`str`): one of these.
@@ -263,4 +274,5 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sla": {"heads_to_model_weight": 1.0},
     "byot": {"views": "none", "hard_weight": 0.9, "deep_to_shallow_weight": 0.1, "feature_weight": 0.03},
     "deep_supervision": {"head": "linear", "views": "none"},
+    "exits": {"head": "native", "views": "none", "past_weight": 1.0, "deep_to_shallow_weight": 0.1},
 }

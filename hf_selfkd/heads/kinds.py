@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ class Context:
         embed (`Callable`, *optional*): from features to the scores of words, as the model itself does it.
         size (`tuple`, *optional*): height and width of the images.
         length (`int`, *optional*): positions that there are, of features `[B, L, D]` that the model has padded behind.
+        replayed (`Replayed`, *optional*): what native heads need, which run the model's own class.
     """
 
     mask: torch.Tensor | None
@@ -30,6 +32,7 @@ class Context:
     embed: Callable[[torch.Tensor], torch.Tensor] | None
     size: tuple[int, int] | None = None
     length: int | None = None
+    replayed: Any = None
 
 
 def grid_of(length: int, size: tuple[int, int], patch: tuple[int, int] | None) -> tuple[int, int] | None:

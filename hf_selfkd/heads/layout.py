@@ -164,24 +164,28 @@ def choose_layers(asked: list[int | str] | str, layout: Layout, model: nn.Module
     The modules to put heads on, from shallow to deep.
 
     Args:
-        asked (`list` or `"auto"`): as in [`AuxiliaryHeadsConfig`].
+        asked (`list`, `"auto"` or `"all"`): as in [`AuxiliaryHeadsConfig`].
         layout ([`Layout`]): of the model.
         model (`nn.Module`): to look up names.
-        last (`bool`, *optional*, defaults to `True`): whether `"auto"` may choose the last layer, if it has others.
+        last (`bool`, *optional*, defaults to `True`): whether `"auto"` and `"all"` may choose the last layer, if there are others.
 
     Raises:
         ValueError: if one does not exist (the message lists those that do), is not called, is called several times, or
             does not keep samples apart.
     """
     kind, names = type(base_model(model)).__name__, layout.layers
-    if asked == "auto":
+    if asked in ("auto", "all"):
         called = [name for name in names if name in layout.shapes]
         if not called or not layout.chained:
             raise ValueError(
-                f"layers='auto' found no layers in {kind} that follow one another: name modules of it in layers=[...]."
+                f"layers={asked!r} found no layers in {kind} that follow one another: name modules of it in "
+                "layers=[...]."
             )
-        fitting = [name for name in called if layout.keeps_positions(name)]
-        chosen = _evenly(fitting or called, layout, last, model)
+        fitting = [name for name in called if layout.keeps_positions(name)] or called
+        if asked == "auto":
+            chosen = _evenly(fitting, layout, last, model)
+        else:
+            chosen = fitting if last or fitting == called[-1:] else [name for name in fitting if name != called[-1]]
     else:
         chosen = [named(layer, names, model) for layer in asked]
         twice = [name for name, count in Counter(chosen).items() if count > 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -81,10 +82,11 @@ class Recorder:
     Args:
         names (`list[str]`): all layers, in their order.
         others (`list[str]`): further modules to listen to.
+        replayed (`Iterable[str]`, *optional*): modules of which everything that they return is kept, in `replay`.
     """
 
-    def __init__(self, names: list[str], others: list[str]):
-        self.names, self.others = names, others
+    def __init__(self, names: list[str], others: list[str], replayed: Iterable[str] = ()):
+        self.names, self.others, self.replayed = names, others, list(replayed)
         self.handles: list[Any] = []
         self.clear()
 
@@ -96,6 +98,8 @@ class Recorder:
             self.handles.append(module.register_forward_hook(partial(self._leave, name)))
         for name in self.others:
             self.handles.append(model.get_submodule(name).register_forward_hook(partial(self._leave, name)))
+        for name in self.replayed:
+            self.handles.append(model.get_submodule(name).register_forward_hook(partial(self._keep, name)))
 
     def remove(self) -> None:
         """Listen no more."""
@@ -113,6 +117,7 @@ class Recorder:
         self.on, self.stem = False, None
         self.calls: dict[int, Call] = {}
         self.outputs: dict[str, torch.Tensor] = {}
+        self.replay: dict[str, Any] = {}
         self.counts: Counter = Counter()
         self.chained = 0  # layers whose input is the very output of the one before
         self.autocast: tuple[str, torch.dtype] | None = None
@@ -141,6 +146,10 @@ class Recorder:
         kind = features.device.type
         if torch.is_autocast_enabled(kind):  # which is over when the model's forward is
             self.autocast = kind, torch.get_autocast_dtype(kind)
+
+    def _keep(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
+        if self.on:
+            self.replay[name] = output
 
     @property
     def silent(self) -> bool:
