@@ -92,7 +92,7 @@ def test_file_that_is_no_config_is_refused(tmp_path, content):
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("layers", "all"),
+        ("layers", "every"),
         ("layers", []),
         ("layers", [1.5]),
         ("head", "big"),

@@ -97,29 +97,32 @@ class AuxiliaryHeads(nn.Module):
             handle.remove()
 
     @property
-    def exits(self) -> list[int | None]:
-        """`list[int]`: how many layers, or stages, come before each head; `None` for a head inside a layer."""
+    def places(self) -> list[int | None]:
+        """`list[int]`: which of the layers each head is on, or in; `None` for a module outside of them."""
         layers = self.layout.layers
-        found = [
-            next((place for place, layer in enumerate(layers) if is_inside(n, {layer})), None) for n in self.names
-        ]
-        return [None if place is None else place + 1 for place in found]
+        return [next((place for place, layer in enumerate(layers) if is_inside(n, {layer})), None) for n in self.names]
+
+    @property
+    def exits(self) -> list[int | None]:
+        """`list[int]`: how many layers (stages, where native heads count these) are run up to each head."""
+        places = [None if place is None else place + 1 for place in self.places]
+        return [getattr(head, "exit", place) for head, place in zip(self.heads, places, strict=True)]
 
     @property
     def depths(self) -> list[float]:
         """
-        `list[float]`: the share of the layers that come before each head, in (0, 1].
+        `list[float]`: the share of the layers that are run up to each head, in (0, 1].
 
         Raises:
             ValueError: if a head is on a module that is no layer.
         """
-        exits = self.exits
-        if None in exits:
+        places = self.places
+        if None in places:
             raise ValueError(
-                f"layer_weights='linear' needs heads on layers, and {self.names[exits.index(None)]} is none: choose "
+                f"layer_weights='linear' needs heads on layers, and {self.names[places.index(None)]} is none: choose "
                 "layers, or layer_weights='uniform'."
             )
-        return [exit / len(self.layout.layers) for exit in exits]
+        return [(place + 1) / len(self.layout.layers) for place in places]
 
     @contextmanager
     def watched(self, on: bool = True) -> Iterator[None]:

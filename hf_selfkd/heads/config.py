@@ -111,7 +111,8 @@ class AuxiliaryHeadsConfig:
         known = isinstance(self.layers, list) and all(_is_a(layer, (int, str)) for layer in self.layers)
         if self.layers not in ("auto", "all") and not (known and self.layers):
             raise ValueError(
-                f"layers={self.layers!r}: give a list of layer indices or module names, 'all', or leave out for 'auto'."
+                f"layers={self.layers!r}: give a list of layer indices or module names, or leave out for 'auto' (or "
+                "'all')."
             )
         if not _is_a(self.views_per_step, int) or self.views_per_step not in range(ROTATIONS):
             raise ValueError(f"views_per_step={self.views_per_step} is not one of 0, 1, 2, 3 rotated views.")

@@ -167,7 +167,8 @@ def choose_layers(asked: list[int | str] | str, layout: Layout, model: nn.Module
         asked (`list`, `"auto"` or `"all"`): as in [`AuxiliaryHeadsConfig`].
         layout ([`Layout`]): of the model.
         model (`nn.Module`): to look up names.
-        last (`bool`, *optional*, defaults to `True`): whether `"auto"` and `"all"` may choose the last layer, if there are others.
+        last (`bool`, *optional*, defaults to `True`):
+            Whether `"auto"` and `"all"` may choose the last layer, if there are others.
 
     Raises:
         ValueError: if one does not exist (the message lists those that do), is not called, is called several times, or

@@ -21,7 +21,6 @@ from .kinds import Context, pool, to_channels_last
 from .layout import Layout
 from .taps import remove_taps, tensor_of
 from .truncated import (
-    CallOrder,
     build_empty,
     call_order,
     is_inside,
@@ -272,8 +271,11 @@ class NativeHeads:
         self.base, self.layout = base_model(model), layout
         found = next(name for name, module in model.named_modules() if module is self.base)
         self.prefix = f"{found}." if found else ""
-        self.layers = [name.removeprefix(self.prefix) for name in layout.layers]
-        self.order = call_order(self.base, self.layers, inputs)
+        layers = [name.removeprefix(self.prefix) for name in layout.layers]
+        stages = list(dict.fromkeys(name.rpartition(".")[0] for name in layers))
+        self.order = call_order(self.base, layers, inputs)
+        # Blocks in lists of their own are stages: the architecture counts these.
+        self.layers = stages if len(stages) > 1 else layers
         embedding = self.base.get_output_embeddings() if isinstance(self.base, PreTrainedModel) else None
         named = self.base.named_modules(remove_duplicate=False)
         self.embeddings = {name for name, module in named if embedding is not None and module is embedding}
@@ -283,21 +285,28 @@ class NativeHeads:
 
     def exit_of(self, name: str) -> int:
         """
-        How many layers a head on a layer comes after.
+        How many layers, or stages, a head on a layer comes after.
 
         Raises:
-            ValueError: if it is on something else, or on the last layer.
+            ValueError: if it is on something else, inside a stage, or on the last layer.
         """
         kind, own = type(self.base).__name__, name.removeprefix(self.prefix)
-        if own not in self.layers:
+        stage = next((place for place, layer in enumerate(self.layers) if is_inside(own, {layer})), None)
+        blocks = (
+            []
+            if stage is None
+            else [n for n in self.layout.layers if is_inside(n, {self.prefix + self.layers[stage]})]
+        )
+        if blocks[-1:] != [name]:
             raise ValueError(
-                f"head='native' on {name!r}, which is no layer of {kind}: name some of {', '.join(self.layers)}."
+                f"head='native' on {name!r}, which is not the end of a layer or stage of {kind}: choose among "
+                f"{', '.join(self.layers)}, by their numbers or 'auto'."
             )
-        if own == self.layers[-1]:
+        if stage == len(self.layers) - 1:
             raise ValueError(
                 f"head='native' on {name!r}, the last layer of {kind}, where its own head is: leave the layer out."
             )
-        return self.layers.index(own) + 1
+        return stage + 1
 
     def make(self, name: str) -> NativeHead:
         """

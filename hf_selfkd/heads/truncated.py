@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..models import base_model, is_encoder_decoder
+from ..models import is_encoder_decoder
 from .layout import evaluating
 
 
@@ -183,7 +183,7 @@ def plain_shapes(module: nn.Module) -> dict[str, torch.Size]:
 
 def shared_modules(made: nn.Module, model: nn.Module, tail: set[str]) -> list[str]:
     """
-    The largest modules of a truncated model that the whole model has in the same form, without the tail and its owners.
+    The largest modules of a truncated model that the whole model has in the same form; not the tail and its owners.
 
     Args:
         made (`nn.Module`): the truncated model.
