@@ -4,7 +4,7 @@ One training with exits against the same smaller architectures trained alone, wi
     python benchmarks/family.py ag_news --pretrained MODEL --exits 2 4 --max_train_samples 400 --train_files ...
     python benchmarks/family.py cifar100 --model convnext --exits 1 2 --images_per_class 50 --train_files ...
 
-`family` is the preset `exits`: the whole model and its exits learn from labels, the exits also from the whole model;
+`family` is the preset `exits`: the whole model and its exits learn from labels, exits also from the whole model;
 `family, PS-KD` adds past predictions to the labels of all. `alone` trains the whole architecture and each of those with
 fewer layers for itself, plainly: pretrained models keep the first layers of the pretrained weights. Every finished
 training appends a JSON line for each member to `--results`; what is there is not repeated. `--table` prints the table.
@@ -64,9 +64,7 @@ def truncated(model: PreTrainedModel, exit: int) -> PreTrainedModel:
 
 def train(task: dict, model: PreTrainedModel, settings: dict, heads: AuxiliaryHeadsConfig | None, seed: int) -> tuple:
     """Train once; the trainer, and seconds of the clock and of the processor."""
-    task = {name: value for name, value in task.items() if name in ("train_dataset", "data_collator")} | {
-        "arguments": task["arguments"]
-    }
+    data = {name: task[name] for name in ("train_dataset", "data_collator") if name in task}
     with tempfile.TemporaryDirectory() as folder:
         config = SelfKDConfig(
             folder,
@@ -76,12 +74,11 @@ def train(task: dict, model: PreTrainedModel, settings: dict, heads: AuxiliaryHe
             report_to="none",
             disable_tqdm=True,
             log_level="error",
-            max_grad_norm=0.0,
-            **task.pop("arguments"),
+            **task["arguments"],
             **settings,
         )
         trainer = SelfKDTrainer(
-            model, config, compute_metrics=compute_classification_metrics, auxiliary_heads=heads, **task
+            model, config, compute_metrics=compute_classification_metrics, auxiliary_heads=heads, **data
         )
         start = time.perf_counter(), time.process_time()
         trainer.train()
