@@ -215,6 +215,7 @@ SCENARIOS = {
     "heads_teach": lambda out, world: equal(
         out, world, auxiliary_heads=AuxiliaryHeadsConfig(head="stages", heads_to_model_weight=1.0)
     ),
+    "heads_native": lambda out, world: equal(out, world, "plain_deep_vit", auxiliary_heads="exits"),
     "heads_history": lambda out, world: equal(out, world, teacher="history", **STAGES),
     "heads_accumulation": lambda out, world: equal(
         out, world, per_device_train_batch_size=4 // world, gradient_accumulation_steps=2, **STAGES

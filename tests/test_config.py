@@ -34,6 +34,7 @@ DEFAULTS = {
     "teacher_dropout": False,
     "auxiliary_heads": None,
     "evaluate_heads": False,
+    "save_heads": False,
 }
 OTHERS = {
     "alpha": 0.5,
@@ -58,6 +59,7 @@ OTHERS = {
     "teacher_dropout": False,
     "auxiliary_heads": "byot",
     "evaluate_heads": True,
+    "save_heads": True,
 }
 
 

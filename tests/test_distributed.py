@@ -44,6 +44,7 @@ def two(tmp_path_factory):
         "causal_chunked",
         "masked",
         "heads",
+        "heads_native",
         "heads_history",
         "heads_accumulation",
         "heads_teach",

@@ -353,8 +353,10 @@ def test_a_batch_twice_has_the_same_loss(tmp_path):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_loss_does_not_depend_on_accumulation(tmp_path, preset):
-    name = "plain_vit"  # no batch statistics: those of a CNN's heads see smaller batches
-    config = AuxiliaryHeadsConfig.preset(preset, **({} if preset == "deep_supervision" else {"head": "stages"}))
+    # No batch statistics: those of a CNN's heads see smaller batches.
+    name = "plain_deep_vit" if preset == "exits" else "plain_vit"
+    kept = preset in ("deep_supervision", "exits")
+    config = AuxiliaryHeadsConfig.preset(preset, **({} if kept else {"head": "stages"}))
     options = SGD | {"num_train_epochs": 2, "auxiliary_heads": config}
     one = train(tmp_path, name, make_samples(name, 16), per_device_train_batch_size=8, **options)
     two = train(
@@ -816,7 +818,8 @@ def test_gradient_checkpointing_reaches_the_backbone(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "preset"),
-    [(name, preset) for name in ("resnet", "bert", "gpt2") for preset in PRESETS]
+    [(name, preset) for name in ("resnet", "bert", "gpt2") for preset in PRESETS if preset != "exits"]
+    + [(name, "exits") for name in ("vit", "resnet", "convnext", "swin")]  # of more than one layer
     + [
         (name, preset) for name in MODELS if name not in ("resnet", "bert", "gpt2") for preset in ("lsskd_full", "sla")
     ],

@@ -24,6 +24,7 @@ from .truncated import (
     build_empty,
     call_order,
     is_inside,
+    plain_tensors,
     put,
     shared_modules,
     top_modules,
@@ -302,6 +303,10 @@ class NativeHeads:
                 f"head='native' on {name!r}, which is not the end of a layer or stage of {kind}: choose among "
                 f"{', '.join(self.layers)}, by their numbers or 'auto'."
             )
+        if len(self.layers) == 1:
+            raise ValueError(
+                f"head='native': {kind} has one layer, so no smaller model is in it: choose another head."
+            )
         if stage == len(self.layers) - 1:
             raise ValueError(
                 f"head='native' on {name!r}, the last layer of {kind}, where its own head is: leave the layer out."
@@ -344,7 +349,7 @@ class NativeHeads:
             if hasattr(part, "reset_parameters"):
                 part.reset_parameters()
         module.apply(self.base._init_weights)
-        kept = dict(theirs.named_parameters()) | dict(theirs.named_buffers())
+        kept = dict(theirs.named_buffers()) | plain_tensors(theirs)
         with torch.no_grad():
             for name, value in [*module.named_parameters(), *module.named_buffers()]:
                 if name in kept and kept[name].shape == value.shape:

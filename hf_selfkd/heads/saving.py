@@ -106,9 +106,14 @@ def _check_same(
             f"{told}: head={config.head!r}, views={config.views!r} and not head={heads.config.head!r}, "
             f"views={heads.config.views!r}: {remedy}"
         )
-    if layers != heads.names:
+    if [_without_peft(name) for name in layers] != [_without_peft(name) for name in heads.names]:
         raise ValueError(f"{told}: on {', '.join(layers)} and not on {', '.join(heads.names)}: {remedy}")
     if differing is not None:
         raise ValueError(
             f"{told}: {differing} has shape {saved.get(differing)} and not {own.get(differing)}: {remedy}"
         )
+
+
+def _without_peft(layer: str) -> str:
+    """The name of a layer in the model that PEFT wraps: heads trained beside adapters fit the merged model."""
+    return layer.removeprefix("base_model.model.")

@@ -168,17 +168,30 @@ def _changed(
     return made
 
 
-def plain_shapes(module: nn.Module) -> dict[str, torch.Size]:
-    """The shapes of a module's tensors, by name, as they were before PEFT put adapters in."""
-    tuners = {name for name, part in module.named_modules() if hasattr(part, "get_base_layer")}
+def plain_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's state, by the names that it has without PEFT: no adapters, and the copies that PEFT trains."""
+    inner = {}
+    for name, part in module.named_modules():
+        if hasattr(part, "get_base_layer"):
+            inner[name] = "base_layer."
+        elif hasattr(part, "original_module"):
+            inner[name] = next((f"modules_to_save.{key}." for key in part.modules_to_save), "original_module.")
     found = {}
-    for name, tensor in module.state_dict().items():
-        tuner = next((own for own in tuners if is_inside(name, {own})), None)
-        rest = name if tuner is None else name.removeprefix(f"{tuner}.")
-        if tuner is not None and not rest.startswith("base_layer."):
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        owner = next((wrapper for wrapper in inner if is_inside(name, {wrapper}) or not wrapper), None)
+        if owner is None:
+            found[name] = tensor
             continue
-        found[name if tuner is None else f"{tuner}.{rest.removeprefix('base_layer.')}"] = tensor.shape
+        prefix = f"{owner}." if owner else ""
+        rest = name.removeprefix(prefix)
+        if rest.startswith(inner[owner]):
+            found[prefix + rest.removeprefix(inner[owner])] = tensor
     return found
+
+
+def plain_shapes(module: nn.Module) -> dict[str, torch.Size]:
+    """The shapes of [`plain_tensors`]."""
+    return {name: tensor.shape for name, tensor in plain_tensors(module).items()}
 
 
 def shared_modules(made: nn.Module, model: nn.Module, tail: set[str]) -> list[str]:
