@@ -25,7 +25,7 @@ from helpers import CLASSES, collate, difference, make_model, make_samples, make
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer
 
-from hf_selfkd import SelfKDMixin
+from hf_selfkd import AuxiliaryHeadsConfig, SelfKDMixin, attach_auxiliary_heads
 from hf_selfkd.cli import app
 from hf_selfkd.cli.common import script_of
 from hf_selfkd.cli.compare import _chosen
@@ -75,6 +75,20 @@ def names_of(kind):
         config = make_model("plain_vit").config
         config.num_hidden_layers = 12
         return names_of("images") | {"model": type(make_model("plain_vit"))(config)}
+    if kind == "exits":  # a training with exits, whose folder is `out`
+        names = names_of("deep")
+        options = {"auxiliary_heads": "exits", "save_heads": True, "num_train_epochs": 2}
+        trainer = make_trainer("out", names["model"], names["train"], **options)
+        trainer.train()
+        trainer.save_model()
+        return names
+    if kind == "drafts":
+        config = make_model("plain_gpt2").config
+        config.num_hidden_layers = 6
+        model = attach_auxiliary_heads(
+            type(make_model("plain_gpt2"))(config), AuxiliaryHeadsConfig(head="native", layers=[3])
+        )
+        return {"model": model.eval(), "inputs": {"input_ids": torch.tensor([[5, 6, 7]])}}
     if kind == "ordinal":  # one score fewer than classes
         config = make_model("resnet").config
         config.num_labels = CLASSES - 1
