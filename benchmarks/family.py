@@ -5,7 +5,7 @@ One training with exits against the same smaller architectures trained alone, wi
     python benchmarks/family.py cifar100 --model convnext --exits 1 2 --images_per_class 50 --train_files ...
 
 `family` is the preset `exits`: the whole model and its exits learn from labels, exits also from the whole model;
-`family, PS-KD` adds past predictions to the labels of all. `alone` trains the whole architecture and each of those with
+`family, PS-KD` adds past predictions to the labels of all. `alone` trains the whole architecture and each one with
 fewer layers for itself, plainly: pretrained models keep the first layers of the pretrained weights. Every finished
 training appends a JSON line for each member to `--results`; what is there is not repeated. `--table` prints the table.
 """
