@@ -75,7 +75,8 @@ def _exit(facts: CardFacts) -> str:
     if repo:
         whole = f"[{facts.exit['whole']}](https://huggingface.co/{repo})"
     first = "the first layer" if layers == 1 else f"the first {layers} layers"
-    return f" It is an exit of {whole}: {first} of {facts.exit['of']}, and the head that was trained on them."
+    of = f"{facts.exit['of']} in the decoder, all of the encoder" if facts.exit.get("decoder") else facts.exit["of"]
+    return f" It is an exit of {whole}: {first} of {of}, and the head that was trained on them."
 
 
 def _inputs(facts: CardFacts) -> str:

@@ -26,6 +26,7 @@ def exit_facts(source: Source, exit: int, model: nn.Module, evaluation: Evaluati
     whole = source.facts or CardFacts(source.name, type(model).__name__, task=task_of(model))
     facts = copy.deepcopy(whole)
     facts.exit = {"layers": exit, "of": source.layers, "whole": source.name, "repo_id": whole.repo_id}
+    facts.exit["decoder"] = source.of_decoder
     facts.model_name = f"{source.name}-exit-{exit}"
     facts.parameters = count_parameters(model)
     facts.evaluations = [] if evaluation is None else [evaluation]

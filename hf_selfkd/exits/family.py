@@ -74,6 +74,7 @@ class Family:
         model (`str`): the name of the whole model.
         sample (`str`): what was run, in words.
         threads (`int`): that each model had.
+        of_decoder (`bool`, *optional*, defaults to `False`): whether layers are those of a decoder.
         members (`list[Member]`): the rows.
     """
 
@@ -81,6 +82,7 @@ class Family:
     model: str
     sample: str
     threads: int
+    of_decoder: bool = False
     members: list[Member] = field(default_factory=list)
 
     @property
@@ -113,11 +115,13 @@ class Family:
             engines["onnx"] = f"onnxruntime {onnxruntime.__version__}"
         threads = f"{self.threads} thread" + "s" * (self.threads > 1)
         parts = [
-            f"Latency: median of {timed[0].rounds} rounds over all rows in turn, of a forward pass of {self.sample}, after a "
-            f"warm-up; {', '.join(engines.values())}, {platform.machine()} CPU, {threads}.",
+            f"Latency: median of {timed[0].rounds} rounds over all rows in turn, of a forward pass of {self.sample}, "
+            f"after a warm-up; {', '.join(engines.values())}, {platform.machine()} CPU, {threads}.",
             *self._busy(timed),
             "Multiply-adds: of matrix products, convolutions and attention in that pass.",
         ]
+        if self.of_decoder:
+            parts.insert(0, "Layers: those of the decoder; every exit has the whole encoder.")
         if self.task in ("translation", "language-modeling"):
             parts.append("A pass is over known tokens; to write takes a pass for each token.")
         if any(member.memory is not None for member in self.members):
@@ -136,8 +140,8 @@ class Family:
         if spread <= BUSY:
             return []
         return [
-            f"This machine was busy: the middle half of the rounds of a row is {100 * spread:.0f} % of its median wide, "
-            "so measure again before you choose by it."
+            f"This machine was busy: the middle half of the rounds of a row is {100 * spread:.0f} % of its median "
+            "wide, so measure again before you choose by it."
         ]
 
     def to_dict(self) -> dict[str, Any]:

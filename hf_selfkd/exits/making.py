@@ -89,7 +89,7 @@ def make_family(source: Source, order: Order) -> Family:
         for one in made:
             if order.own_folders or one.exit is not None:
                 _convert(one, order, samples, Path(scratch))
-        family = Family(order.task, source.name, samples.told(), torch.get_num_threads())
+        family = Family(order.task, source.name, samples.told(), torch.get_num_threads(), source.of_decoder)
         _measure(family, source, made, samples)
         _evaluate(family, source, order, made, scratch)
     return family

@@ -16,6 +16,7 @@ from torch import nn
 
 FILE = Path("onnx", "model.onnx")  # where the Hub, optimum and transformers.js look for it
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+_PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 TOLERANCE = 1e-4  # of the largest logit
 
 
@@ -96,11 +97,20 @@ def export_onnx(model: nn.Module, path: Path, batches: list[dict[str, torch.Tens
         path.unlink(missing_ok=True)
         told = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"--onnx: torch.onnx cannot export {type(model).__name__} ({told}).") from error
+    _strip(path)
     check_same(model, path, batches)
     return path
 
 
-_PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+def _strip(path: Path) -> None:
+    """Take out where each node comes from: stack traces, with the paths of this machine."""
+    import onnx
+
+    stored = onnx.load(path)
+    for part in (*stored.graph.node, *stored.graph.value_info, *stored.graph.initializer):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    onnx.save(stored, path)
 
 
 def check_same(model: nn.Module, path: Path, batches: list[dict[str, torch.Tensor]]) -> None:

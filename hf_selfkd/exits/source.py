@@ -15,7 +15,7 @@ from ..heads.config import AuxiliaryHeadsConfig
 from ..heads.inputs import example_inputs
 from ..heads.layout import measure
 from ..heads.saving import FOLDER, WEIGHTS_NAME
-from ..models import classes_of
+from ..models import classes_of, is_encoder_decoder
 
 
 # The classes of transformers that the script of a task takes.
@@ -35,7 +35,7 @@ class Source:
     Args:
         folder (`Path`): where it is.
         model ([`~transformers.PreTrainedModel`]): with native heads, in evaluation mode.
-        layers (`int`): of the whole model.
+        layers (`int`): of the whole model; of one with a decoder, those of the decoder.
         processing_class (*optional*): its tokenizer or image processor, if the folder has one.
         facts ([`~hf_selfkd.cards.CardFacts`], *optional*): of the card of its training.
     """
@@ -50,6 +50,11 @@ class Source:
     def name(self) -> str:
         """`str`: of the whole model, as its card or its folder has it."""
         return self.facts.model_name if self.facts is not None else self.folder.resolve().name
+
+    @property
+    def of_decoder(self) -> bool:
+        """`bool`: whether layers are those of a decoder, and every exit has the whole encoder."""
+        return is_encoder_decoder(self.model) and hasattr(self.model, "get_decoder")
 
     @property
     def exits(self) -> list[int]:
