@@ -98,7 +98,7 @@ def make_family(source: Source, order: Order) -> Family:
 def _samples(source: Source, order: Order, scratch: str) -> Samples:
     """Of the data, which are so checked before anything is made."""
     if order.script is None:
-        return made_up(source.model)
+        return made_up(source.model, source.processing_class)
     return samples_of(run_of(order.script, order.words, source.folder, order.split, scratch))
 
 

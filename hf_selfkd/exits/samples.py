@@ -56,14 +56,17 @@ def samples_of(run: Run) -> Samples:
     return Samples(one, batches, True)
 
 
-def made_up(model: nn.Module) -> Samples:
+def made_up(model: nn.Module, processing_class: Any = None) -> Samples:
     """
     Samples of random pixels or tokens, the same every time.
 
     Args:
         model (`nn.Module`): that they are for.
+        processing_class (*optional*): its tokenizer, which tells what else it makes of texts.
     """
     example = {name: value[:1] for name, value in example_inputs(model).items()}
+    if "token_type_ids" in getattr(processing_class, "model_input_names", ()):
+        example["token_type_ids"] = torch.zeros_like(example["input_ids"])
     generator = torch.Generator().manual_seed(0)
     batches = [
         {name: _varied(name, value, model.config, count, generator) for name, value in example.items()}
