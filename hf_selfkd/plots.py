@@ -1,4 +1,4 @@
-"""Reliability diagrams and risk-coverage curves, several methods side by side (matplotlib, the extra `plots`).
+"""Reliability diagrams, risk-coverage curves and the like, several methods side by side (matplotlib, extra `plots`).
 
 Figures are built through matplotlib's object interface: no `pyplot`, no global state, no display needed.
 """
@@ -143,6 +143,42 @@ def loss_curves(results: Mapping[str, np.ndarray], path: str | Path | None = Non
     axes.set(xlabel="Step", ylabel="Loss")
     axes.grid(color="#e6e6e6")
     axes.legend(frameon=False)
+    _bare(axes)
+    return _saved(figure, path)
+
+
+def quality_against_cost(
+    results: Mapping[str, Mapping[str, tuple[float, float]]],
+    path: str | Path | None = None,
+    title: str | None = None,
+    xlabel: str = "Latency (ms)",
+    ylabel: str = "Accuracy (%)",
+) -> Figure:
+    """Quality of several models against what they cost, one line per kind of model, each point with its name.
+
+    Args:
+        results (`dict[str, dict]`): Kind -> name of a model -> its cost and its quality.
+        path, title: As for [`reliability_diagram`].
+        xlabel (`str`, *optional*, defaults to `"Latency (ms)"`): What the cost is.
+        ylabel (`str`, *optional*, defaults to `"Accuracy (%)"`): What the quality is.
+
+    Returns:
+        `matplotlib.figure.Figure`
+    """
+    _check(results)
+    figure = _figure(5.6, 4.0, title)
+    axes = figure.add_subplot()
+    for place, (kind, points) in enumerate(results.items()):
+        colour, marker = _COLOURS[place % len(_COLOURS)], "os^D"[place % 4]
+        axes.plot(*zip(*points.values(), strict=True), color=colour, marker=marker, label=kind)
+        for name, point in points.items():
+            axes.annotate(name, point, (4, 4), textcoords="offset points", fontsize="small", color=colour)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set_xlim(left=0)
+    axes.margins(y=0.15)
+    axes.grid(color="#e6e6e6")
+    if len(results) > 1:
+        axes.legend(frameon=False)
     _bare(axes)
     return _saved(figure, path)
 

@@ -24,6 +24,7 @@ class Evaluation:
         step (`int`, *optional*): optimizer steps that the evaluated weights had seen.
         signatures (`dict`): how metrics were computed, by name, where the metric says so.
         reliability (`dict`, *optional*): `count`, `confidence` and `accuracy` of equal bins of confidence.
+        data (`str`, *optional*): the dataset, where that need not be the one of the training.
     """
 
     split: str
@@ -32,6 +33,7 @@ class Evaluation:
     step: int | None = None
     signatures: dict[str, str] = field(default_factory=dict)
     reliability: dict[str, list] | None = None
+    data: str | None = None
 
 
 @dataclass
@@ -59,6 +61,7 @@ class CardFacts:
         training (`dict`): `epochs`, `steps`, `seconds`, `device`, `processes`, whatever is known.
         comparison (`list[dict]`): the runs of a comparison, with `method`, `seed` and metrics.
         versions (`dict`): of what trained it.
+        exit (`dict`): of an exit of a larger model: its `layers`, those `of` the `whole`, which is a name.
         written (`dict`): the metadata of the card that was made of this, to be told from what its user has added.
     """
 
@@ -84,6 +87,7 @@ class CardFacts:
     training: dict[str, Any] = field(default_factory=dict)
     comparison: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    exit: dict[str, Any] = field(default_factory=dict)
     written: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> None:

@@ -63,8 +63,20 @@ def _opening(facts: CardFacts) -> str:
     teacher, heads = facts.method.get("teacher", "none"), facts.method.get("auxiliary_heads")
     how = "with self-distillation" if teacher != "none" or heads else "without self-distillation"
     if not facts.method:
-        return f"{words}{origin}. How it was trained is not known to this card."
-    return f"{words}{origin}, trained {how} by `hf_selfkd`."
+        return f"{words}{origin}. How it was trained is not known to this card.{_exit(facts)}"
+    return f"{words}{origin}, trained {how} by `hf_selfkd`.{_exit(facts)}"
+
+
+def _exit(facts: CardFacts) -> str:
+    """Of which model an exit is one."""
+    if not facts.exit:
+        return ""
+    layers, whole, repo = facts.exit["layers"], f"`{facts.exit['whole']}`", facts.exit.get("repo_id")
+    if repo:
+        whole = f"[{facts.exit['whole']}](https://huggingface.co/{repo})"
+    first = "the first layer" if layers == 1 else f"the first {layers} layers"
+    of = f"{facts.exit['of']} in the decoder, all of the encoder" if facts.exit.get("decoder") else facts.exit["of"]
+    return f" It is an exit of {whole}: {first} of {of}, and the head that was trained on them."
 
 
 def _inputs(facts: CardFacts) -> str:
@@ -233,7 +245,11 @@ def describe_method(facts: CardFacts) -> str:
         parts.append(f"{heads['heads']} auxiliary heads on intermediate layers{preset} learned {what}.")
         if heads.get("heads_to_model_weight"):
             parts.append("What they know together was taught to the classifier.")
-        parts.append("The heads are not part of this model.")
+        parts.append(
+            "This model is one of these heads, with the layers before it; the others are not part of it."
+            if facts.exit
+            else "The heads are not part of this model."
+        )
     if method.get("label_smoothing"):
         parts.append(f"Labels were smoothed by {method['label_smoothing']}.")
     if method.get("mixing"):
@@ -307,8 +323,9 @@ def metadata(facts: CardFacts) -> dict[str, Any]:
 def eval_results(facts: CardFacts) -> list[EvalResult]:
     """The results of the `model-index`; the Hub shows them beside those of other models."""
     task, found = facts.task or "other", []
-    named = facts.datasets[0] if facts.datasets else None
     for evaluation in facts.evaluations:
+        described = facts.datasets[0] if facts.datasets else None
+        named = described if evaluation.data is None else evaluation.data
         for name in sorted(evaluation.metrics, key=_place):
             value = evaluation.metrics[name]
             if name == "loss" or not math.isfinite(value) or not _of_these_weights(evaluation, facts):
@@ -320,7 +337,7 @@ def eval_results(facts: CardFacts) -> list[EvalResult]:
                     task_name=TASKS[task].name if task in TASKS else None,
                     dataset_type=named or "unknown",
                     dataset_name=named or facts.data.get("description") or "unknown",
-                    dataset_config=facts.data.get("configuration"),
+                    dataset_config=facts.data.get("configuration") if evaluation.data is None else None,
                     dataset_split=evaluation.split,
                     metric_type=name,
                     metric_name=metric(name).plain,

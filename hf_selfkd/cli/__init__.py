@@ -9,7 +9,7 @@ from __future__ import annotations
 import typer
 
 from .._version import __version__
-from . import card, compare, doctor, evaluate, predict, push, report, train
+from . import card, compare, doctor, evaluate, export, predict, push, report, train
 from .common import PASSES_ON
 
 
@@ -24,6 +24,7 @@ app.command("card")(card.card)
 app.command("push")(push.push)
 app.command("report")(report.report)
 app.command("evaluate", context_settings=PASSES_ON)(evaluate.evaluate)
+app.command("export", context_settings=PASSES_ON)(export.export)
 app.command("predict", context_settings=PASSES_ON)(predict.predict)
 app.command("doctor", context_settings=PASSES_ON)(doctor.doctor)
 app.command("compare", context_settings=PASSES_ON)(compare.compare)

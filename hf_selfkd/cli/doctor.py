@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import logging
 import math
 import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +11,7 @@ import typer
 
 from ..comparison.methods import METHODS
 from ..scripts.arguments import SCRIPTS
-from .common import one_line_errors, print_pairs, script_of
+from .common import one_line_errors, print_pairs, script_of, silence
 
 
 if TYPE_CHECKING:
@@ -73,7 +68,7 @@ def _before(task: str, words: list[str], cost: bool, plain_run: bool) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         quiet = [*words, *_QUIET, "--output_dir", folder]
-        with _silence():
+        with silence():
             trainer = script_of(task).build(quiet).trainer
             plan = plan_of(trainer)
         print_pairs(plan)
@@ -81,19 +76,6 @@ def _before(task: str, words: list[str], cost: bool, plain_run: bool) -> None:
             print_pairs({"cost": _cost(task, quiet, trainer)})
         if plain_run:
             _plain_run(task, quiet, folder)
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Keep what a training prints, logs and warns of to itself; errors are raised as ever."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _cost(task: str, words: list[str], planned: SelfKDTrainer) -> str:
@@ -106,7 +88,7 @@ def _cost(task: str, words: list[str], planned: SelfKDTrainer) -> str:
     times: list[list[float]] = [[] for _ in methods]
     for _ in range(2):
         for place, flags in enumerate(methods):
-            with _silence():
+            with silence():
                 times[place].append(1000 * step_times(script_of(task).build([*words, *flags]).trainer))
     asked, *plain = [min(part) for part in times]
     if not all(math.isfinite(one) for part in times for one in part):
@@ -128,7 +110,7 @@ def _plain_run(task: str, words: list[str], folder: str) -> None:
     from ..runs import Run
 
     typer.echo("Training plainly ...")
-    with _silence():
+    with silence():
         script_of(task).main([*words, *METHODS["plain"], "--do_eval", "--logging_steps", "0.02"])
     for sentence in diagnose(symptoms_of(Run.load(folder))):
         typer.echo(sentence)

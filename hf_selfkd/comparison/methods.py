@@ -11,6 +11,7 @@ _RESET = {
     "calibration_fraction": "0",
     "auxiliary_heads": "None",
     "evaluate_heads": "False",
+    "save_heads": "False",
     "label_smoothing_factor": "0",
     "temperature": "1",
     "warm_start_teacher": "False",
