@@ -9,7 +9,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .collator import SelfKDDataCollator
     from .config import SelfKDConfig, Seq2SeqSelfKDConfig
-    from .exits import exit_model, export_exit
+    from .exits import EarlyExit, exit_model, export_exit
     from .heads import (
         attach_auxiliary_heads,
         load_auxiliary_heads,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # help of the command line must not cost.
 _MODULES = {
     "AuxiliaryHeadsConfig": "heads.config",
+    "EarlyExit": "exits",
     "SelfKDConfig": "config",
     "SelfKDDataCollator": "collator",
     "SelfKDMixin": "trainer",
@@ -43,6 +44,7 @@ _MODULES = {
 
 __all__ = [
     "AuxiliaryHeadsConfig",
+    "EarlyExit",
     "SelfKDConfig",
     "SelfKDDataCollator",
     "SelfKDMixin",

@@ -156,7 +156,7 @@ def strip_auxiliary_heads(model: nn.Module) -> nn.Module:
 
 def _build(model: nn.Module, config: AuxiliaryHeadsConfig, inputs: dict[str, Any]) -> AuxiliaryHeads:
     """The heads for a model, which is only looked at."""
-    asked = [] if config.layers == "auto" else [layer for layer in config.layers if isinstance(layer, str)]
+    asked = [] if config.layers in ("auto", "all") else [layer for layer in config.layers if isinstance(layer, str)]
     others = [named(layer, [], model) for layer in asked]
     layout = measure(model, others, inputs)
     others = [name for name in others if name not in layout.chain]
