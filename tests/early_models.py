@@ -118,13 +118,14 @@ MODELS = {
 
 
 def make(name, head="native", **changes):
-    """A model of `MODELS` in evaluation mode with heads, whose random weights are large enough to tell samples apart."""
+    """A model of `MODELS` with heads, in evaluation mode; its random weights are large: they tell samples apart."""
     config, kind, options, _ = MODELS[name]
     set_seed(0)
     model = getattr(transformers, kind)(getattr(transformers, config)(num_labels=CLASSES, **options)).eval()
+    inputs = changes.pop("inputs", None)
     layers = changes.pop("layers", "all" if head == "native" else [0, 1])
     config = AuxiliaryHeadsConfig(head=head, layers=layers, **({"views": "none"} | changes))
-    attach_auxiliary_heads(model, config)
+    attach_auxiliary_heads(model, config, inputs)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:

@@ -235,8 +235,8 @@ def _guarantee(target: Target, samples: int, failures: int) -> str:
     promise = (
         f"early exit is right for at least {target.accuracy:.2%} of samples"
         if target.loss is None
-        else f"at most {target.loss:.2%} of samples are answered rightly by the whole model and wrongly by early exit, "
-        "so that its accuracy is lower by no more than that"
+        else f"at most {target.loss:.2%} of samples are answered rightly by the whole model and wrongly by early "
+        "exit, so that its accuracy is lower by no more than that"
     )
     return (
         f"With a probability of at least {target.confidence:.2%} over the draw of the {samples} validation samples, "

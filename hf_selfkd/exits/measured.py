@@ -119,8 +119,8 @@ def _noted(model: nn.Module, names: list[str], inputs: dict[str, Any]) -> tuple[
             rest = with_tensors(output, lambda tensor: tensors.append(tensor))
         except ValueError as error:
             raise ValueError(
-                f"early exit: {name} of {type(base_model(model)).__name__} returns {error}, of which nobody knows what "
-                "belongs to which sample: put heads on other layers."
+                f"early exit: {name} of {type(base_model(model)).__name__} returns {error}, of which nobody knows "
+                "what belongs to which sample: put heads on other layers."
             ) from None
         found[name].append(([tuple(tensor.shape) for tensor in tensors], repr(rest)))
 

@@ -47,8 +47,8 @@ def at_full_depth(model: nn.Module, heads: list[int], inputs: dict[str, Any]) ->
 class ExitPass:
     """
     Runs a model on a batch. When some samples leave at an exit, the forward pass of the model is begun anew for the
-    others, with cut inputs, and whatever has been computed up to the exit is replayed (see [`Tape`]): so masks, pooling
-    and everything else between the modules is what the class of the model makes of these samples.
+    others, with cut inputs, and whatever has been computed up to the exit is replayed (see [`Tape`]): so masks,
+    pooling and everything else between the modules is what the class of the model makes of these samples.
 
     Args:
         model (`nn.Module`): with heads, in evaluation mode.

@@ -21,8 +21,8 @@ def make_plan(model: nn.Module, heads: list[int], inputs: dict[str, Any], per_sa
     """
     How to cut batches with the inputs of one.
 
-    The plan is tried out on samples each of which leaves at another exit: the answers have to be those of a run at full
-    depth. First, that nobody needs the outputs of earlier layers is tried, too.
+    The plan is tried out on samples each of which leaves at another exit: the answers have to be those of a run at
+    full depth. First, that nobody needs the outputs of earlier layers is tried, too.
 
     Args:
         model (`nn.Module`): with heads, in evaluation mode.

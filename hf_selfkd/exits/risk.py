@@ -1,11 +1,11 @@
 """
 How sure an exit has to be: thresholds of which it can be shown, on validation data, what they cost in accuracy.
 
-Learn then Test (Angelopoulos et al., 2021, arXiv 2110.01052) with a fixed sequence of hypotheses: thresholds are tested
-from the strictest to laxer ones, each by an exact binomial bound, until the first that does not pass. No matter how
-many are tested, the probability that the last one that has passed does not keep its promise is at most
-`1 - confidence`. Jazbec et al. (2024, arXiv 2405.20915, "Fast yet Safe") do this for early exits. All exits have one
-threshold in common, so that there is one sequence. The thresholds that are tested do not depend on the data.
+Learn then Test (Angelopoulos et al., 2021, arXiv 2110.01052) with a fixed sequence of hypotheses: thresholds are
+tested from the strictest to laxer ones, each by an exact binomial bound, until the first that does not pass. No matter
+how many are tested, the probability that the last one that has passed does not keep its promise is at most
+`1 - confidence`. Jazbec et al. (2024, arXiv 2405.20915, "Fast yet Safe") control the risk of early exits. All exits
+have one threshold in common, so that there is one sequence. The thresholds that are tested do not depend on the data.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def failures_at(confidences: torch.Tensor, fails: torch.Tensor, threshold: float
 
     Args:
         confidences (`torch.FloatTensor` of shape `[E, N]`): the largest probability at each exit.
-        fails (`torch.BoolTensor` of shape `[E + 1, N]`): whether the answer of an exit, and of the model, is a failure.
+        fails (`torch.BoolTensor` of shape `[E + 1, N]`): whether the answer of each exit and the model fails.
         threshold (`float`): of all exits.
     """
     return int(fails.gather(0, first_sure(confidences, threshold).unsqueeze(0)).sum())
@@ -108,7 +108,7 @@ def laxest_shown(
 
     Args:
         confidences (`torch.FloatTensor` of shape `[E, N]`): the largest probability at each exit.
-        fails (`torch.BoolTensor` of shape `[E + 1, N]`): whether the answer of an exit, and of the model, is a failure.
+        fails (`torch.BoolTensor` of shape `[E + 1, N]`): whether the answer of each exit and the model fails.
         rate (`float`): of failures, in (0, 1).
         confidence (`float`): the probability, over draws of the `N` samples, that the threshold keeps the promise.
         num_classes (`int`): of the model.
@@ -142,6 +142,6 @@ def strictest_affordable(confidences: torch.Tensor, costs: list[float], target: 
         if float(weights[first_sure(confidences, threshold)].mean()) <= target:
             return threshold
     raise ValueError(
-        f"target_cost={target} is below {costs[0]:.3f}, the cost of the first exit: set a larger one, or put a head on "
-        "an earlier layer."
+        f"target_cost={target} is below {costs[0]:.3f}, the cost of the first exit: set a larger one, or put a head "
+        "on an earlier layer."
     )
