@@ -113,6 +113,7 @@ MODELS = {
         "texts",
     ),
     "bart": ("BartConfig", "BartForSequenceClassification", _BART, "texts"),
+    "wavlm": ("WavLMConfig", "WavLMForSequenceClassification", _WAV2VEC2, "sounds"),
     "wav2vec2": ("Wav2Vec2Config", "Wav2Vec2ForSequenceClassification", _WAV2VEC2, "sounds"),
 }
 

@@ -49,7 +49,7 @@ class EarlyExit(nn.Module):
     A head is sure if the largest probability, of its logits divided by its temperature, reaches its threshold. Samples
     that are answered leave the batch: later layers run for the others only, and not at all if there are none. Which
     samples go on is read from the device once an exit; nothing else waits for it. The model itself stays as it is and
-    may be used beside. It can be in one forward pass at a time.
+    may be used beside. It can be in one forward pass at a time, and is not to be compiled.
 
     Which part of what the model's modules return belongs to which sample is measured by running batches of two sizes,
     and tried out against a run at full depth: of made-up samples here, and again of the first batch that has other
@@ -90,10 +90,7 @@ class EarlyExit(nn.Module):
         self.indices, self.exits = exits_of(model)
         self.model, self.training = model, model.training
         self.summary: EarlyExitSummary | None = None
-        self.thresholds = None if thresholds is None else _numbers("thresholds", thresholds, len(self.indices))
-        self.temperatures = _numbers("temperatures", 1.0 if temperatures is None else temperatures, len(self.exits))
-        if min(self.temperatures) <= 0:
-            raise ValueError(f"temperatures={self.temperatures} must be positive: 1.0 leaves logits as they are.")
+        self.thresholds, self.temperatures = thresholds, 1.0 if temperatures is None else temperatures
         parameters = inspect.signature(forward_owner(model).forward).parameters
         self._extra = {"use_cache": False} if "use_cache" in parameters else {}
         self._small = made_up(model, 3) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}
@@ -103,6 +100,27 @@ class EarlyExit(nn.Module):
             outputs = model(**self._small, **self._extra)
         self._kind = type(outputs) if isinstance(outputs, ModelOutput) else dict
         self.reset()
+
+    @property
+    def thresholds(self) -> list[float] | None:
+        """`list[float]`: how probable the answer of each exit has to be; one number may be given for all."""
+        return self._thresholds
+
+    @thresholds.setter
+    def thresholds(self, value: float | list[float] | None) -> None:
+        self._thresholds = None if value is None else _numbers("thresholds", value, len(self.indices))
+
+    @property
+    def temperatures(self) -> list[float]:
+        """`list[float]`: what the logits of each exit and of the model itself are divided by."""
+        return self._temperatures
+
+    @temperatures.setter
+    def temperatures(self, value: float | list[float]) -> None:
+        numbers = _numbers("temperatures", value, len(self.exits))
+        if min(numbers) <= 0:
+            raise ValueError(f"temperatures={value} must be positive: 1.0 leaves logits as they are.")
+        self._temperatures = numbers
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -174,7 +192,8 @@ class EarlyExit(nn.Module):
     def costs(self) -> list[float]:
         """`list[float]`: the share of the whole model's operations that a sample costs that is answered at each exit,
         heads included."""
-        inputs = self._small | self._extra
+        kinds = {name: self.dtype if part.is_floating_point() else part.dtype for name, part in self._small.items()}
+        inputs = {name: part.to(self.device, kinds[name]) for name, part in self._small.items()} | self._extra
         return shares_of_work(self.model, self.indices, self.exits, inputs, samples_in(self.model, inputs)[1])
 
     @torch.no_grad()

@@ -11,7 +11,10 @@ from torch import nn
 
 from ..heads.inputs import example_inputs
 from ..models import base_model, logits_of
-from .replay import with_tensors
+from .replay import Dim, with_tensors
+
+
+_UNCLEAR = (-1, 0)  # where nobody knows
 
 
 def made_up(model: nn.Module, rows: int) -> dict[str, torch.Tensor]:
@@ -134,9 +137,9 @@ def _noted(model: nn.Module, names: list[str], inputs: dict[str, Any]) -> tuple[
 
 def sample_dims(
     model: nn.Module, names: list[str], inputs: dict[str, Any], per_sample: set[str]
-) -> dict[str, list[int | None]]:
+) -> dict[str, list[Dim | None]]:
     """
-    In which dimension of what modules return the samples are.
+    In which dimension of what modules return the samples are, see [`~hf_selfkd.exits.replay.Plan`].
 
     Args:
         model (`nn.Module`): in evaluation mode.
@@ -158,7 +161,7 @@ def sample_dims(
     found = {}
     for name in names:
         calls = [list(_dims(*pair)) for pair in zip(two[name], three[name], strict=False)]
-        if len(two[name]) != len(three[name]) or any(dims != calls[0] for dims in calls) or -1 in calls[0]:
+        if len(two[name]) != len(three[name]) or any(dims != calls[0] for dims in calls) or _UNCLEAR in calls[0]:
             shapes = [[list(shape) for shape in call[0]] for call in two[name]]
             raise ValueError(
                 f"early exit: nobody knows which part of what {name} of {kind} returns, of shape {shapes} for 2 "
@@ -168,18 +171,18 @@ def sample_dims(
     return found
 
 
-def _dims(two: tuple[list[tuple], str], three: tuple[list[tuple], str]) -> Iterator[int | None]:
-    """The dimension of each tensor that is 2 for 2 samples and 3 for 3; -1 if there is no telling."""
+def _dims(two: tuple[list[tuple], str], three: tuple[list[tuple], str]) -> Iterator[Dim | None]:
+    """The dimension of each tensor that is `2 * n` for 2 samples and `3 * n` for 3, and `n`."""
     if two[1] != three[1] or len(two[0]) != len(three[0]):
-        yield -1
+        yield _UNCLEAR
         return
     for small, large in zip(two[0], three[0], strict=True):
         if len(small) != len(large):
-            yield -1
+            yield _UNCLEAR
             continue
-        places = [place for place, (a, b) in enumerate(zip(small, large, strict=True)) if a != b]
-        fits = len(places) == 1 and (small[places[0]], large[places[0]]) == (2, 3)
-        yield None if not places else places[0] if fits else -1
+        places = [(place, b - a) for place, (a, b) in enumerate(zip(small, large, strict=True)) if a != b]
+        fits = len(places) == 1 and places[0][1] > 0 and small[places[0][0]] == 2 * places[0][1]
+        yield None if not places else places[0] if fits else _UNCLEAR
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:

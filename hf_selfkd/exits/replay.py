@@ -13,6 +13,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 
+Dim = tuple[int, int]
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
@@ -46,13 +47,14 @@ class Plan:
     How a forward pass is cut down to some of its samples.
 
     Args:
-        dims (`dict`): by the name of each module whose calls are noted, the dimension that samples have in each tensor
-            that it returns; `None` in a tensor that all samples have in common.
+        dims (`dict`): by the name of each module whose calls are noted, for each tensor that it returns, the dimension
+            that samples have in it and how many places of it each has, one after the other (attention heads may be
+            folded in); `None` for a tensor that all samples have in common.
         chain (`set[str]`): those of the modules that nobody but the next of them works on, so that only the last one's
             output has to be kept.
     """
 
-    dims: dict[str, list[int | None]]
+    dims: dict[str, list[Dim | None]]
     chain: set[str] = field(default_factory=set)
 
 
@@ -151,17 +153,19 @@ class Tape:
         dims = iter(self.plan.dims[call.name])
 
         def cut(tensor: torch.Tensor) -> torch.Tensor:
-            dim = next(dims, -1)
-            if dim is None:
+            place = next(dims, (-1, 1))
+            if place is None:
                 return tensor
-            if dim < 0 or dim >= tensor.dim() or tensor.shape[dim] != size:
+            dim, fold = place
+            if not 0 <= dim < tensor.dim() or tensor.shape[dim] != size * fold:
                 raise ValueError(
                     f"early exit: {call.name} returned {list(tensor.shape)} for {size} samples, unlike for those that "
                     "it was measured with: run the model on one sample at a time."
                 )
             if call.empty:
-                return _hollow(tensor, (*tensor.shape[:dim], len(rows), *tensor.shape[dim + 1 :]))
-            return tensor.index_select(dim, rows.to(tensor.device))
+                return _hollow(tensor, (*tensor.shape[:dim], len(rows) * fold, *tensor.shape[dim + 1 :]))
+            own = tensor.unflatten(dim, (size, fold)).index_select(dim, rows.to(tensor.device))
+            return own.flatten(dim, dim + 1)
 
         return with_tensors(call.output, cut)
 
