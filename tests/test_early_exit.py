@@ -139,6 +139,15 @@ def test_rotations_are_summed_over_and_temperatures_count(views):
     assert outputs.logits.shape == (7, CLASSES)
 
 
+def test_a_head_is_asked_once_and_only_of_samples_that_have_come_to_it():
+    early, inputs, asked = EarlyExit(make("vit", "linear")), batch("vit"), []
+    early.thresholds = between(early, inputs)
+    for head in heads_of(early.model).heads:
+        head.register_forward_hook(lambda module, args, output: asked.append(len(output[0])))
+    exits = early(**inputs).exits
+    assert asked == [7, int((exits > 1).sum())]
+
+
 def test_other_arguments_are_measured_when_they_come():
     early, inputs = EarlyExit(make("bert")), batch("bert")
     early.thresholds = between(early, inputs)
@@ -259,6 +268,13 @@ def test_outputs_of_earlier_layers_are_kept_where_they_are_needed():
 )
 def test_other_tasks_are_refused(name, parts):
     refused(lambda: EarlyExit(attach_auxiliary_heads(make_model(name), "byot")), *parts)
+
+
+@pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+def test_other_problems_are_refused(kind):
+    model = make("vit")
+    model.config.problem_type = kind
+    refused(lambda: EarlyExit(model), kind, "single_label_classification")
 
 
 def test_what_makes_no_sense_is_refused():

@@ -89,6 +89,7 @@ class EarlyExit(nn.Module):
         model = uncompiled(model)
         self.indices, self.exits = exits_of(model)
         self.model, self.training = model, model.training
+        self.register_buffer("layers_run", torch.tensor(self.exits, device=main_parameter(model).device), False)
         self.summary: EarlyExitSummary | None = None
         self.thresholds, self.temperatures = thresholds, 1.0 if temperatures is None else temperatures
         parameters = inspect.signature(forward_owner(model).forward).parameters
@@ -146,8 +147,7 @@ class EarlyExit(nn.Module):
         run = ExitPass(self.model, self.indices, self.temperatures, plan)
         run.run(inputs, per_sample, size, self._staying)
         self.counts = [before + new for before, new in zip(self.counts, run.counts, strict=True)]
-        layers = torch.tensor(self.exits).to(run.places.device, non_blocking=True)
-        return with_exits(self._kind, run.logits, layers[run.places])
+        return with_exits(self._kind, run.logits, self.layers_run.to(run.places.device)[run.places])
 
     def _staying(self, place: int, logits: torch.Tensor) -> torch.Tensor:
         """The samples that an exit is not sure of. The only thing that the host waits for."""
