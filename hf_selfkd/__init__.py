@@ -9,6 +9,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .collator import SelfKDDataCollator
     from .config import SelfKDConfig, Seq2SeqSelfKDConfig
+    from .early_exit import EarlyExit
     from .exits import exit_model, export_exit
     from .heads import (
         attach_auxiliary_heads,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 # help of the command line must not cost.
 _MODULES = {
     "AuxiliaryHeadsConfig": "heads.config",
+    "EarlyExit": "early_exit",
     "SelfKDConfig": "config",
     "SelfKDDataCollator": "collator",
     "SelfKDMixin": "trainer",
@@ -43,6 +45,7 @@ _MODULES = {
 
 __all__ = [
     "AuxiliaryHeadsConfig",
+    "EarlyExit",
     "SelfKDConfig",
     "SelfKDDataCollator",
     "SelfKDMixin",

@@ -81,7 +81,9 @@ def names_of(kind):
         trainer = make_trainer("out", names["model"], names["train"], **options)
         trainer.train()
         trainer.save_model()
-        return names
+        validation = make_samples("images", 400)
+        images = torch.stack([validation[place]["pixel_values"] for place in range(4)])
+        return names | {"validation": validation, "images": images}
     if kind == "drafts":
         config = make_model("plain_gpt2").config
         config.num_hidden_layers = 6

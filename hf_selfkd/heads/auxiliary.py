@@ -161,7 +161,7 @@ class AuxiliaryHeads(nn.Module):
         autocast = self.recorder.autocast  # of the model's forward, which is over
         try:
             with nullcontext() if autocast is None else torch.autocast(autocast[0], autocast[1]):
-                silent, arguments = self.recorder.silent, _arguments(model, args, kwargs)
+                silent, arguments = self.recorder.silent, arguments_of(model, args, kwargs)
                 results = None if silent else self._run(model, arguments, device_of(outputs))
         finally:
             self.recorder.clear()
@@ -170,22 +170,55 @@ class AuxiliaryHeads(nn.Module):
         self.results = results
         return None
 
-    def _run(self, model: nn.Module, arguments: dict[str, Any], device: torch.device | None) -> HeadResults:
+    def answer(self, model: nn.Module, index: int, arguments: dict[str, Any]) -> torch.Tensor:
+        """
+        What one head says within a forward pass of the model, as soon as the module that it is on has returned.
+
+        Args:
+            model (`nn.Module`): the one that the heads are on.
+            index (`int`): of the head.
+            arguments (`dict`): what the model was called with, by name.
+
+        Returns:
+            `torch.FloatTensor` of shape `[B, outputs]` or `[B, L, outputs]`: its logits.
+        """
+        listening, self.recorder.on = self.recorder.on, False  # a head may call what it listens to
+        try:
+            context, own = self._context(model, arguments, None)
+            return self._say(index, model, arguments, context, own)[0][0]
+        finally:
+            self.recorder.on = listening
+
+    def _context(
+        self, model: nn.Module, arguments: dict[str, Any], device: torch.device | None
+    ) -> tuple[Context, torch.device | None]:
+        """What heads need of a forward pass besides features, and the device that they are on."""
         own = next((parameter.device for parameter in self.parameters()), device)  # native heads may have no weights
         images = arguments.get("pixel_values")
         size = None if images is None else tuple(images.shape[-2:])
         calls = self.recorder.calls
-        if any(features.device != own for features in self.recorder.outputs.values()):
+        if own is not None and any(features.device != own for features in self.recorder.outputs.values()):
             calls = {index: call.to(own) for index, call in calls.items()}
         context = Context(None, calls, output_embedding_of(model), size, self._length(arguments))
         if self.recorder.replay:
             base = base_model(model)
             context.replayed = Replayed(base, self.recorder.replay, replayed_inputs(base, arguments))
+        return context, own
+
+    def _say(
+        self, index: int, model: nn.Module, arguments: dict[str, Any], context: Context, device: torch.device | None
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Logits and features of a head, and what it made them of."""
+        part = self._features(self.names[index], device)
+        context.mask = self._mask(model, arguments, part)
+        return self.heads[index](part, context), part
+
+    def _run(self, model: nn.Module, arguments: dict[str, Any], device: torch.device | None) -> HeadResults:
+        context, own = self._context(model, arguments, device)
         results = []
-        for name, head in zip(self.names, self.heads, strict=True):
-            part = self._features(name, own)
-            context.mask = self._mask(model, arguments, part)
-            results.append(head(part, context))
+        for index, head in enumerate(self.heads):
+            result, part = self._say(index, model, arguments, context, own)
+            results.append(result)
             if self.gradients is not None:
                 self.gradients.append((gradient_size(head, part, context), part.requires_grad))
         logits, adapted, deep = [result[0] for result in results], [None] * len(results), None
@@ -199,9 +232,10 @@ class AuxiliaryHeads(nn.Module):
                 adapted[int(index)] = adapter(results[int(index)][1])
         return HeadResults([part.to(device or part.device) for part in logits], adapted, deep)
 
-    def _features(self, name: str, device: torch.device) -> torch.Tensor:
+    def _features(self, name: str, device: torch.device | None) -> torch.Tensor:
         """Features of a module, on the device of the heads: the model may be spread over several."""
-        features = self.recorder.features(name).to(device)
+        features = self.recorder.features(name)
+        features = features if device is None else features.to(device)
         return to_channels_first(features) if name in self.layout.channels_last else features
 
     def _length(self, arguments: dict[str, Any]) -> int | None:
@@ -313,7 +347,7 @@ def split_auxiliary(heads: AuxiliaryHeads, outputs: Any) -> tuple[Any, HeadResul
     return rest, HeadResults(parts[:count], features, parts[-1] if heads.adapters else None)
 
 
-def _arguments(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def arguments_of(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """What a model was called with, by name."""
     if not args:
         return kwargs
