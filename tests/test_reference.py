@@ -242,6 +242,7 @@ def test_configurations_add_no_fields_of_their_own():
 # Examples
 
 EXAMPLES = {  # what each runs on, as the sections of other pages do
+    "EarlyExit": "exits",
     "SelfKDConfig": "images",
     "SelfKDTrainer": "images",
     "calibration_metrics": "images",

@@ -70,12 +70,16 @@ class EarlyExit(nn.Module):
             one, or its batches cannot be cut safely.
 
     Example:
-        ```python
-        model = load_auxiliary_heads(AutoModelForImageClassification.from_pretrained(folder), folder)
-        model = EarlyExit(model)
-        print(model.calibrate(validation_batches, max_accuracy_loss=0.01).guarantee)
-        outputs = model(pixel_values=images)  # outputs.logits, outputs.exits
-        ```
+
+    ```python
+    from transformers import AutoModelForImageClassification
+    from hf_selfkd import EarlyExit, load_auxiliary_heads
+
+    model = load_auxiliary_heads(AutoModelForImageClassification.from_pretrained("out"), "out")
+    early = EarlyExit(model.eval())
+    print(early.calibrate(validation, max_accuracy_loss=0.01).guarantee)
+    outputs = early(pixel_values=images)  # outputs.logits, outputs.exits
+    ```
     """
 
     def __init__(
