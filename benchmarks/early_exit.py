@@ -21,8 +21,8 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_selfkd import AuxiliaryHeadsConfig, EarlyExit, attach_auxiliary_heads
-from hf_selfkd.early_exit.measured import made_up
 from hf_selfkd.early_exit.passing import at_full_depth
+from hf_selfkd.heads.inputs import varied_inputs
 
 
 def random_model(args: argparse.Namespace) -> EarlyExit:
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--output", default="early_exit.jsonl")
     args = parser.parse_args()
     early = EarlyExit.from_pretrained(args.folder) if args.folder else random_model(args)
-    inputs = torch.load(args.inputs) if args.inputs else made_up(early.model, args.samples)
+    inputs = torch.load(args.inputs) if args.inputs else varied_inputs(early.model, args.samples)
     if early.thresholds is None:
         early.thresholds = spread_thresholds(early, inputs)
     print("| batch | time over whole model | quartiles | operations | whole model, ms a sample | share at each exit |")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..heads.auxiliary import heads_of
@@ -36,7 +37,8 @@ def shares_of_work(
     def count(place: int, logits: torch.Tensor) -> None:
         counts.append(counter.get_total_flops())
 
-    with warnings.catch_warnings(), evaluating(model):
+    # On a CPU, fused attention is not counted: as matrix products it is.
+    with warnings.catch_warnings(), evaluating(model), sdpa_kernel(SDPBackend.MATH):
         warnings.simplefilter("ignore", FutureWarning)  # the counter looks at all attributes, the deprecated ones too
         with FlopCounterMode(display=False) as plain, heads_of(model).watched(False):
             model(**inputs)

@@ -9,44 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..heads.inputs import example_inputs
 from ..models import base_model, logits_of
 from .replay import Dim, with_tensors
 
 
 _UNCLEAR = (-1, 0)  # where nobody knows
-
-
-def made_up(model: nn.Module, rows: int) -> dict[str, torch.Tensor]:
-    """
-    Samples that differ from one another, made of those of [`~hf_selfkd.heads.inputs.example_inputs`].
-
-    Args:
-        model (`nn.Module`): that they are for.
-        rows (`int`): how many.
-    """
-    generator, found = torch.Generator().manual_seed(0), {}
-    for name, value in example_inputs(model).items():
-        value = value[:1].expand(rows, *value.shape[1:]).clone()
-        if value.is_floating_point():
-            noise = torch.randn(value.shape, generator=generator)
-            value = noise.to(value.device, value.dtype)
-        elif name.endswith("input_ids"):
-            value[:, :-1] = _words(model, value[:, :-1].shape, generator).to(value.device)
-        found[name] = value
-    return found
-
-
-def _words(model: nn.Module, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """Words without a meaning of their own; the last one of a sentence, which may have one, is left alone."""
-    base = base_model(model)
-    try:
-        count = base.get_input_embeddings().num_embeddings
-    except (AttributeError, NotImplementedError):
-        count = getattr(base.config, "vocab_size", None) or 100
-    special = {getattr(base.config, f"{kind}_token_id", None) for kind in ("pad", "eos", "bos", "decoder_start")}
-    words = torch.tensor([word for word in range(min(count, 1000)) if word not in special] or [0])
-    return words[torch.randint(len(words), shape, generator=generator)]
 
 
 def samples_in(model: nn.Module, inputs: dict[str, Any]) -> tuple[set[str], int]:

@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 
 from .._version import __version__
 from ..heads.auxiliary import arguments_of, heads_of
+from ..heads.inputs import varied_inputs
 from ..heads.layout import evaluating
 from ..heads.saving import load_auxiliary_heads, save_auxiliary_heads
 from ..models import base_model, forward_owner, main_parameter, uncompiled
@@ -26,7 +27,7 @@ from ..tasks.by_shape import ByShape
 from ..tasks.sample_classification import SampleClassification
 from .calibration import EarlyExitSummary, Target, batches_of, calibrated, collect
 from .cost import shares_of_work
-from .measured import made_up, samples_in
+from .measured import samples_in
 from .outputs import with_exits
 from .passing import ExitPass, at_full_depth
 from .planning import make_plan
@@ -98,7 +99,7 @@ class EarlyExit(nn.Module):
         self.thresholds, self.temperatures = thresholds, 1.0 if temperatures is None else temperatures
         parameters = inspect.signature(forward_owner(model).forward).parameters
         self._extra = {"use_cache": False} if "use_cache" in parameters else {}
-        self._small = made_up(model, 3) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}
+        self._small = varied_inputs(model, 3) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}
         self._plans: dict[Any, Plan] = {}
         with evaluating(model):
             self._plan(self._small | self._extra)

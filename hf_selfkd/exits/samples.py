@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..heads.inputs import example_inputs
+from ..heads.inputs import varied_inputs
 
 
 if TYPE_CHECKING:
@@ -64,34 +64,16 @@ def made_up(model: nn.Module, processing_class: Any = None) -> Samples:
         model (`nn.Module`): that they are for.
         processing_class (*optional*): its tokenizer, which tells what else it makes of texts.
     """
-    example = {name: value[:1] for name, value in example_inputs(model).items()}
+    batches = [varied_inputs(model, count) for count in (1, 3)]
     if "token_type_ids" in getattr(processing_class, "model_input_names", ()):
-        example["token_type_ids"] = torch.zeros_like(example["input_ids"])
-    generator = torch.Generator().manual_seed(0)
-    batches = [
-        {name: _varied(name, value, model.config, count, generator) for name, value in example.items()}
-        for count in (1, 3)
-    ]
+        batches = [batch | {"token_type_ids": torch.zeros_like(batch["input_ids"])} for batch in batches]
     mask = batches[1].get("attention_mask")
     padding = getattr(model.config, "pad_token_id", None)
     if mask is not None and padding is not None:  # a padded sample
         batches[1]["input_ids"][1, -2:], mask[1, -2:] = padding, 0
-    if "input_ids" in example:
+    if "input_ids" in batches[0]:
         batches[0] = {name: value[:, 1:] for name, value in batches[0].items()}
     return Samples({name: value[:1] for name, value in batches[1].items()}, batches, False)
-
-
-def _varied(name: str, value: torch.Tensor, config: Any, count: int, generator: torch.Generator) -> torch.Tensor:
-    value = value.repeat(count, *[1] * (value.dim() - 1))
-    if value.is_floating_point():
-        return torch.randn(value.shape, generator=generator).to(value.dtype)
-    if not name.endswith("input_ids"):
-        return value
-    special = {getattr(config, f"{kind}_token_id", None) for kind in ("pad", "eos", "bos", "decoder_start")}
-    words = torch.tensor([number for number in range(config.vocab_size) if number not in special])
-    drawn = words[torch.randint(len(words), value.shape, generator=generator)]
-    drawn[:, -1] = value[:, -1]  # by which some models classify
-    return drawn
 
 
 def _inputs(model: nn.Module, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
