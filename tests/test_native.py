@@ -404,6 +404,9 @@ def test_wrong_layers_and_views_are_refused():
     config = AuxiliaryHeadsConfig(head="native", views="rotation")
     refused(lambda: attach_auxiliary_heads(make("vit"), config), "views='none'")
     refused(lambda: attach_auxiliary_heads(make("vit", num_hidden_layers=1), "exits"), "has one layer")
+    model = make("resnet")
+    model.resnet.embedder = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.BatchNorm2d(8))
+    refused(lambda: attach_auxiliary_heads(model, "exits"), "was changed", "resnet.embedder", "head='conv'")
     weighted = {"use_weighted_layer_sum": True}
     refused(lambda: attach_auxiliary_heads(make("wav2vec2", **weighted), "exits"), "head='native'")
 

@@ -18,7 +18,7 @@ from .layout import evaluating
 
 # Of backbones: they are made anew from the number of stages.
 _DERIVED = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices")
-_REMEDY = "choose head='conv' or head='linear', which are heads of our own and no models"
+_REMEDY = "choose head='conv' (images), 'mlp' or 'linear', which can be trained and used, but not exported"
 
 
 @dataclass
@@ -101,6 +101,7 @@ def truncated_config(
             f"head='native' needs a model of transformers, and {type(model).__name__} is none: {_REMEDY}."
         )
     shapes = plain_shapes(model)
+    _check_unchanged(model, shapes)
     for config in _candidates(model.config, len(layers), count, is_encoder_decoder(model)):
         try:
             made = build_empty(model, config)
@@ -112,6 +113,20 @@ def truncated_config(
         f"head='native': no field of {type(model.config).__name__} says that {type(model).__name__} has "
         f"{count} instead of {len(layers)} layers ({layers[0]} to {layers[-1]}): {_REMEDY}."
     )
+
+
+def _check_unchanged(model: PreTrainedModel, shapes: dict[str, torch.Size]) -> None:
+    """
+    Raises:
+        ValueError: if a model is not what its configuration says, so that no configuration can say what an exit is.
+    """
+    told = plain_shapes(build_empty(model, model.config))
+    differing = next((name for name in [*shapes, *told] if shapes.get(name) != told.get(name)), None)
+    if differing is not None:
+        raise ValueError(
+            f"head='native': {type(model).__name__} was changed after it had been made of its configuration "
+            f"({differing} is not what that says), and an exit is saved as a configuration: {_REMEDY}."
+        )
 
 
 def _keeps(
