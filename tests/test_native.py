@@ -378,6 +378,15 @@ def test_heads_are_weighed_by_their_depth(tmp_path):
     assert losses["linear"][0] == pytest.approx(whole - (1 - 1 / 3) * first - (1 - 2 / 3) * second, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["bert", "llama", "swin"])
+def test_half_precision(tmp_path, name):
+    model = make(name).to(torch.bfloat16)
+    attach_auxiliary_heads(model, "exits")
+    export_exit(model, 2, tmp_path)
+    found = type(model).from_pretrained(tmp_path)
+    assert {weight.dtype for weight in found.parameters()} == {torch.bfloat16}
+
+
 def test_layers_without_a_number_are_refused():
     for name in ("albert", "mobilenet", "pvt"):
         models = {
