@@ -135,6 +135,12 @@ MODELS = {
     "roberta": ("RobertaConfig", "RobertaForSequenceClassification", DEEP | WORDS, {"num_hidden_layers": 2}),
     "roberta_mlm": ("RobertaConfig", "RobertaForMaskedLM", DEEP | WORDS, {"num_hidden_layers": 2}),
     "deberta": ("DebertaV2Config", "DebertaV2ForSequenceClassification", DEEP | WORDS, {"num_hidden_layers": 2}),
+    "deberta_convolution": (
+        "DebertaV2Config",
+        "DebertaV2ForSequenceClassification",
+        DEEP | WORDS | {"conv_kernel_size": 3},  # after the first layer
+        {"num_hidden_layers": 2},
+    ),
     "electra": ("ElectraConfig", "ElectraForSequenceClassification", DEEP | WORDS, {"num_hidden_layers": 2}),
     "modernbert": (
         "ModernBertConfig",

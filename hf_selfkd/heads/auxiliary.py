@@ -98,9 +98,13 @@ class AuxiliaryHeads(nn.Module):
 
     @property
     def places(self) -> list[int | None]:
-        """`list[int]`: which of the layers each head is on, or in; `None` for a module outside of them."""
-        layers = self.layout.layers
-        return [next((place for place, layer in enumerate(layers) if is_inside(n, {layer})), None) for n in self.names]
+        """`list[int]`: which of the layers each head is on, in or right after; `None` for a module outside of them."""
+        layers, found = self.layout.layers, []
+        for name, head in zip(self.names, self.heads, strict=True):
+            place = next((place for place, layer in enumerate(layers) if is_inside(name, {layer})), None)
+            after = getattr(head, "exit", None)  # of a native head, which may be on what follows a layer
+            found.append(after - 1 if place is None and after is not None else place)
+        return found
 
     @property
     def exits(self) -> list[int | None]:

@@ -272,11 +272,11 @@ class NativeHeads:
         self.base, self.layout = base_model(model), layout
         found = next(name for name, module in model.named_modules() if module is self.base)
         self.prefix = f"{found}." if found else ""
-        layers = [name.removeprefix(self.prefix) for name in layout.layers]
-        stages = list(dict.fromkeys(name.rpartition(".")[0] for name in layers))
-        self.order = call_order(self.base, layers, inputs)
+        self.blocks = [name.removeprefix(self.prefix) for name in layout.layers]
+        stages = list(dict.fromkeys(name.rpartition(".")[0] for name in self.blocks))
+        self.order = call_order(self.base, self.blocks, inputs)
         # Blocks in lists of their own are stages: the architecture counts these.
-        self.layers = stages if len(stages) > 1 else layers
+        self.layers = stages if len(stages) > 1 else self.blocks
         embedding = self.base.get_output_embeddings() if isinstance(self.base, PreTrainedModel) else None
         named = self.base.named_modules(remove_duplicate=False)
         self.embeddings = {name for name, module in named if embedding is not None and module is embedding}
@@ -326,8 +326,7 @@ class NativeHeads:
         exit = self.exit_of(name)
         config, empty = truncated_config(self.base, self.layers, exit, self.order.tail)
         shared = shared_modules(empty, self.base, self.order.tail)
-        inside = [part for part in shared if is_inside(part, {self.layers[exit - 1]})]
-        last = max(inside, key=lambda part: self.order.ends.get(part, -1))
+        last = self._last(shared, exit)
         taps = [part for part in shared if part != last] + [last]
         made, tape = build_empty(self.base, _in_training(config)), _Tape()
         for part in taps:
@@ -341,6 +340,16 @@ class NativeHeads:
                 self._fill(made.get_submodule(part), self.base.get_submodule(part))
         maps = self.prefix + last in self.layout.channels_last
         return NativeHead(made, config, tail, taps, self.prefix, exit, self.tied, self.layout.pooled, maps, tape)
+
+    def _last(self, shared: list[str], exit: int) -> str:
+        """
+        The module whose features leave at an exit: what feeds the next layer, which may be something that stands
+        between the two, or else the last part of the last layer that is kept.
+        """
+        following = next(layer for layer in self.blocks if is_inside(layer, {self.layers[exit]}))
+        fed = [part for part in shared if part in self.order.sources.get(following, ())]
+        inside = [part for part in shared if is_inside(part, {self.layers[exit - 1]})]
+        return max(fed or inside, key=lambda part: self.order.ends.get(part, -1))
 
     def _fill(self, module: nn.Module, theirs: nn.Module) -> None:
         """Give a module of the tail its weights: those of the model where they fit, else fresh ones."""

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models import is_encoder_decoder
 from .layout import evaluating
+from .taps import tensor_of
 
 
 # Of backbones: they are made anew from the number of stages.
@@ -30,11 +31,13 @@ class CallOrder:
         ends (`dict[str, int]`): when each module returned for the last time before what follows the layers began.
         tail (`set[str]`): modules that are called after the last layer; their owners are called before.
         tuples (`set[str]`): modules that return a tuple.
+        sources (`dict[str, set[str]]`): of each layer, the modules that returned the very features that it works on.
     """
 
     ends: dict[str, int] = field(default_factory=dict)
     tail: set[str] = field(default_factory=set)
     tuples: set[str] = field(default_factory=set)
+    sources: dict[str, set[str]] = field(default_factory=dict)
 
 
 def call_order(model: nn.Module, layers: list[str], inputs: dict[str, Any]) -> CallOrder:
@@ -47,19 +50,24 @@ def call_order(model: nn.Module, layers: list[str], inputs: dict[str, Any]) -> C
         inputs (`dict`): a small batch.
     """
     events: list[tuple[str, bool]] = []
-    handles, tuples = [], set()
+    handles, tuples, sources = [], set(), {}
+    returned: dict[str, torch.Tensor | None] = {}
 
-    def enter(name: str, module: nn.Module, args: tuple) -> None:
+    def enter(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         events.append((name, True))
+        if name in layers:
+            features = tensor_of(args) if args else kwargs.get("hidden_states")
+            sources[name] = {other for other, value in returned.items() if value is not None and value is features}
 
     def leave(name: str, module: nn.Module, args: tuple, output: Any) -> None:
         events.append((name, False))
+        returned[name] = tensor_of(output)
         if isinstance(output, tuple):
             tuples.add(name)
 
     for name, module in model.named_modules():
         if name:
-            handles.append(module.register_forward_pre_hook(partial(enter, name)))
+            handles.append(module.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
             handles.append(module.register_forward_hook(partial(leave, name)))
     try:
         with evaluating(model):
@@ -69,7 +77,7 @@ def call_order(model: nn.Module, layers: list[str], inputs: dict[str, Any]) -> C
             handle.remove()
     last = max((place for place, (name, begins) in enumerate(events) if not begins and name in layers), default=-1)
     ends = {name: place for place, (name, begins) in enumerate(events[: last + 1]) if not begins}
-    return CallOrder(ends, {name for name, begins in events[last + 1 :] if begins}, tuples)
+    return CallOrder(ends, {name for name, begins in events[last + 1 :] if begins}, tuples, sources)
 
 
 def build_empty(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
