@@ -104,7 +104,9 @@ class Building:
             return False
         if self._task_given is not None:
             return hard_loss_kind(task) != "model"
-        return self.label_smoother is not None or hard_loss_kind(task) == "cross_entropy"
+        if self.label_smoother is not None:
+            return task.unsmoothed is None  # the stock class has a way with them, which is none to scale
+        return hard_loss_kind(task) == "cross_entropy"
 
     def _make_teacher(self, method: MethodArguments, task: Task, heads: NoHeads) -> Teacher:
         facts = Facts(self.state.num_train_epochs, heads.uses_past)
@@ -130,6 +132,8 @@ class Building:
 
     @staticmethod
     def _make_rank(method: MethodArguments, task: Task) -> Teacher:
+        if task.unranked is not None:
+            raise ValueError(f"teacher='rank' with {task.name}: {task.unranked}. Use teacher='history'.")
         if task.num_classes is not None and task.num_classes < 3:
             raise ValueError(
                 f"teacher='rank' with {task.num_classes} classes: there is nothing to rank beside the label, use "
@@ -162,12 +166,18 @@ class Building:
 
     def _make_history(self, method: MethodArguments, heads: NoHeads) -> HistoryTeacher:
         args, (size, ids) = self.args, self._size_and_ids()
+        if heads.task.bernoulli and method.history_top_k is not None:
+            raise ValueError(
+                f"history_top_k={method.history_top_k} with {heads.task.name}: each class has a row of its own, of "
+                "one number. Leave it out; history_dtype='float16' takes half the memory."
+            )
         node = Path(args.output_dir) / STATE_FOLDER / f"node{os.environ.get('GROUP_RANK', '0')}"
         run = {
             "gather": self._gather if args.world_size > 1 else None,
             "rank": args.process_index,
             "writes": args.local_process_index == 0,
             "rows_per_sample": self._rows_per_sample,
+            "bernoulli": heads.task.bernoulli,
             "local_processes": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         }
         store = HistoryStore(method, size, ids, args.device, node, self.state.num_train_epochs, **run)

@@ -14,7 +14,6 @@ import torch
 
 from ..batch import Batch
 from ..devices import to_device
-from ..losses.cross_entropy import cross_entropy_sum
 from ..losses.hard import row_losses
 from ..losses.soft import divergence
 from ..losses.soft_targets import Target, labelled, make_targets, weighted, where_mask
@@ -81,7 +80,7 @@ class NoHeads:
         else:
             with self.heads.watched(False):
                 outputs = run(self.task.inputs_without_labels(shown))
-        return [self.task.rows(self.task.logits(outputs, has_loss=False), batch.labels).logits]
+        return [self.task.rows_of(self.task.logits(outputs, has_loss=False), batch).kept.logits]
 
 
 class Layered(NoHeads):
@@ -198,7 +197,7 @@ class Layered(NoHeads):
             outputs = run(self.task.inputs_without_labels(batch))
         results, self.heads.results = self.heads.results, None
         logits = self.task.logits(outputs, has_loss=False)[:: self.views]
-        return [part.logits for part in (self.task.rows(logits, batch.labels), *self.rows(results, batch))]
+        return [part.kept.logits for part in (self.task.rows_of(logits, batch), *self.rows(results, batch))]
 
     # Losses
 
@@ -206,7 +205,7 @@ class Layered(NoHeads):
         if results is None:  # a step that has skipped all layers (LayerDrop)
             return []
         if batch.rotations is None:
-            made = [self.task.rows(logits, batch.labels) for logits in results.logits]
+            made = [self.task.rows_of(logits, batch) for logits in results.logits]
         else:
             joint = self.joint_labels(batch.labels, batch.rotations)
             made = [Rows(logits, joint) for logits in results.logits]
@@ -307,7 +306,7 @@ class Layered(NoHeads):
 
     def _label_loss(self, rows: Rows, targets: list[Target], alpha: float) -> torch.Tensor:
         if targets[0].soft_targets is None or alpha == 0:
-            return weighted([cross_entropy_sum(rows.logits, target.labels) for target in targets], targets)
+            return weighted([rows.hard_sum(target.labels) for target in targets], targets)
         losses = [row_losses(rows, target, alpha, self.temperature) for target in targets]
         return weighted([part.total.sum() for part in losses], targets)
 
@@ -315,6 +314,9 @@ class Layered(NoHeads):
     def _feature_loss(results: HeadResults, index: int, mask: torch.Tensor) -> torch.Tensor:
         adapted, deep = results.features[index].float(), results.deep.float()
         distance = (adapted - deep).square().mean(dim=-1).reshape(-1)
+        if len(mask) != len(distance):  # a row a class: the features are those of the sample
+            mask = mask.view(len(distance), -1)
+            distance = distance.unsqueeze(-1).expand_as(mask)
         # Rows of a causal model stand where their predictions do, so the mask fits the positions as it is.
         return where_mask(distance, mask).sum()
 

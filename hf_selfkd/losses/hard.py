@@ -19,7 +19,6 @@ from ..batch import Batch
 from ..models import loss_of
 from ..tasks.base import Task
 from ..tasks.rows import Rows
-from .cross_entropy import cross_entropy_sum
 from .progressive import progressive_cross_entropy
 from .soft import soft_cross_entropy
 from .soft_targets import RowLosses, SoftTargets, Target, labelled, weighted, where_mask
@@ -84,12 +83,12 @@ class CrossEntropy:
     def forward(self, model: nn.Module, batch: Batch, soft: SoftTargets | None, alpha: float) -> Any:
         """Run the model; labels are withheld, so that no loss is computed twice."""
         if self.due:
-            return model(**batch.inputs, **{batch.label_name: upright_labels(batch)})
+            return model(**self.task.inputs_with_labels(batch, upright_labels(batch)))
         return model(**self.task.inputs_without_labels(batch))
 
     def rows(self, outputs: Any, batch: Batch) -> Rows:
         """The rows of the model's outputs."""
-        rows = self.task.rows(self.task.logits(outputs, has_loss=self.due), batch.labels)
+        rows = self.task.rows_of(self.task.logits(outputs, has_loss=self.due), batch)
         rows.storage = batch.storage
         return rows
 
@@ -99,10 +98,9 @@ class CrossEntropy:
             self._compare(loss_of(outputs), rows, targets)
         parts = [row_losses(rows, target, alpha, self.temperature) for target in targets if target.soft_targets]
         if parts:
-            total = weighted([part.total.sum() for part in parts], targets)
-        else:
-            total = weighted([cross_entropy_sum(rows.logits, target.labels) for target in targets], targets)
-        return Losses(total / num_items, parts, None if parts else total.detach())
+            return Losses(weighted([part.total.sum() for part in parts], targets) / num_items, parts)
+        loss, total = rows.hard_loss(targets, num_items)
+        return Losses(loss, parts, total)
 
     @torch.no_grad()
     def _compare(self, own: torch.Tensor | None, rows: Rows, targets: list[Target]) -> None:
@@ -114,9 +112,9 @@ class CrossEntropy:
         if own is None or not bool(labelled(labels).any()):
             return  # nothing to compare: the next batch may tell
         self.due = False
-        means = [-Rows(rows.logits, labels).label_log_probs[labelled(labels)].mean()]
+        means = [self.task.own_loss(-Rows(rows.logits, labels).label_log_probs, labels)]
         if rows.logits.dtype != torch.float32:
-            means.append(F.cross_entropy(rows.logits, labels))
+            means.append(self.task.own_loss(F.cross_entropy(rows.logits, labels, reduction="none"), labels))
         # Half precision may be summed in another order; a loss of another make differs by more.
         tolerance = 1e-4 if rows.logits.dtype == torch.float32 else 2e-2
         own = own.float()
@@ -152,10 +150,10 @@ class ModelLoss(CrossEntropy):
         self.additive = additive
 
     def forward(self, model: nn.Module, batch: Batch, soft: SoftTargets | None, alpha: float) -> Any:
-        return model(**batch.inputs, **{batch.label_name: upright_labels(batch)})
+        return model(**self.task.inputs_with_labels(batch, upright_labels(batch)))
 
     def rows(self, outputs: Any, batch: Batch) -> Rows:
-        rows = self.task.rows(self.task.logits(outputs, has_loss=True), batch.labels)
+        rows = self.task.rows_of(self.task.logits(outputs, has_loss=True), batch)
         rows.storage = batch.storage
         return rows
 
@@ -189,7 +187,7 @@ class ModelLoss(CrossEntropy):
         )
         if self.additive:
             plain = [torch.where(mask, target.labels, -100) for target, mask in zip(targets, distilled, strict=True)]
-            plain = weighted([cross_entropy_sum(rows.logits, labels) for labels in plain], targets)
+            plain = weighted([rows.hard_sum(labels) for labels in plain], targets)
             return Losses(hard + (alpha / num_items) * (soft - plain), parts, hard_sum)
         # One number for all rows cannot be weighted row by row: the loss gives way by the share of distilled rows.
         share = weighted([mask.sum() for mask in distilled], targets) / masks[0].sum().clamp_min(1)
@@ -222,7 +220,7 @@ class UserLoss(ModelLoss):
         return model(**self.task.inputs_without_labels(batch))
 
     def rows(self, outputs: Any, batch: Batch) -> Rows:
-        rows = self.task.rows(self.task.logits(outputs, has_loss=False), batch.labels)
+        rows = self.task.rows_of(self.task.logits(outputs, has_loss=False), batch)
         rows.storage = batch.storage
         return rows
 
@@ -234,7 +232,8 @@ class UserLoss(ModelLoss):
 
     def labels_for(self, given: torch.Tensor, targets: list[Target]) -> list[torch.Tensor]:
         """The labels of each target as the function takes them: those of the batch, and those of mixed partners."""
-        return [given] + [target.labels.view(given.shape) for target in targets[1:]]
+        labels = [given] + [target.labels.view(given.shape) for target in targets[1:]]
+        return [self.task.shown(part) for part in labels]
 
 
 class SmoothedLoss(UserLoss):
