@@ -73,7 +73,12 @@ def main() -> None:
     (timed,) = without_labels(batches_of(test.select(range(args.timed)), tokenizer, args.timed))
     for loss in args.losses:
         summary = early.calibrate(batches_of(validation, tokenizer, 100), max_accuracy_loss=loss)
-        row = {"max_accuracy_loss": loss, "validation_samples": len(validation), "thresholds": summary.thresholds}
+        row = {
+            "method": f"max_accuracy_loss={loss}",
+            "seed": 0,
+            "validation_samples": len(validation),
+            "thresholds": summary.thresholds,
+        }
         row |= {"validation_accuracy": summary.accuracy} | checked(early, batches, whole)
         for size in (1, 32):
             times = measure(early, timed, size, args.rounds)

@@ -144,7 +144,7 @@ def main() -> None:
     path = args.results or Path(f"family_{args.task}.jsonl")
     if not args.table:
         run_missing(path, args)
-    rows = [row | {"method": f"{row['method']}, {row['member']}"} for row in read_results(path)]
+    rows = read_results(path)
     print(table(rows, list(dict.fromkeys(row["method"] for row in rows)), SHOWN))
 
 
@@ -157,7 +157,7 @@ def run_missing(path: Path, args: argparse.Namespace) -> None:
         task["make_model"] = lambda: small_convnext(args.pixels)
     if args.model is not None:
         task["arguments"] |= VIT
-    done = {(row["method"], row["seed"]) for row in read_results(path)}
+    done = {(row["training"], row["seed"]) for row in read_results(path)}
     for seed in args.seeds:
         for method in args.methods:
             if (method, seed) in done:
@@ -166,9 +166,9 @@ def run_missing(path: Path, args: argparse.Namespace) -> None:
             with path.open("a") as file:
                 for row in rows:
                     name = "whole" if row["exit"] is None else f"exit {row['exit']}"
-                    line = {"method": method, "member": name, "seed": seed} | row | machine()
+                    line = {"method": f"{method}, {name}", "training": method, "seed": seed} | row | machine()
                     file.write(json.dumps(line) + "\n")
-                    print({key: line[key] for key in ("method", "member", "seed", *SHOWN)}, flush=True)
+                    print({key: line[key] for key in ("method", "seed", *SHOWN)}, flush=True)
 
 
 if __name__ == "__main__":
