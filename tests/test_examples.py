@@ -330,7 +330,7 @@ def test_ready_runs_are_valid(name, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script", str(EXAMPLES / "configs" / f"{name}.yaml")])
     model_args, data_args, training_args = parse_arguments(script.make_parser())
     assert isinstance(training_args.learning_rate, float) and isinstance(training_args.weight_decay, float)
-    assert training_args.alpha == (0.0 if name.endswith("sla") else 0.8)
+    assert training_args.alpha == (0.0 if name.endswith(("sla", "exits")) else 0.8)
     assert data_args.dataset_name and not data_args.local
     if model_args.model_name_or_path is None:
         config = script.make_config(model_args, ["a", "b", "c"])
