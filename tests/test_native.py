@@ -54,6 +54,14 @@ SOUNDS = DEEP | {
 }
 T5 = WORDS | {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_heads": 2, "decoder_start_token_id": 0}
 STAGES = {"hidden_sizes": [8, 16, 24], "depths": [1, 2, 1]}
+SWIN = {
+    "image_size": 32,
+    "patch_size": 2,
+    "embed_dim": 8,
+    "depths": [2, 1, 1],
+    "num_heads": [2, 2, 2],
+    "window_size": 4,
+}
 
 # name: (configuration, class, fields, fields of the exit after 2 layers or stages, written by hand)
 MODELS = {
@@ -93,27 +101,13 @@ MODELS = {
     "swin": (
         "SwinConfig",
         "SwinForImageClassification",
-        {
-            "image_size": 32,
-            "patch_size": 2,
-            "embed_dim": 8,
-            "depths": [2, 1, 1],
-            "num_heads": [2, 2, 2],
-            "window_size": 4,
-        },
+        SWIN,
         {"depths": [2, 1], "num_heads": [2, 2]},
     ),
     "swinv2": (
         "Swinv2Config",
         "Swinv2ForImageClassification",
-        {
-            "image_size": 32,
-            "patch_size": 2,
-            "embed_dim": 8,
-            "depths": [2, 1, 1],
-            "num_heads": [2, 2, 2],
-            "window_size": 4,
-        },
+        SWIN,
         {"depths": [2, 1], "num_heads": [2, 2]},
     ),
     "poolformer": (

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from ..markup import markdown_table
+from ..quiet import quietly
 from ..scripts.arguments import SCRIPTS
 
 
@@ -38,14 +37,8 @@ def one_line_errors() -> Iterator[None]:
 @contextmanager
 def silence() -> Iterator[None]:
     """Keep what a training prints, logs and warns of to itself; errors are raised as ever."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    with quietly(), redirect_stdout(io.StringIO()):
+        yield
 
 
 def check_task(task: str) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from ..exits.costs import counted
 from ..heads.auxiliary import heads_of
 from ..heads.layout import evaluating
 from .passing import ExitPass
@@ -37,12 +35,10 @@ def shares_of_work(
     def count(place: int, logits: torch.Tensor) -> None:
         counts.append(counter.get_total_flops())
 
-    # On a CPU, fused attention is not counted: as matrix products it is.
-    with warnings.catch_warnings(), evaluating(model), sdpa_kernel(SDPBackend.MATH):
-        warnings.simplefilter("ignore", FutureWarning)  # the counter looks at all attributes, the deprecated ones too
-        with FlopCounterMode(display=False) as plain, heads_of(model).watched(False):
+    with evaluating(model):
+        with counted() as plain, heads_of(model).watched(False):
             model(**inputs)
-        with FlopCounterMode(display=False) as counter:
+        with counted() as counter:
             ExitPass(model, heads, [1.0] * len(exits), None).run(inputs, set(), size, count)
     whole = plain.get_total_flops()
     if not whole:

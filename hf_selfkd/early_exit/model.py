@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .._version import __version__
-from ..heads.auxiliary import arguments_of, heads_of
+from ..heads.auxiliary import arguments_of, heads_of, trained_heads
 from ..heads.inputs import varied_inputs
 from ..heads.layout import evaluating
 from ..heads.saving import load_auxiliary_heads, save_auxiliary_heads
@@ -380,11 +380,7 @@ def exits_of(model: nn.Module) -> tuple[list[int], list[int]]:
         raise ValueError(
             f"{kind} predicts every position of a sample: early exit needs a classifier with one prediction a sample."
         )
-    if heads is None:
-        raise ValueError(
-            f"{kind} has no auxiliary heads: train with auxiliary_heads='exits' and save_heads=True, then "
-            "load_auxiliary_heads(model, folder)."
-        )
+    heads = trained_heads(model)
     if heads.config.head == "stages":
         raise ValueError(
             f"head='stages' of {kind} is a copy of the layers that follow, so that leaving early would save nothing: "

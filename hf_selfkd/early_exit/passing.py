@@ -36,12 +36,10 @@ def at_full_depth(model: nn.Module, heads: list[int], inputs: dict[str, Any]) ->
         `list[torch.FloatTensor]`: logits `[B, C]` of the exits, from shallow to deep, and of the model.
     """
     own = heads_of(model)
-    try:
-        with own.watched():
-            logits = logits_of(model(**inputs), has_loss=False)
-        return [own.class_logits(own.results.logits[index]).float() for index in heads] + [logits.float()]
-    finally:
-        own.results = None
+    with own.watched():
+        logits = logits_of(model(**inputs), has_loss=False)
+    said = own.take_results().logits
+    return [own.class_logits(said[index]).float() for index in heads] + [logits.float()]
 
 
 class ExitPass:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,15 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+@contextmanager
+def counted() -> Iterator[FlopCounterMode]:
+    """Count floating point operations: of matrix products, convolutions and attention."""
+    # On a CPU, fused attention is not counted: as matrix products it is.
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        warnings.simplefilter("ignore", FutureWarning)  # the counter looks at all attributes, the deprecated ones too
+        yield counter
+
+
 def multiply_adds(model: nn.Module, inputs: dict[str, Any]) -> int:
     """
     Multiply-adds of a forward pass: those of matrix products, convolutions and attention.
@@ -32,8 +43,7 @@ def multiply_adds(model: nn.Module, inputs: dict[str, Any]) -> int:
         model (`nn.Module`): in evaluation mode.
         inputs (`dict`): for the model.
     """
-    # On a CPU, fused attention is not counted: as matrix products it is.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), counted() as counter:
         model(**inputs)
     return counter.get_total_flops() // 2
 

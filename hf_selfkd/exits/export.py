@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..heads import AuxiliaryHeads, heads_of
+from ..heads.auxiliary import trained_heads
 from ..heads.inputs import example_inputs
 from ..heads.layout import evaluating
 from ..heads.native import NativeHead, check_equal
@@ -26,13 +27,8 @@ def native_head(model: nn.Module, exit: int) -> NativeHead:
     Raises:
         ValueError: if there is none.
     """
-    heads = heads_of(uncompiled(model))
+    heads = trained_heads(uncompiled(model))
     kind = type(base_model(model)).__name__
-    if heads is None:
-        raise ValueError(
-            f"{kind} has no auxiliary heads: train with auxiliary_heads='exits' and save_heads=True, then "
-            "load_auxiliary_heads(model, folder)."
-        )
     if heads.config.head != "native":
         raise ValueError(
             f"head={heads.config.head!r} is no part of the architecture of {kind}: train with head='native' to export "
@@ -108,5 +104,4 @@ def export_exit(
 
 
 def _logits_of_exit(heads: AuxiliaryHeads, exit: int) -> Any:
-    results, heads.results = heads.results, None
-    return next(logits for head, logits in zip(heads.heads, results.logits, strict=True) if head.exit == exit)
+    return heads.take_results().logits[heads.exits.index(exit)]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from ..quiet import quietly
 
 
 FILE = Path("onnx", "model.onnx")  # where the Hub, optimum and transformers.js look for it
@@ -81,7 +80,7 @@ def export_onnx(model: nn.Module, path: Path, batches: list[dict[str, torch.Tens
     path.parent.mkdir(parents=True, exist_ok=True)
     free = tuple(dict.fromkeys(range(2 if name in _PER_TOKEN else 1), torch.export.Dim.DYNAMIC) for name in names)
     try:
-        with torch.no_grad(), _quietly():
+        with torch.no_grad(), quietly():
             torch.onnx.export(
                 _Logits(model, names),
                 traced,
@@ -133,16 +132,3 @@ def check_same(model: nn.Module, path: Path, batches: list[dict[str, torch.Tenso
                 f"--onnx: the ONNX file of {type(model).__name__} answers otherwise than the model (by {away:.1e} on "
                 f"{shapes}), so it is not kept: leave the flag out."
             )
-
-
-@contextmanager
-def _quietly():
-    """Without what the exporter warns of and logs."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -8,11 +8,12 @@ made of the file that `--onnx` writes.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from ..quiet import quietly
 
 
 FILE = Path("onnx", "model_int8.onnx")
@@ -52,9 +53,7 @@ def quantize(path: Path, target: Path) -> Path:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
+    with quietly():
         quantize_dynamic(
             str(path),
             str(target),
@@ -63,6 +62,4 @@ def quantize(path: Path, target: Path) -> Path:
             reduce_range=True,
             weight_type=QuantType.QInt8,
         )
-    finally:
-        logging.disable(before)
     return target

@@ -102,7 +102,7 @@ def _check_run(model: nn.Module, heads: AuxiliaryHeads, inputs: dict[str, Any]) 
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{told} ({reason}): {remedy}") from error
     finally:
-        results, heads.results = heads.results, None
+        results = heads.take_results()
     for name, part in zip(heads.names, results.logits, strict=True):
         if part.shape[:-1] != logits.shape[:-1]:
             raise ValueError(
@@ -124,8 +124,7 @@ def _check_exits(model: nn.Module, heads: AuxiliaryHeads, inputs: dict[str, Any]
     base = base_model(model)
     with evaluating(model), heads.watched():
         model(**inputs)
-        results, heads.results = heads.results, None
-        for head, logits in zip(heads.heads, results.logits, strict=True):
+        for head, logits in zip(heads.heads, heads.take_results().logits, strict=True):
             check_equal(
                 logits_of(head.plain_model(base)(**inputs), has_loss=False), logits, type(base).__name__, head.exit
             )

@@ -142,6 +142,11 @@ class AuxiliaryHeads(nn.Module):
         finally:
             self.enabled, self.watching = enabled, False
 
+    def take_results(self) -> HeadResults | None:
+        """[`HeadResults`] of the last forward pass that was [`watched`], which are then forgotten."""
+        results, self.results = self.results, None
+        return results
+
     @contextmanager
     def measured(self) -> Iterator[list[tuple[float, bool]]]:
         """
@@ -383,6 +388,25 @@ def heads_of(model: nn.Module) -> AuxiliaryHeads | None:
     """
     found = getattr(model, ATTRIBUTE, None)
     return found if isinstance(found, AuxiliaryHeads) else None
+
+
+def trained_heads(model: nn.Module) -> AuxiliaryHeads:
+    """
+    The heads that a model was trained with.
+
+    Args:
+        model (`nn.Module`): not compiled.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    heads = heads_of(model)
+    if heads is None:
+        raise ValueError(
+            f"{type(base_model(model)).__name__} has no auxiliary heads: train with auxiliary_heads='exits' and "
+            "save_heads=True, then load_auxiliary_heads(model, folder)."
+        )
+    return heads
 
 
 def head_names(model: nn.Module) -> set[str]:

@@ -195,7 +195,7 @@ class Layered(NoHeads):
             return super().predictions(run, batch)
         with self.heads.watched():
             outputs = run(self.task.inputs_without_labels(batch))
-        results, self.heads.results = self.heads.results, None
+        results = self.heads.take_results()
         logits = self.task.logits(outputs, has_loss=False)[:: self.views]
         return [part.kept.logits for part in (self.task.rows_of(logits, batch), *self.rows(results, batch))]
 
@@ -337,7 +337,7 @@ class HeadMetrics:
 
     def update(self, labels: torch.Tensor | None) -> None:
         """Take note of what the heads said of the last batch, with its labels `[B]` or `[B, L]`."""
-        results, self.heads.results = self.heads.results, None
+        results = self.heads.take_results()
         if results is None or labels is None:
             return
         for metrics, logits in zip(self.metrics, results.logits, strict=True):

@@ -23,6 +23,7 @@ from .taps import remove_taps, tensor_of
 from .truncated import (
     build_empty,
     call_order,
+    check_configured,
     is_inside,
     plain_tensors,
     put,
@@ -270,6 +271,7 @@ class NativeHeads:
 
     def __init__(self, model: nn.Module, layout: Layout, inputs: dict[str, Any]):
         self.base, self.layout = base_model(model), layout
+        check_configured(self.base)
         found = next(name for name, module in model.named_modules() if module is self.base)
         self.prefix = f"{found}." if found else ""
         self.blocks = [name.removeprefix(self.prefix) for name in layout.layers]
@@ -277,7 +279,7 @@ class NativeHeads:
         self.order = call_order(self.base, self.blocks, inputs)
         # Blocks in lists of their own are stages: the architecture counts these.
         self.layers = stages if len(stages) > 1 else self.blocks
-        embedding = self.base.get_output_embeddings() if isinstance(self.base, PreTrainedModel) else None
+        embedding = self.base.get_output_embeddings()
         named = self.base.named_modules(remove_duplicate=False)
         self.embeddings = {name for name, module in named if embedding is not None and module is embedding}
         tied = set() if embedding is None else set(map(id, embedding.parameters()))

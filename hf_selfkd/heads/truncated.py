@@ -104,12 +104,7 @@ def truncated_config(
     Raises:
         ValueError: if no field says so.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(
-            f"head='native' needs a model of transformers, and {type(model).__name__} is none: {_REMEDY}."
-        )
     shapes = plain_shapes(model)
-    _check_unchanged(model, shapes)
     for config in _candidates(model.config, len(layers), count, is_encoder_decoder(model)):
         try:
             made = build_empty(model, config)
@@ -123,11 +118,16 @@ def truncated_config(
     )
 
 
-def _check_unchanged(model: PreTrainedModel, shapes: dict[str, torch.Size]) -> None:
+def check_configured(model: nn.Module) -> None:
     """
     Raises:
-        ValueError: if a model is not what its configuration says, so that no configuration can say what an exit is.
+        ValueError: if a model is not what a configuration of transformers says, so that none can say what an exit is.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"head='native' needs a model of transformers, and {type(model).__name__} is none: {_REMEDY}."
+        )
+    shapes = plain_shapes(model)
     told = plain_shapes(build_empty(model, model.config))
     differing = next((name for name in [*shapes, *told] if shapes.get(name) != told.get(name)), None)
     if differing is not None:
