@@ -104,7 +104,9 @@ class Building:
             return False
         if self._task_given is not None:
             return hard_loss_kind(task) != "model"
-        return self.label_smoother is not None or hard_loss_kind(task) == "cross_entropy"
+        if self.label_smoother is not None:
+            return "labels" in task.label_names  # the stock class smooths no others
+        return hard_loss_kind(task) == "cross_entropy"
 
     def _make_teacher(self, method: MethodArguments, task: Task, heads: NoHeads) -> Teacher:
         facts = Facts(self.state.num_train_epochs, heads.uses_past)
@@ -130,6 +132,8 @@ class Building:
 
     @staticmethod
     def _make_rank(method: MethodArguments, task: Task) -> Teacher:
+        if task.unranked is not None:
+            raise ValueError(f"teacher='rank' with {task.name}: {task.unranked}. Use teacher='history'.")
         if task.num_classes is not None and task.num_classes < 3:
             raise ValueError(
                 f"teacher='rank' with {task.num_classes} classes: there is nothing to rank beside the label, use "

@@ -12,6 +12,8 @@ from transformers import Trainer, TrainingArguments
 
 from .config import MethodArguments
 from .heads import AuxiliaryHeads, heads_of
+from .models import base_model
+from .tasks import TASKS, Task
 
 
 logger = logging.getLogger(__name__)
@@ -106,6 +108,16 @@ def check_heads(trainer: Trainer, method: MethodArguments, heads: AuxiliaryHeads
                 "the optimizer given does not hold the weights of the auxiliary heads: call "
                 "attach_auxiliary_heads(model, config) before you build it."
             )
+
+
+def check_headless(model: nn.Module, given: type[Task] | None) -> None:
+    """
+    Raises:
+        ValueError: if the task of a model is one without auxiliary heads.
+    """
+    found = given or next((task for task in TASKS if task.matches(base_model(model))), None)
+    if found is not None and found.headless is not None:
+        raise ValueError(f"auxiliary_heads with {found.name}: {found.headless}. Leave auxiliary_heads out.")
 
 
 def warn_of_clipping(trainer: Trainer) -> None:

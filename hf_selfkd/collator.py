@@ -130,7 +130,7 @@ class TrainingCollator:
         mixer ([`SelfKDDataCollator`], *optional*): how images are mixed.
         id_column (`str`, *optional*): name of the id in the items of a stream.
         index (`Callable`, *optional*): from ids and labels to a [`~hf_selfkd.samples.SampleIndex`].
-        label_names (`tuple[str]`): names under which a batch may hold the labels.
+        labels_of (`Callable`, *optional*): finds the labels in a batch; those named `labels` by default.
         as_tensors (`bool`): whether records are tensors, since batches travel between processes.
         seed (`int`): of the mixing.
         epoch (`torch.LongTensor`, *optional*): the epoch, in shared memory.
@@ -142,13 +142,13 @@ class TrainingCollator:
         mixer: SelfKDDataCollator | None = None,
         id_column: str | None = None,
         index: Callable[[np.ndarray, torch.Tensor], SampleIndex] | None = None,
-        label_names: tuple[str, ...] = ("labels",),
+        labels_of: Callable[[Any], Any] | None = None,
         as_tensors: bool = False,
         seed: int = 0,
         epoch: torch.Tensor | None = None,
     ):
         self.collator, self.mixer, self.id_column, self.index = collator, mixer, id_column, index
-        self.label_names, self.as_tensors, self.seed, self.epoch = label_names, as_tensors, seed, epoch
+        self.labels_of, self.as_tensors, self.seed, self.epoch = labels_of, as_tensors, seed, epoch
 
     def __call__(self, features: list[Any]) -> Any:
         ids = None
@@ -167,7 +167,7 @@ class TrainingCollator:
         return batch
 
     def _record(self, batch: Any, ids: np.ndarray | None) -> BatchRecord:
-        labels = next((batch[name] for name in self.label_names if name in batch), None)
+        labels = batch.get("labels") if self.labels_of is None else self.labels_of(batch)
         if ids is None or not isinstance(labels, torch.Tensor):
             return BatchRecord(ids)
         if labels.dim() == 0 or len(labels) != len(ids):

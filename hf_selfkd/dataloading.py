@@ -87,6 +87,7 @@ class DataLoading:
     def _add_data_facts(self, facts: Facts, method: MethodArguments, task: Task) -> None:
         """What decides whether samples have rows of their own; reads a few of them."""
         self._add_known_facts(facts, method)
+        facts.no_rows = facts.no_rows or task.no_history
         if facts.no_ids or facts.no_rows or isinstance(self.train_dataset, IterableDataset):
             return
         if self._train_samples is None:
@@ -97,7 +98,12 @@ class DataLoading:
             return
         collator = self._train_collator.collator
         self._probe = probe_data(
-            self._train_samples, collator, task.label_names, task.row_labels, self.args.train_batch_size
+            self._train_samples,
+            collator,
+            task.label_names,
+            task.row_labels,
+            self.args.train_batch_size,
+            task.labels_in,
         )
         if not self._probe.labels_stay:
             facts.no_rows = (
@@ -197,7 +203,7 @@ class DataLoading:
             mixer,
             method.sample_id_column if iterable else None,
             task.sample_index,
-            task.label_names,
+            task.labels_in,
             # Accelerate sends such batches from process to process, as tensors only.
             as_tensors=self.args.world_size > 1 and (iterable if dispatched is None else dispatched),
             seed=self.args.seed,

@@ -113,15 +113,16 @@ class SelfDistiller:
         """
         self.steps += 1
         batch = self.heads.with_views(self.task.split(inputs, record), self.epoch, progress.step)
-        self._check(batch, self.num_classes)
+        self._check(batch, self.num_classes or self.task.classes_in(batch))
         self.teacher.prepare(batch, self.hard_loss.num_classes)
         alpha, batch.storage = self._alpha(progress), self.teacher.storage
         taught = self.teacher.targets(batch) if alpha > 0 else Taught()
         outputs = self.hard_loss.forward(model, batch, taught.model, alpha)
         outputs, results = self.heads.split(outputs)
         rows, head_rows = self.hard_loss.rows(outputs, batch), self.heads.rows(results, batch)
-        self._check(batch, rows.logits.shape[-1], taught.model)
-        targets = make_targets(rows.labels, taught.model, batch.mixing, self.teacher.needs_ids)
+        rows, soft = rows.matched(taught.model)
+        self._check(batch, rows.logits.shape[-1], soft)
+        targets = make_targets(rows.labels, soft, batch.mixing, self.teacher.needs_ids)
         num_items = labelled(rows.labels).sum().clamp_min(1) if num_items is None else num_items
         losses = self.hard_loss(outputs, rows, targets, alpha, num_items)
         losses = self.teacher.join(losses, rows, targets, alpha, num_items)
@@ -156,7 +157,8 @@ class SelfDistiller:
         if soft is not None and soft.num_classes not in (None, num_classes):
             raise ValueError(
                 f"the model has {num_classes} classes, the stored predictions {soft.num_classes}: resume with the "
-                "model that made them."
+                "model that made them, or, where the number of choices or positions is another one in each batch, "
+                "use teacher='snapshot'."
             )
         if num_classes is None:
             return
@@ -192,5 +194,5 @@ class SelfDistiller:
     def observe_only(self, outputs: Any, batch: Batch) -> None:
         """Let the teacher take note of predictions that nothing is learned from."""
         logits = self.task.logits(outputs, has_loss=False)
-        rows: Rows = self.task.rows(logits, batch.labels)
+        rows: Rows = self.task.rows_of(logits, batch)
         self.teacher.observe(batch, rows, [])

@@ -151,7 +151,7 @@ class Calibration:
 
         def rows_of(inputs: dict[str, Any]) -> Rows:
             outputs, batch = self._predict(inputs)
-            return task.rows(task.logits(outputs, has_loss=False), batch.labels)
+            return task.rows_of(task.logits(outputs, has_loss=False), batch)
 
         with self._looking():
             if self._held_out is None:

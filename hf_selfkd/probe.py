@@ -40,6 +40,7 @@ def probe_data(
     label_names: tuple[str, ...],
     row_labels: Callable[[torch.Tensor], torch.Tensor],
     batch_size: int = SAMPLES,
+    labels_of: Callable[[Any], Any] | None = None,
 ) -> DataProbe:
     """
     Read a few samples, three times, with other random numbers at the third. The generators are put back.
@@ -50,6 +51,7 @@ def probe_data(
         label_names (`tuple[str]`): names under which a batch may hold the labels.
         row_labels (`Callable`): from the labels of a batch to those of its rows.
         batch_size (`int`, *optional*): samples that the collator gets in training.
+        labels_of (`Callable`, *optional*): finds the labels in a batch; the first of these names by default.
     """
     if len(dataset) == 0:
         return DataProbe()
@@ -57,11 +59,14 @@ def probe_data(
     places = sorted({round(i * last / (SAMPLES - 1)) for i in range(SAMPLES)})
     given = {*label_names, "label", "label_ids"}
 
+    def first_of(batch: Any) -> Any:
+        return next((batch[name] for name in label_names if name in batch), None)
+
     def read(seed: int) -> tuple[str, list[Any]]:
         dataset.set_epoch(seed)  # which seeds transforms, if anything does
         with seeded(seed):
             items = list(dataset.items(places))
-            labels = _labels(items, collator, label_names, batch_size)
+            labels = _labels(items, collator, labels_of or first_of, batch_size)
         return checksum([_without(item, given) for item in items]), labels
 
     (_, others), (content, labels), (again, _) = read(1), read(0), read(0)
@@ -76,12 +81,11 @@ def probe_data(
 
 
 def _labels(
-    items: list[Any], collator: Callable[[list[Any]], Any], names: tuple[str, ...], batch_size: int
+    items: list[Any], collator: Callable[[list[Any]], Any], labels_of: Callable[[Any], Any], batch_size: int
 ) -> list[Any]:
     """The labels of the batches that a collator makes of these items."""
     batches = [collator(items[start : start + batch_size]) for start in range(0, len(items), batch_size)]
-    found = [next((b[n] for n in names if n in b), None) if isinstance(b, Mapping) else None for b in batches]
-    return found
+    return [labels_of(batch) if isinstance(batch, Mapping) else None for batch in batches]
 
 
 def _without(item: Any, names: set[str]) -> Any:

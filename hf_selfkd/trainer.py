@@ -32,6 +32,7 @@ from .checks import (
     check_calibration,
     check_compute_loss,
     check_engine,
+    check_headless,
     check_heads,
     check_launch,
     never_called,
@@ -171,6 +172,7 @@ class SelfKDMixin(Building, DataLoading, Calibration, Sharing, Checkpoints, Eval
         """Give a model the heads that are asked for; it may have grown them before."""
         heads, asked = heads_of(model), self._heads_asked(args)
         if asked is not None and heads is None:
+            check_headless(model, self._task_given)
             attach_auxiliary_heads(uncompiled(model), asked, seed=args.seed)
         elif asked is not None and heads.config != asked.with_choices(heads.config.head, heads.config.views):
             raise ValueError(
@@ -312,11 +314,10 @@ class SelfKDMixin(Building, DataLoading, Calibration, Sharing, Checkpoints, Eval
                 return count  # only our loss sees it; an accelerator gets a tensor, as its division rounds otherwise
             return to_device(torch.tensor(count), device)
         task = distiller.task
-        names = [next((name for name in task.label_names if name in batch), None) for batch in batch_samples]
-        if None in names:
+        labels = [task.labels_in(batch) for batch in batch_samples]
+        if any(part is None for part in labels):
             return super()._get_num_items_in_batch(batch_samples, device)
-        labels = [task.row_labels(batch[name]) for batch, name in zip(batch_samples, names, strict=True)]
-        count = sum(part.ne(IGNORE_INDEX).sum() for part in labels).to(device)
+        count = sum(task.row_labels(part).ne(IGNORE_INDEX).sum() for part in labels).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         return count.clamp_min(1)  # a step without labels costs 0
@@ -373,8 +374,8 @@ class SelfKDTrainer(SelfKDMixin, Trainer):
 
     Args:
         model ([`~transformers.PreTrainedModel`] or `nn.Module`, *optional*):
-            A model for sequence, image, audio, video or token classification, or a language model, PEFT-wrapped or
-            not.
+            A model for sequence, image, audio, video or token classification, extractive question answering or
+            multiple choice, or a language model, PEFT-wrapped or not.
         args ([`SelfKDConfig`] or [`~transformers.TrainingArguments`], *optional*): the arguments.
         data_collator (`Callable`, *optional*): as for [`~transformers.Trainer`], or a [`SelfKDDataCollator`].
         train_dataset, eval_dataset, processing_class, model_init, compute_loss_func, compute_metrics, callbacks,

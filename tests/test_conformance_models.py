@@ -153,8 +153,6 @@ UNSUPPORTED = {
     "problem_type_regression": (("regression",), problem_of_regression),
     "multi_label": (("multi_label_classification",), multi_label),
     "multi_label_by_its_labels": (("multi-label",), multi_label_by_its_labels),
-    "question_answering": (("BertForQuestionAnswering", "task"), question_answering),
-    "multiple_choice": (("BertForMultipleChoice", "task"), multiple_choice),
     "mean_squares": (("regression",), mean_squares),
     "loss_only": (("logits", "loss"), loss_only),
     "bare_loss": (("logits", "Tensor"), bare_loss),
@@ -270,6 +268,21 @@ def test_modules_of_ones_own(case, make, tmp_path):
     def script(case, folder):
         model, options = make()
         return case.train(folder, model, Points(), eval_dataset=Points(8), eval_strategy="epoch", **options)
+
+    case.check(script, tmp_path)
+
+
+TASKS = {
+    make.__name__: (teacher, make) for teacher, make in (("history", question_answering), ("history", multiple_choice))
+}
+
+
+@pytest.mark.parametrize(("case", "make"), classes(TASKS))
+def test_tasks_that_can_be_distilled(case, make, tmp_path):
+    def script(case, folder):
+        set_seed(0)
+        model, dataset = make()
+        return case.train(folder, model, dataset, eval_dataset=dataset, eval_strategy="epoch")
 
     case.check(script, tmp_path)
 

@@ -23,7 +23,7 @@ import typer
 import yaml
 from helpers import CLASSES, collate, difference, make_model, make_samples, make_trainer, state_of
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Trainer
+from transformers import BertForMultipleChoice, BertForQuestionAnswering, PreTrainedTokenizerFast, Trainer
 
 from hf_selfkd import AuxiliaryHeadsConfig, SelfKDMixin, attach_auxiliary_heads
 from hf_selfkd.cli import app
@@ -71,6 +71,19 @@ def names_of(kind):
         if kind == "pairs":
             names["model"].generation_config.max_length = 8
         return names | {"train": make_samples(kind, 24), "test": make_samples(kind, seed=1)}
+    if kind == "answers":
+        config = make_model("plain_bert").config
+        config.num_labels = 2
+        items = [{"input_ids": item["input_ids"]} for item in make_samples("texts", 24).items]
+        for item in items:
+            item |= {"start_positions": 0, "end_positions": len(item["input_ids"]) - 1}
+        names = {"model": BertForQuestionAnswering(config), "tokenizer": make_tokenizer()}
+        return names | {"train": items[:18], "test": items[18:]}
+    if kind == "choices":
+        names = {"model": BertForMultipleChoice(make_model("plain_bert").config), "tokenizer": make_tokenizer()}
+        words = [item["input_ids"] for item in make_samples("texts", 48).items]
+        items = [{"input_ids": words[n : n + 2], "labels": n % 2} for n in range(0, 48, 2)]
+        return names | {"train": items[:18], "test": items[18:]}
     if kind == "deep":
         config = make_model("plain_vit").config
         config.num_hidden_layers = 12

@@ -629,7 +629,9 @@ def test_labels_that_can_be_addressed(labels, ids, addressed):
 
 def test_labels_under_another_name():
     batch = TrainingCollator(
-        lambda items: {"target": torch.tensor([2, 1, 0, 2])}, index=sample_index, label_names=("labels", "target")
+        lambda items: {"target": torch.tensor([2, 1, 0, 2])},
+        index=sample_index,
+        labels_of=lambda batch: batch["target"],
     )(features())
     assert pop_record(batch).samples.label_hash.tolist() == [2, 1, 0, 2]
 

@@ -81,7 +81,7 @@ class NoHeads:
         else:
             with self.heads.watched(False):
                 outputs = run(self.task.inputs_without_labels(shown))
-        return [self.task.rows(self.task.logits(outputs, has_loss=False), batch.labels).logits]
+        return [self.task.rows_of(self.task.logits(outputs, has_loss=False), batch).kept.logits]
 
 
 class Layered(NoHeads):
@@ -198,7 +198,7 @@ class Layered(NoHeads):
             outputs = run(self.task.inputs_without_labels(batch))
         results, self.heads.results = self.heads.results, None
         logits = self.task.logits(outputs, has_loss=False)[:: self.views]
-        return [part.logits for part in (self.task.rows(logits, batch.labels), *self.rows(results, batch))]
+        return [part.kept.logits for part in (self.task.rows_of(logits, batch), *self.rows(results, batch))]
 
     # Losses
 
@@ -206,7 +206,7 @@ class Layered(NoHeads):
         if results is None:  # a step that has skipped all layers (LayerDrop)
             return []
         if batch.rotations is None:
-            made = [self.task.rows(logits, batch.labels) for logits in results.logits]
+            made = [self.task.rows_of(logits, batch) for logits in results.logits]
         else:
             joint = self.joint_labels(batch.labels, batch.rotations)
             made = [Rows(logits, joint) for logits in results.logits]

@@ -84,12 +84,12 @@ class CrossEntropy:
     def forward(self, model: nn.Module, batch: Batch, soft: SoftTargets | None, alpha: float) -> Any:
         """Run the model; labels are withheld, so that no loss is computed twice."""
         if self.due:
-            return model(**batch.inputs, **{batch.label_name: upright_labels(batch)})
+            return model(**self.task.inputs_with_labels(batch, upright_labels(batch)))
         return model(**self.task.inputs_without_labels(batch))
 
     def rows(self, outputs: Any, batch: Batch) -> Rows:
         """The rows of the model's outputs."""
-        rows = self.task.rows(self.task.logits(outputs, has_loss=self.due), batch.labels)
+        rows = self.task.rows_of(self.task.logits(outputs, has_loss=self.due), batch)
         rows.storage = batch.storage
         return rows
 
@@ -114,9 +114,9 @@ class CrossEntropy:
         if own is None or not bool(labelled(labels).any()):
             return  # nothing to compare: the next batch may tell
         self.due = False
-        means = [-Rows(rows.logits, labels).label_log_probs[labelled(labels)].mean()]
+        means = [self.task.own_loss(-Rows(rows.logits, labels).label_log_probs, labels)]
         if rows.logits.dtype != torch.float32:
-            means.append(F.cross_entropy(rows.logits, labels))
+            means.append(self.task.own_loss(F.cross_entropy(rows.logits, labels, reduction="none"), labels))
         # Half precision may be summed in another order; a loss of another make differs by more.
         tolerance = 1e-4 if rows.logits.dtype == torch.float32 else 2e-2
         own = own.float()
@@ -152,10 +152,10 @@ class ModelLoss(CrossEntropy):
         self.additive = additive
 
     def forward(self, model: nn.Module, batch: Batch, soft: SoftTargets | None, alpha: float) -> Any:
-        return model(**batch.inputs, **{batch.label_name: upright_labels(batch)})
+        return model(**self.task.inputs_with_labels(batch, upright_labels(batch)))
 
     def rows(self, outputs: Any, batch: Batch) -> Rows:
-        rows = self.task.rows(self.task.logits(outputs, has_loss=True), batch.labels)
+        rows = self.task.rows_of(self.task.logits(outputs, has_loss=True), batch)
         rows.storage = batch.storage
         return rows
 
@@ -222,7 +222,7 @@ class UserLoss(ModelLoss):
         return model(**self.task.inputs_without_labels(batch))
 
     def rows(self, outputs: Any, batch: Batch) -> Rows:
-        rows = self.task.rows(self.task.logits(outputs, has_loss=False), batch.labels)
+        rows = self.task.rows_of(self.task.logits(outputs, has_loss=False), batch)
         rows.storage = batch.storage
         return rows
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -58,6 +58,12 @@ class SoftTargets:
         """The rows in another order (`torch.LongTensor` of shape `[R]`), or some of them."""
         index = None if self.index is None else self.index[order]
         return SoftTargets(self.log_probs[order], self.mask[order], index, self.tail, self.all_valid, self.classes)
+
+    def narrowed(self, width: int) -> SoftTargets:
+        """The first classes (`int`) of dense rows, which have the whole mass."""
+        if self.log_probs.shape[-1] == width:
+            return self
+        return replace(self, log_probs=self.log_probs[:, :width])
 
 
 @dataclass

@@ -41,7 +41,9 @@ class _Batch:
     def kind(self) -> tuple:
         """What batches must have in common to be measured as one."""
         soft = self.soft_targets
-        form = None if soft is None else (soft.index is None, soft.tail, self.distilled is None)
+        form = (
+            None if soft is None else (soft.index is None, soft.tail, self.distilled is None, soft.log_probs.shape[-1])
+        )
         return self.mixed, self.alpha, self.hard_sum is None, self.soft_sum is None, form
 
     def rows(self) -> torch.Tensor:

@@ -9,6 +9,8 @@ from .base import SUPPORTED, Task
 from .by_shape import ByShape
 from .causal_lm import CausalLM
 from .masked_lm import MaskedLM
+from .multiple_choice import MultipleChoice
+from .question_answering import QuestionAnswering
 from .rows import Rows
 from .sample_classification import SampleClassification
 from .seq2seq_lm import Seq2SeqLM
@@ -17,7 +19,15 @@ from .token_classification import TokenClassification
 
 __all__ = ["SUPPORTED", "TASKS", "Rows", "Task", "task_for"]
 
-TASKS: tuple[type[Task], ...] = (Seq2SeqLM, CausalLM, MaskedLM, TokenClassification, SampleClassification)
+TASKS: tuple[type[Task], ...] = (
+    Seq2SeqLM,
+    CausalLM,
+    MaskedLM,
+    TokenClassification,
+    QuestionAnswering,
+    MultipleChoice,
+    SampleClassification,
+)
 
 
 def task_for(model: nn.Module, label_names: tuple[str, ...] = ("labels",)) -> Task:

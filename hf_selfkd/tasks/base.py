@@ -11,7 +11,7 @@ from torch import nn
 from ..batch import Batch, BatchRecord, Mixing
 from ..devices import to_device
 from ..models import base_model, logits_of, num_classes_of
-from ..samples import SampleIndex, sample_index
+from ..samples import IGNORE_INDEX, SampleIndex, sample_index
 from .rows import Rows
 
 
@@ -35,6 +35,10 @@ class Task:
         per_token (`bool`): whether a sample has a row a position.
         language_model (`bool`): whether classes are words: evaluation has token metrics, logits can be chunked.
         rotates (`bool`): whether a rotated image is a view of the same sample.
+        unmixed (`str`, *optional*): why samples cannot be mixed, if they cannot.
+        headless (`str`, *optional*): why the model cannot have auxiliary heads, if it cannot.
+        unranked (`str`, *optional*): why the order of the scores teaches nothing, if it does not.
+        no_history (`str`, *optional*): why rows cannot be stored, if they cannot.
     """
 
     name = "a task"
@@ -42,6 +46,10 @@ class Task:
     per_token = False
     language_model = False
     rotates = False
+    unmixed: str | None = None
+    headless: str | None = None
+    unranked: str | None = None
+    no_history: str | None = None
 
     def __init__(self, model: nn.Module, label_names: tuple[str, ...] = ("labels",)):
         self.wrapped, self.model, self.label_names = model, base_model(model), label_names
@@ -61,6 +69,15 @@ class Task:
         """`int`: classes of a row, as far as the model tells before it has run."""
         return num_classes_of(self.wrapped)
 
+    def classes_in(self, batch: Batch) -> int | None:
+        """
+        Classes of the rows of a batch, where they differ from batch to batch and its inputs tell.
+
+        Args:
+            batch ([`~hf_selfkd.batch.Batch`]): as [`~Task.split`] gave it.
+        """
+        return None
+
     @property
     def has_known_rows(self) -> bool:
         """`bool`: whether the rows are made by this package, so that the loss of a model of transformers is theirs."""
@@ -78,23 +95,56 @@ class Task:
         Raises:
             ValueError: if there are no labels, or other ones than classes.
         """
-        inputs = dict(inputs)
         name = next((name for name in self.label_names if name in inputs), None)
-        if name is None:
-            raise ValueError(
-                f"the batch has no {' or '.join(map(repr, self.label_names))}, only {', '.join(inputs)}: name the "
-                "label column 'label' or 'labels', or say its name in label_names."
-            )
-        labels = self.checked_labels(inputs.pop(name))
+        found = self.labels_in(inputs)
+        if name is None or (found is None and inputs[name] is not None):
+            raise ValueError(self.no_labels(inputs))
+        labels = self.checked_labels(found)
+        inputs = {key: value for key, value in inputs.items() if key not in self.taken(name)}
         record = BatchRecord() if record is None else record
         samples = record.samples
         if samples is None and record.ids is not None:
             samples = self.sample_index(record.ids, labels.cpu())
+        if record.partner is not None and self.unmixed is not None:
+            raise ValueError(f"mixup_alpha or cutmix_alpha with {self.name}: {self.unmixed}. Set both to 0.")
         mixing = None
         if record.partner is not None:
             weight = torch.tensor(record.weight, dtype=torch.float32, device=labels.device)
             mixing = Mixing(to_device(record.partner, labels.device), weight)
         return Batch(inputs, labels, name, record.ids, samples, mixing)
+
+    def labels_in(self, inputs: Any) -> Any:
+        """
+        The labels among the inputs of a model, as a collator made them: one tensor, whatever the names are.
+
+        Args:
+            inputs (`dict`): as the dataloader gave them.
+
+        Returns:
+            `torch.Tensor`: with a sample for each of its first dimension; `None` if there are none.
+        """
+        return next((inputs[name] for name in self.label_names if name in inputs), None)
+
+    def taken(self, name: str) -> tuple[str, ...]:
+        """
+        What of the inputs is labels, which the model is not shown.
+
+        Args:
+            name (`str`): the first of the names of labels that the inputs have.
+        """
+        return (name,)
+
+    def no_labels(self, inputs: dict[str, Any]) -> str:
+        """
+        What to say of a batch without labels.
+
+        Args:
+            inputs (`dict`): as the dataloader gave them.
+        """
+        return (
+            f"the batch has no {' or '.join(map(repr, self.label_names))}, only {', '.join(inputs)}: name the "
+            "label column 'label' or 'labels', or say its name in label_names."
+        )
 
     def accepts(self, inputs: dict[str, Any]) -> bool:
         """
@@ -103,8 +153,8 @@ class Task:
         Args:
             inputs (`dict`): as the dataloader gave them.
         """
-        found = [inputs[name] for name in self.label_names if name in inputs]
-        return bool(found) and isinstance(found[0], torch.Tensor) and found[0].dtype == torch.int64
+        labels = self.labels_in(inputs)
+        return isinstance(labels, torch.Tensor) and labels.dtype == torch.int64
 
     def checked_labels(self, labels: Any) -> torch.Tensor:
         """
@@ -152,6 +202,16 @@ class Task:
         """
         return batch.inputs
 
+    def inputs_with_labels(self, batch: Batch, labels: torch.Tensor) -> dict[str, Any]:
+        """
+        What the model needs to compute its own loss.
+
+        Args:
+            batch ([`~hf_selfkd.batch.Batch`]): as [`~Task.split`] gave it.
+            labels (`torch.LongTensor`): of the batch; with rotated views, of all of them.
+        """
+        return batch.inputs | {batch.label_name: labels}
+
     def logits(self, outputs: Any, has_loss: bool) -> torch.Tensor:
         """
         The logits among a model's outputs.
@@ -175,6 +235,26 @@ class Task:
         """
         raise NotImplementedError(f"{type(self).__name__}.rows")
 
+    def rows_of(self, logits: torch.Tensor, batch: Batch) -> Rows:
+        """
+        The rows of a batch, where more than the labels says what they are; by default [`~Task.rows`].
+
+        Args:
+            logits (`torch.FloatTensor`): as [`~Task.logits`] gave them, or of a head.
+            batch ([`~hf_selfkd.batch.Batch`]): as [`~Task.split`] gave it.
+        """
+        return self.rows(logits, batch.labels)
+
+    def own_loss(self, losses: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """
+        What a model of transformers makes of the cross-entropies of the rows of a batch: their mean.
+
+        Args:
+            losses (`torch.FloatTensor` of shape `[R]`): of the rows.
+            labels (`torch.LongTensor` of shape `[R]`): of the rows.
+        """
+        return losses[labels != IGNORE_INDEX].mean()
+
     def row_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """
         The labels `[R]` of the rows.
@@ -186,6 +266,6 @@ class Task:
 
 
 SUPPORTED = (
-    "single-label sequence, image, audio and video classification, token classification, and causal, masked and "
-    "encoder-decoder language models"
+    "single-label sequence, image, audio and video classification, token classification, extractive question "
+    "answering, multiple choice, and causal, masked and encoder-decoder language models"
 )

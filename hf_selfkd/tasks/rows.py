@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..batch import Storage
-from ..losses.soft_targets import label_entries, log_softmax
+from ..losses.soft_targets import LOG_ZERO, SoftTargets, label_entries, log_softmax
 from ..losses.summary import Summary, summarize
 
 
@@ -38,16 +39,51 @@ class Rows:
         logits (`torch.FloatTensor` of shape `[R, C]`): class scores.
         labels (`torch.LongTensor` of shape `[R]`): classes, -100 for a row that does not count.
         storage ([`~hf_selfkd.batch.Storage`], *optional*): what a history will keep of each row.
+        allowed (`torch.BoolTensor` of shape `[R, C]`, *optional*):
+            classes that a teacher may believe in; the others, such as padding, get no mass of a target.
+        width (`int`, *optional*): classes of the rows of every batch, where C differs from batch to batch.
     """
 
     logits: torch.Tensor
     labels: torch.Tensor
     storage: Storage | None = None
+    allowed: torch.Tensor | None = None
+    width: int | None = None
 
     @property
     def top_k(self) -> int | None:
         """`int`: entries of each row that a history will keep, if not all."""
         return None if self.storage is None else self.storage.top_k
+
+    @lazy
+    def kept(self) -> Rows:
+        """[`Rows`]: as a teacher keeps or says them; without a gradient."""
+        if self.allowed is None and self.width is None:
+            return self
+        logits = self.logits.detach()
+        logits = logits if self.allowed is None else logits.masked_fill(~self.allowed, LOG_ZERO)
+        return Rows(self._padded(logits), self.labels, self.storage)
+
+    def _padded(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits `[R, C]` of the width of every batch."""
+        missing = 0 if self.width is None else self.width - logits.shape[-1]
+        return F.pad(logits, (0, missing), value=LOG_ZERO) if missing else logits
+
+    def matched(self, soft: SoftTargets | None) -> tuple[Rows, SoftTargets | None]:
+        """
+        These rows and soft targets for them, of one width.
+
+        Args:
+            soft ([`~hf_selfkd.losses.SoftTargets`] or `None`): made of [`~Rows.kept`] of these rows or earlier ones.
+        """
+        if self.width is None or soft is None:
+            return self, soft
+        if soft.index is None:
+            return self, soft.narrowed(self.logits.shape[-1])
+        allowed = self.allowed
+        if allowed is not None:
+            allowed = F.pad(allowed, (0, self.width - allowed.shape[-1]), value=False)
+        return Rows(self._padded(self.logits), self.labels, self.storage, allowed, self.width), soft
 
     @lazy
     def log_probs(self) -> torch.Tensor:

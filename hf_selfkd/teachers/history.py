@@ -80,6 +80,7 @@ class HistoryStore:
     @torch.no_grad()
     def write(self, samples: SampleIndex, rows: Rows) -> None:
         """Note the present predictions of a batch."""
+        rows = rows.kept
         self.prepare(samples, rows.logits.shape[-1])
         top_k = self.history.codec.top_k
         if top_k is None:
@@ -97,7 +98,8 @@ class HistoryStore:
         elif num_classes != self.history.codec.num_classes:
             raise ValueError(
                 f"the model has {num_classes} classes, the stored predictions "
-                f"{self.history.codec.num_classes}: resume with the model that made them."
+                f"{self.history.codec.num_classes}: resume with the model that made them, or, where the number of "
+                "choices or positions is another one in each batch, use teacher='snapshot'."
             )
 
     def stored(self, sample_ids: Any) -> torch.Tensor:
@@ -285,7 +287,7 @@ class HistoryTeacher(Teacher):
 
     @staticmethod
     def _observe(store: HistoryStore, samples: SampleIndex, rows: Rows, mixed: bool) -> None:
-        store.prepare(samples, rows.logits.shape[-1]) if mixed else store.write(samples, rows)
+        store.prepare(samples, rows.kept.logits.shape[-1]) if mixed else store.write(samples, rows)
 
     def stored(self, sample_ids: Any) -> torch.Tensor:
         return self.store.stored(sample_ids)
