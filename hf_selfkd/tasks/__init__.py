@@ -8,6 +8,7 @@ from ..models import base_model
 from .base import SUPPORTED, Task
 from .by_shape import ByShape
 from .causal_lm import CausalLM
+from .detection import ObjectDetection
 from .masked_lm import MaskedLM
 from .rows import Rows
 from .sample_classification import SampleClassification
@@ -17,7 +18,14 @@ from .token_classification import TokenClassification
 
 __all__ = ["SUPPORTED", "TASKS", "Rows", "Task", "task_for"]
 
-TASKS: tuple[type[Task], ...] = (Seq2SeqLM, CausalLM, MaskedLM, TokenClassification, SampleClassification)
+TASKS: tuple[type[Task], ...] = (
+    Seq2SeqLM,
+    CausalLM,
+    MaskedLM,
+    TokenClassification,
+    SampleClassification,
+    ObjectDetection,
+)
 
 
 def task_for(model: nn.Module, label_names: tuple[str, ...] = ("labels",)) -> Task:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 from ..batch import Batch, BatchRecord, Mixing
 from ..devices import to_device
 from ..models import base_model, logits_of, num_classes_of
-from ..samples import SampleIndex, sample_index
+from ..samples import IGNORE_INDEX, SampleIndex, sample_index
 from .rows import Rows
 
 
@@ -35,6 +36,9 @@ class Task:
         per_token (`bool`): whether a sample has a row a position.
         language_model (`bool`): whether classes are words: evaluation has token metrics, logits can be chunked.
         rotates (`bool`): whether a rotated image is a view of the same sample.
+        per_object (`bool`): whether rows are objects, of which a sample may show some today and others tomorrow.
+        bernoulli (`bool`): whether each class of a row has a probability of its own, which do not add up to 1.
+        labels_move (`str`): what to say where the labels of a sample change from one reading to the next.
     """
 
     name = "a task"
@@ -42,6 +46,12 @@ class Task:
     per_token = False
     language_model = False
     rotates = False
+    per_object = False
+    bernoulli = False
+    labels_move = (
+        "the labels of a sample change from one reading to the next, as with random masking: teacher='history' would "
+        "compare predictions of other words. Use teacher='snapshot', or mask when the dataset is made"
+    )
 
     def __init__(self, model: nn.Module, label_names: tuple[str, ...] = ("labels",)):
         self.wrapped, self.model, self.label_names = model, base_model(model), label_names
@@ -162,6 +172,16 @@ class Task:
         """
         return logits_of(outputs, has_loss)
 
+    def predict(self, run: Callable[[dict[str, Any]], Any], batch: Batch) -> Rows:
+        """
+        The rows that a model gives without being trained.
+
+        Args:
+            run (`Callable`): from inputs of the model to outputs.
+            batch ([`~hf_selfkd.batch.Batch`]): as [`~Task.split`] gave it.
+        """
+        return self.rows(self.logits(run(self.inputs_without_labels(batch)), has_loss=False), batch.labels)
+
     def rows(self, logits: torch.Tensor, labels: torch.Tensor) -> Rows:
         """
         The rows of logits and labels.
@@ -175,6 +195,33 @@ class Task:
         """
         raise NotImplementedError(f"{type(self).__name__}.rows")
 
+    def label_table(self, labels: Any) -> Any:
+        """
+        The labels of a batch as a tensor of classes `[B]` or `[B, L]`; as they are, if they are none.
+
+        Args:
+            labels (`Any`): as a collator gave them.
+        """
+        return labels
+
+    def constant_labels(self, labels: Any) -> Any:
+        """
+        What of the labels of a batch must be the same whenever its samples are read.
+
+        Args:
+            labels (`Any`): as a collator gave them.
+        """
+        return labels
+
+    def num_items(self, labels: Any) -> torch.Tensor:
+        """
+        What the loss of a batch is a mean over: its labelled rows.
+
+        Args:
+            labels (`Any`): as a collator gave them.
+        """
+        return self.row_labels(labels).ne(IGNORE_INDEX).sum()
+
     def row_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """
         The labels `[R]` of the rows.
@@ -186,6 +233,6 @@ class Task:
 
 
 SUPPORTED = (
-    "single-label sequence, image, audio and video classification, token classification, and causal, masked and "
-    "encoder-decoder language models"
+    "single-label sequence, image, audio and video classification, token classification, causal, masked and "
+    "encoder-decoder language models and object detection (detectors of the DETR family and YOLOS)"
 )

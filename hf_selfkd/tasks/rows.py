@@ -38,11 +38,13 @@ class Rows:
         logits (`torch.FloatTensor` of shape `[R, C]`): class scores.
         labels (`torch.LongTensor` of shape `[R]`): classes, -100 for a row that does not count.
         storage ([`~hf_selfkd.batch.Storage`], *optional*): what a history will keep of each row.
+        bernoulli (`bool`): whether each class has a probability of its own, which do not add up to 1.
     """
 
     logits: torch.Tensor
     labels: torch.Tensor
     storage: Storage | None = None
+    bernoulli: bool = False
 
     @property
     def top_k(self) -> int | None:
