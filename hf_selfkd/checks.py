@@ -93,11 +93,6 @@ def check_detection(trainer: Trainer, method: MethodArguments, task: Task) -> No
         ValueError: if a detector is asked for what only other tasks have.
     """
     told = f"with {type(task.model).__name__}"
-    if heads_of(trainer.model) is not None:
-        raise ValueError(
-            f"auxiliary_heads {told}: the layers of a detector's decoder have losses of their own "
-            "(auxiliary_loss=True in its configuration). Leave auxiliary_heads out."
-        )
     asked = "predictions" if method.teacher_predictions is not None else method.teacher
     if asked in ("rank", "predictions"):
         raise ValueError(f"teacher={asked!r} {told}: object detection has no such teacher, use teacher='history'.")

@@ -270,6 +270,7 @@ def test_causal_rows_predict_the_next_token():
 def segmenter():
     config = DETECTORS["detr"][1]()
     config.encoder_attention_heads = config.decoder_attention_heads = 8
+    config.backbone_config.out_features = ["stage1", "stage2", "stage3", "stage4"]
     return config
 
 

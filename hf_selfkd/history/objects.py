@@ -44,8 +44,8 @@ class ObjectHistory(PredictionHistory):
         if len(wrong):
             raise ValueError(
                 f"{names_of(samples.ids[wrong[0]])} has other labels than when its stored prediction was made: the "
-                "training set was changed since, or objects are known by their place in a list that changes, as random "
-                "crops do. Give the same dataset, and each object an 'annotation_id' in its labels."
+                "training set was changed since, or objects are known by their place in a list that changes, as with "
+                "random crops. Give the same dataset, and each object an 'annotation_id' in its labels."
             )
         return slots, known
 

@@ -108,7 +108,8 @@ class DetectionLoss(ModelLoss):
 def overlaps(matching: Matching, num_rows: int) -> torch.Tensor:
     """Intersection over union of the box of each object and that of its query, `[R]`; 0 where there is none."""
     rows, images, queries = matching.places(num_rows // len(matching.targets))
-    boxes = torch.cat([part["boxes"][objects] for part, (_, objects) in zip(matching.targets, matching.indices)])
+    pairs = zip(matching.targets, matching.indices, strict=True)
+    boxes = torch.cat([part["boxes"][objects] for part, (_, objects) in pairs])
     predicted, true = (center_to_corners_format(part) for part in (matching.boxes[images, queries], boxes))
     result = matching.boxes.new_zeros(num_rows)
     result[rows] = torch.diag(box_iou(predicted, true)[0])

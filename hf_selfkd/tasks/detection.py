@@ -150,7 +150,7 @@ class ObjectDetection(Task):
         found, named_by_id = object_ids(ids, labels)
         images = sample_index(ids, table)
         counts = images.counts
-        # An object with an id has the hash of its class, others that of the whole list: their places mean nothing else.
+        # An object with an id has the hash of its class, others that of the list in which they have their places.
         of_image = np.repeat(images.label_hash, counts)
         classes = table.numpy().reshape(-1)[images.rows].astype(np.int64)
         return SampleIndex(
