@@ -180,3 +180,11 @@ def collate_scenes(items):
         "pixel_values": torch.stack([item["pixel_values"] for item in items]),
         "labels": [dict(item["labels"]) for item in items],
     }
+
+
+def drop_and_permute(item):
+    """Some objects out of the picture, the others in another order, otherwise in every epoch."""
+    labels = item["labels"]
+    order = torch.randperm(len(labels["class_labels"]))
+    order = order[torch.rand(len(order)) < 0.7]
+    return item | {"labels": take(labels, order)}

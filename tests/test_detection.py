@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from detectors import DETECTORS, FOCAL, SOFTMAX, Scenes, collate_scenes, make_detector, take
+from detectors import DETECTORS, FOCAL, SOFTMAX, Scenes, collate_scenes, drop_and_permute, make_detector, take
 from helpers import difference, logged, make_trainer, refused, same_weights, train
 from transformers import Trainer, TrainerCallback
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
@@ -177,7 +177,7 @@ def test_alpha_zero_adds_nothing(name):
 
 
 def one_object(name, logits, past, alpha, box):
-    """What the past adds to the loss of an image with one object, of class 1, and two queries, one of which is on it."""
+    """The class term for one object, of class 1, with two queries, one of them on it; without and with a past."""
     model = make_detector(name)
     model.config.num_labels, model.config.auxiliary_loss = 2, False
     targets = [{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.4]])}]
@@ -255,14 +255,6 @@ def test_every_detector_trains(tmp_path, name):
     stored = trainer.teacher.stored([3, 1])
     assert stored.shape == (4, 3 + (name in SOFTMAX)) and torch.isfinite(stored).all()
     assert torch.allclose(stored.sum(-1), torch.ones(4)) == (name in SOFTMAX)
-
-
-def drop_and_permute(item):
-    """Some objects out of the picture, the others in another order, otherwise in every epoch."""
-    labels = item["labels"]
-    order = torch.randperm(len(labels["class_labels"]))
-    order = order[torch.rand(len(order)) < 0.7]
-    return item | {"labels": take(labels, order)}
 
 
 class Watching(SelfKDTrainer):
