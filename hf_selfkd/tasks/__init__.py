@@ -8,6 +8,7 @@ from ..models import base_model
 from .base import SUPPORTED, Task
 from .by_shape import ByShape
 from .causal_lm import CausalLM
+from .detection import ObjectDetection
 from .masked_lm import MaskedLM
 from .multiple_choice import MultipleChoice
 from .question_answering import QuestionAnswering
@@ -27,6 +28,7 @@ TASKS: tuple[type[Task], ...] = (
     QuestionAnswering,
     MultipleChoice,
     SampleClassification,
+    ObjectDetection,
 )
 
 
