@@ -106,7 +106,7 @@ class Building:
         if self._task_given is not None:
             return hard_loss_kind(task) != "model"
         if self.label_smoother is not None:
-            return "labels" in task.label_names  # the stock class smooths no others
+            return task.unsmoothed is None  # the stock class has a way with them, which is none to scale
         return hard_loss_kind(task) == "cross_entropy"
 
     def _make_teacher(self, method: MethodArguments, task: Task, heads: NoHeads) -> Teacher:
@@ -167,12 +167,18 @@ class Building:
 
     def _make_history(self, method: MethodArguments, task: Task, heads: NoHeads) -> HistoryTeacher:
         args, (size, ids) = self.args, self._size_and_ids()
+        if heads.task.bernoulli and method.history_top_k is not None:
+            raise ValueError(
+                f"history_top_k={method.history_top_k} with {heads.task.name}: each class has a row of its own, of "
+                "one number. Leave it out; history_dtype='float16' takes half the memory."
+            )
         node = Path(args.output_dir) / STATE_FOLDER / f"node{os.environ.get('GROUP_RANK', '0')}"
         run = {
             "gather": self._gather if args.world_size > 1 else None,
             "rank": args.process_index,
             "writes": args.local_process_index == 0,
             "rows_per_sample": self._rows_per_sample,
+            "bernoulli": heads.task.bernoulli,
             "local_processes": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         }
         made_for = (method, size, ids, args.device, node, self.state.num_train_epochs)

@@ -169,10 +169,8 @@ class SelfDistiller:
             samples = sample_index(np.full(len(batch.labels), -1), batch.labels.cpu())
         if not samples.fits(num_classes):
             label, sample_id = samples.misfit(num_classes)
-            raise ValueError(
-                f"label {label} of {'a sample' if sample_id < 0 else f'sample_id={sample_id}'} is not one of the "
-                f"{num_classes} classes of the model: set num_labels of the model, or -100 for rows to ignore."
-            )
+            sample = "a sample" if sample_id < 0 else f"sample_id={sample_id}"
+            raise ValueError(self.task.misfit(label, sample, num_classes))
 
     def take_metrics(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """What is logged since the last call, of all processes; this waits for the device."""

@@ -91,7 +91,8 @@ class Evaluation:
         """As in the trainer class; metrics of tokens and heads are noted."""
         labels = None
         if self._head_metrics is not None or self._token_metrics is not None:
-            labels = self._prepare_inputs(inputs).get("labels")
+            task = self._find_task_quietly()
+            labels = None if task is None else task.labels_in(self._prepare_inputs(inputs))
         # Without generation the stock Trainer may take the labels off before it runs the model.
         self._eval_labels = None if getattr(self.args, "predict_with_generate", False) else labels
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)

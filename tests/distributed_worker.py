@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import test_multi_label as multi_label
+import test_question_answering as question_answering
 import torch
 from detectors import Scenes, collate_scenes, drop_and_permute, make_detector
 from helpers import (
@@ -50,6 +52,18 @@ class FirstPredictions(SelfKDTrainer):
             for sample_id, row in zip(ids.tolist(), probs, strict=True):
                 seen.setdefault(sample_id, row)
         return loss
+
+
+def answers(out, world):
+    """All texts padded to one length, which two processes would not agree on."""
+    texts = question_answering.texts(16, outside=True)
+    more = options(world, data_collator=lambda items: question_answering.pad(items, 10))
+    return {"weights": state_of(question_answering.run(out, "plain_bert", texts, **more))}
+
+
+def several_labels(out, world):
+    samples = multi_label.samples_for("plain_vit", 16)
+    return {"weights": state_of(multi_label.run(out, "plain_vit", samples, **options(world)))}
 
 
 def options(world, **more):
@@ -215,6 +229,8 @@ SCENARIOS = {
     "warm_start": lambda out, world: equal(out, world, warm_start_teacher=True),
     "ragged": lambda out, world: ragged(out, world, history_trace=True),
     "ragged_disk": lambda out, world: ragged(out, world, history_device="disk", history_top_k=CLASSES),
+    "answers": lambda out, world: answers(out, world),
+    "several_labels": lambda out, world: several_labels(out, world),
     "resume_history": lambda out, world: resumed(out, world, "vit"),
     "resume_snapshot": lambda out, world: resumed(out, world, "resnet", teacher="snapshot"),
     "resume_ema": lambda out, world: resumed(out, world, "resnet", teacher="ema", save=2),

@@ -194,9 +194,9 @@ def test_items_that_are_no_dictionaries(tmp_path):
     assert difference(expected, trainer) == 0 and trainer.teacher.stored([5]).isfinite().all()
 
 
-@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
-def test_problem_type(tmp_path, problem):
-    model = make_model("vit")
+@pytest.mark.parametrize(("problem", "name"), [("regression", "vit"), ("multi_label_classification", "bert_tokens")])
+def test_problem_type(tmp_path, problem, name):
+    model = make_model(name)
     model.config.problem_type = problem
     refused_at_training(tmp_path, f"problem_type='{problem}'", "single_label_classification", model=model)
 
@@ -209,7 +209,9 @@ def test_one_label_is_regression(tmp_path):
 
 def test_labels_that_are_no_classes(tmp_path):
     multi = Samples([i | {"labels": torch.eye(CLASSES)[i["labels"]]} for i in make_samples("vit").items])
-    refused_at_training(tmp_path, "float32", "multi-label", "integer class", "SelfKDDataCollator", samples=multi)
+    refused_at_training(
+        tmp_path, "float32", "multi_label_classification", "integer class", "SelfKDDataCollator", samples=multi
+    )
 
 
 @pytest.mark.parametrize("label", [CLASSES, -1])

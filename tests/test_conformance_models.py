@@ -151,7 +151,6 @@ def soft_labels():
 UNSUPPORTED = {
     "regression": (("regression",), regression),
     "problem_type_regression": (("regression",), problem_of_regression),
-    "multi_label": (("multi_label_classification",), multi_label),
     "multi_label_by_its_labels": (("multi-label",), multi_label_by_its_labels),
     "mean_squares": (("regression",), mean_squares),
     "loss_only": (("logits", "loss"), loss_only),
@@ -273,7 +272,12 @@ def test_modules_of_ones_own(case, make, tmp_path):
 
 
 TASKS = {
-    make.__name__: (teacher, make) for teacher, make in (("history", question_answering), ("history", multiple_choice))
+    make.__name__: (teacher, make)
+    for teacher, make in (
+        ("history", question_answering),
+        ("history", multiple_choice),
+        ("history", multi_label),
+    )
 }
 
 

@@ -36,6 +36,8 @@ def two(tmp_path_factory):
     ["history", "snapshot", "ema", "rank", "accumulation", "tokens", "disk", "warm_start", "plain", "stream"]
     + [
         "calibrated",
+        "answers",
+        "several_labels",
         "predictions",
         "translation",
         "translation_accumulation",

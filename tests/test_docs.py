@@ -79,6 +79,12 @@ def names_of(kind):
             item |= {"start_positions": 0, "end_positions": len(item["input_ids"]) - 1}
         names = {"model": BertForQuestionAnswering(config), "tokenizer": make_tokenizer()}
         return names | {"train": items[:18], "test": items[18:]}
+    if kind == "several_labels":
+        names = names_of("images")
+        for part in ("train", "test"):
+            for item in names[part].items:
+                item["labels"] = torch.tensor([float(item["labels"] >= n) for n in range(CLASSES)])
+        return names
     if kind == "choices":
         names = {"model": BertForMultipleChoice(make_model("plain_bert").config), "tokenizer": make_tokenizer()}
         words = [item["input_ids"] for item in make_samples("texts", 48).items]

@@ -270,11 +270,14 @@ def test_other_tasks_are_refused(name, parts):
     refused(lambda: EarlyExit(attach_auxiliary_heads(make_model(name), "byot")), *parts)
 
 
-@pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
-def test_other_problems_are_refused(kind):
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [("regression", "single_label_classification"), ("multi_label_classification", "multi-label classification")],
+)
+def test_other_problems_are_refused(kind, part):
     model = make("vit")
     model.config.problem_type = kind
-    refused(lambda: EarlyExit(model), kind, "single_label_classification")
+    refused(lambda: EarlyExit(model), part)
 
 
 def test_what_makes_no_sense_is_refused():

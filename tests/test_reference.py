@@ -247,6 +247,7 @@ EXAMPLES = {  # what each runs on, as the sections of other pages do
     "SelfKDTrainer": "images",
     "calibration_metrics": "images",
     "compute_translation_metrics": "pairs",
+    "multi_label_metrics": "images",
     "reliability_diagram": "images",
 }
 

@@ -222,7 +222,7 @@ def test_models_of_the_user():
 
 
 TASK = {task: task(nn.Linear(2, 3)) for task in (*TASKS, ByShape) if not task.per_object}
-OF_LABELS = [task for task in TASK.values() if "labels" in task.label_names]
+OF_LABELS = [task for task in TASK.values() if "labels" in task.label_names and not task.bernoulli]
 
 
 @pytest.mark.parametrize(
@@ -321,8 +321,14 @@ def test_subclasses_of_unsupported_models(cls):
         task_for(build(cls, UNSUPPORTED[cls.__mro__[1].__name__]()))
 
 
-@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
-@pytest.mark.parametrize("cls", [tf.BertForSequenceClassification, tf.BertForTokenClassification])
+@pytest.mark.parametrize(
+    ("problem", "cls"),
+    [
+        ("regression", tf.BertForSequenceClassification),
+        ("regression", tf.BertForTokenClassification),
+        ("multi_label_classification", tf.BertForTokenClassification),
+    ],
+)
 def test_problem_types_that_are_not_supported(problem, cls):
     with pytest.raises(ValueError, match=f"problem_type='{problem}' is not supported.*single_label_classification"):
         task_for(build(cls, bert(problem_type=problem)))
@@ -423,7 +429,7 @@ def test_outputs_without_logits(outputs, has_loss, found):
         ([0, 1], "labels are a list"),
         (None, "labels are a NoneType"),
         ({"boxes": 1}, "labels are a dict"),
-        (torch.tensor([0.5, 1.0]), "labels are torch.float32: regression and multi-label"),
+        (torch.tensor([0.5, 1.0]), "labels are torch.float32: regression is not supported, and several labels"),
         (torch.tensor([[1.0, 0.0]], dtype=torch.float16), "labels are torch.float16.*as MixUp and CutMix of torchvis"),
         (torch.tensor([True, False]), "labels are torch.bool"),
     ],

@@ -373,7 +373,10 @@ def exits_of(model: nn.Module) -> tuple[list[int], list[int]]:
         ValueError: if it is no classifier of samples, or has no such heads.
     """
     heads, kind = heads_of(model), type(base_model(model)).__name__
-    if not isinstance(task_for(model), (SampleClassification, ByShape)) or (heads and not heads.layout.pooled):
+    task = task_for(model)
+    if task.bernoulli:
+        raise ValueError(f"{kind} is of {task.name}: early exit needs a classifier with one label a sample.")
+    if not isinstance(task, (SampleClassification, ByShape)) or (heads and not heads.layout.pooled):
         raise ValueError(
             f"{kind} predicts every position of a sample: early exit needs a classifier with one prediction a sample."
         )

@@ -14,7 +14,6 @@ import torch
 
 from ..batch import Batch
 from ..devices import to_device
-from ..losses.cross_entropy import cross_entropy_sum
 from ..losses.hard import row_losses
 from ..losses.soft import divergence
 from ..losses.soft_targets import Target, labelled, make_targets, weighted, where_mask
@@ -305,7 +304,7 @@ class Layered(NoHeads):
 
     def _label_loss(self, rows: Rows, targets: list[Target], alpha: float) -> torch.Tensor:
         if targets[0].soft_targets is None or alpha == 0:
-            return weighted([cross_entropy_sum(rows.logits, target.labels) for target in targets], targets)
+            return weighted([rows.hard_sum(target.labels) for target in targets], targets)
         losses = [row_losses(rows, target, alpha, self.temperature) for target in targets]
         return weighted([part.total.sum() for part in losses], targets)
 
@@ -313,6 +312,9 @@ class Layered(NoHeads):
     def _feature_loss(results: HeadResults, index: int, mask: torch.Tensor) -> torch.Tensor:
         adapted, deep = results.features[index].float(), results.deep.float()
         distance = (adapted - deep).square().mean(dim=-1).reshape(-1)
+        if len(mask) != len(distance):  # a row a class: the features are those of the sample
+            mask = mask.view(len(distance), -1)
+            distance = distance.unsqueeze(-1).expand_as(mask)
         # Rows of a causal model stand where their predictions do, so the mask fits the positions as it is.
         return where_mask(distance, mask).sum()
 

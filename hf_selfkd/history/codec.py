@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from ..losses.soft_targets import SoftTargets, Tail
+from ..losses.soft_targets import LOG_ZERO, SoftTargets, Tail
 
 
 @dataclass
@@ -20,6 +21,7 @@ class Codec:
         top_k (`int`, *optional*): entries kept; `None` keeps all.
         tail (`str`, *optional*): where the mass goes that they lack; see [`~hf_selfkd.losses.SoftTargets`].
         categorical (`bool`): whether the probabilities of a row add up to 1.
+        bernoulli (`bool`, *optional*): whether the two classes are no and yes: then the log-odds of yes are stored.
     """
 
     num_classes: int
@@ -27,6 +29,7 @@ class Codec:
     top_k: int | None = None
     tail: Tail = "bucket"
     categorical: bool = True
+    bernoulli: bool = False
 
     @property
     def index_dtype(self) -> torch.dtype:
@@ -36,6 +39,8 @@ class Codec:
     @property
     def widths(self) -> dict[str, tuple[int, torch.dtype]]:
         """`dict`: columns and type of each stored part."""
+        if self.bernoulli:
+            return {"log_probs": (1, self.dtype)}
         if self.top_k is None:
             return {"log_probs": (self.num_classes, self.dtype)}
         return {"log_probs": (self.top_k, self.dtype), "index": (self.top_k, self.index_dtype)}
@@ -47,6 +52,8 @@ class Codec:
 
     def encode(self, log_probs: torch.Tensor, index: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Log-probabilities, `[R, C]` or those of the top entries `[R, k]` with `index`, as stored; NaN stays NaN."""
+        if self.bernoulli:
+            return {"log_probs": (log_probs[:, 1:] - log_probs[:, :1]).to(self.dtype)}
         if self.top_k is None:
             return {"log_probs": log_probs.to(self.dtype)}
         if index is None:
@@ -56,6 +63,10 @@ class Codec:
     def decode(self, parts: dict[str, torch.Tensor], mask: torch.Tensor) -> SoftTargets:
         """Stored parts as [`~hf_selfkd.losses.SoftTargets`]; rounding never leaves more than the whole mass."""
         log_probs = parts["log_probs"]
+        if self.bernoulli:
+            odds = log_probs.float()
+            log_probs = F.logsigmoid(torch.cat((-odds, odds), dim=-1)).clamp_min_(LOG_ZERO)
+            return SoftTargets(log_probs, mask, classes=self.num_classes)
         if self.dtype != torch.float32:
             log_probs = log_probs.float()
         if self.dtype != torch.float32 and self.categorical:

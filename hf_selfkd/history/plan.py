@@ -34,6 +34,7 @@ def plan_history(
     device: torch.device,
     folder: str | Path,
     local_processes: int = 1,
+    bernoulli: bool = False,
 ) -> Plan:
     """
     Choose how and where to keep a history, or refuse it.
@@ -46,6 +47,7 @@ def plan_history(
         folder (`str` or `Path`): where `history_device="disk"` keeps its files.
         local_processes (`int`, *optional*, defaults to 1):
             processes of this node: in the memory of the host each of them holds a table, on disk they share one.
+        bernoulli (`bool`, *optional*): whether the classes are no and yes, whose odds are one number.
 
     Returns:
         [`Plan`]: with `num_bytes` for both the table and the journals of one epoch, and the `max_bytes` that they may
@@ -68,7 +70,7 @@ def plan_history(
     dtype = config.history_dtype
     if dtype == "auto":
         dtype = "float32" if small else "float16"
-    codec = Codec(num_classes, getattr(torch, dtype), None if whole else top_k, config.history_tail)
+    codec = Codec(num_classes, getattr(torch, dtype), None if whole else top_k, config.history_tail, bernoulli)
     place = config.history_device
     if place == "auto":
         place = "accelerator" if generations * num_rows * codec.row_bytes <= SMALL else "disk"
@@ -82,7 +84,7 @@ def plan_history(
         fitting = limit // (generations * num_rows * (2 + codec.index_dtype.itemsize))
         remedy = (
             f"set history_top_k={min(fitting, num_classes)} with history_dtype='float16'"
-            if fitting >= 1
+            if fitting >= 1 and not bernoulli
             else "use teacher='snapshot', which stores no rows"
         )
         raise ValueError(

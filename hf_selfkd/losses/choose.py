@@ -51,8 +51,8 @@ def choose_hard_loss(
             f"label_smoothing_factor smooths the logits of the model, and {type(task).__name__} makes rows of its own "
             "of them: set label_smoothing_factor=0."
         )
-    if function is None and smoother is not None and "labels" not in task.label_names:
-        raise ValueError(f"label_smoothing_factor smooths `labels`, and {task.name} has none: set it to 0.")
+    if function is None and smoother is not None and task.unsmoothed is not None:
+        raise ValueError(f"label_smoothing_factor with {task.name}: {task.unsmoothed}. Set it to 0.")
     if function is not None or smoother is not None:
         if chunked:
             raise ValueError(

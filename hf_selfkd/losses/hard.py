@@ -19,7 +19,6 @@ from ..batch import Batch
 from ..models import loss_of
 from ..tasks.base import Task
 from ..tasks.rows import Rows
-from .cross_entropy import cross_entropy_sum
 from .progressive import progressive_cross_entropy
 from .soft import soft_cross_entropy
 from .soft_targets import RowLosses, SoftTargets, Target, labelled, weighted, where_mask
@@ -103,10 +102,9 @@ class CrossEntropy:
             self._compare(loss_of(outputs), rows, targets)
         parts = [row_losses(rows, target, alpha, self.temperature) for target in targets if target.soft_targets]
         if parts:
-            total = weighted([part.total.sum() for part in parts], targets)
-        else:
-            total = weighted([cross_entropy_sum(rows.logits, target.labels) for target in targets], targets)
-        return Losses(total / num_items, parts, None if parts else total.detach())
+            return Losses(weighted([part.total.sum() for part in parts], targets) / num_items, parts)
+        loss, total = rows.hard_loss(targets, num_items)
+        return Losses(loss, parts, total)
 
     @torch.no_grad()
     def _compare(self, own: torch.Tensor | None, rows: Rows, targets: list[Target]) -> None:
@@ -193,7 +191,7 @@ class ModelLoss(CrossEntropy):
         )
         if self.additive:
             plain = [torch.where(mask, target.labels, -100) for target, mask in zip(targets, distilled, strict=True)]
-            plain = weighted([cross_entropy_sum(rows.logits, labels) for labels in plain], targets)
+            plain = weighted([rows.hard_sum(labels) for labels in plain], targets)
             return Losses(hard + (alpha / num_items) * (soft - plain), parts, hard_sum)
         # One number for all rows cannot be weighted row by row: the loss gives way by the share of distilled rows.
         share = weighted([mask.sum() for mask in distilled], targets) / masks[0].sum().clamp_min(1)
@@ -238,7 +236,8 @@ class UserLoss(ModelLoss):
 
     def labels_for(self, given: torch.Tensor, targets: list[Target]) -> list[torch.Tensor]:
         """The labels of each target as the function takes them: those of the batch, and those of mixed partners."""
-        return [given] + [target.labels.view(given.shape) for target in targets[1:]]
+        labels = [given] + [target.labels.view(given.shape) for target in targets[1:]]
+        return [self.task.shown(part) for part in labels]
 
 
 class SmoothedLoss(UserLoss):

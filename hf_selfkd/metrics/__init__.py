@@ -14,6 +14,7 @@ from .calibration import (
     risk_coverage_curve,
     row_scores,
 )
+from .multi_label import MultiLabelMetrics, compute_multi_label_metrics, multi_label_metrics
 from .translation import TranslationMetrics, compute_translation_metrics
 
 
@@ -21,15 +22,18 @@ __all__ = [
     "IGNORED_LABEL",
     "LOWER_IS_BETTER",
     "ClassificationMetrics",
+    "MultiLabelMetrics",
     "ReliabilityCurve",
     "RiskCoverageCurve",
     "RowScores",
     "TranslationMetrics",
     "calibration_metrics",
     "compute_classification_metrics",
+    "compute_multi_label_metrics",
     "compute_translation_metrics",
     "evaluate_module_path",
     "is_lower_better",
+    "multi_label_metrics",
     "reliability_curve",
     "risk_coverage_curve",
     "row_scores",
@@ -37,7 +41,7 @@ __all__ = [
 
 
 # Metrics of an evaluation that are better when lower; of losses, the stock Trainer knows it.
-LOWER_IS_BETTER = ("nll", "brier", "ece", "ece_15", "aurc", "eaurc", "token_nll", "token_ece", "perplexity")
+LOWER_IS_BETTER = ("nll", "bce", "brier", "ece", "ece_15", "aurc", "eaurc", "token_nll", "token_ece", "perplexity")
 
 
 def is_lower_better(name: str) -> bool:

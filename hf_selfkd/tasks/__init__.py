@@ -10,6 +10,7 @@ from .by_shape import ByShape
 from .causal_lm import CausalLM
 from .detection import ObjectDetection
 from .masked_lm import MaskedLM
+from .multi_label import MULTI_LABEL, MultiLabelClassification
 from .multiple_choice import MultipleChoice
 from .question_answering import QuestionAnswering
 from .rows import Rows
@@ -27,6 +28,7 @@ TASKS: tuple[type[Task], ...] = (
     TokenClassification,
     QuestionAnswering,
     MultipleChoice,
+    MultiLabelClassification,
     SampleClassification,
     ObjectDetection,
 )
@@ -48,12 +50,16 @@ def task_for(model: nn.Module, label_names: tuple[str, ...] = ("labels",)) -> Ta
     """
     base = base_model(model)
     problem = getattr(getattr(base, "config", None), "problem_type", None)
-    if problem in ("regression", "multi_label_classification"):
-        raise ValueError(
-            f"problem_type={problem!r} is not supported: self-distillation needs one class per row "
-            "(problem_type='single_label_classification')."
-        )
     found = next((task for task in TASKS if task.matches(base)), None)
+    if problem == "regression" or (problem == MULTI_LABEL and found is not MultiLabelClassification):
+        why = (
+            "a number is no distribution to learn from, self-distillation needs classes"
+            if problem == "regression"
+            else f"{type(base).__name__} has one label a row"
+        )
+        raise ValueError(
+            f"problem_type={problem!r} is not supported: {why} (problem_type='single_label_classification')."
+        )
     if found is not None:
         return found(model, label_names)
     if type(base).__module__.startswith("transformers.") or any(_has_head(cls) for cls in type(base).__mro__):

@@ -36,6 +36,8 @@ class Task:
         per_token (`bool`): whether a sample has a row a position.
         language_model (`bool`): whether classes are words: evaluation has token metrics, logits can be chunked.
         rotates (`bool`): whether a rotated image is a view of the same sample.
+        bernoulli (`bool`): whether the classes of a row are no and yes, whose odds are one number.
+        unsmoothed (`str`, *optional*): why labels cannot be smoothed, if they cannot.
         unmixed (`str`, *optional*): why samples cannot be mixed, if they cannot.
         headless (`str`, *optional*): why the model cannot have auxiliary heads, if it cannot.
         unranked (`str`, *optional*): why the order of the scores teaches nothing, if it does not.
@@ -50,7 +52,9 @@ class Task:
     per_token = False
     language_model = False
     rotates = False
+    bernoulli = False
     unmixed: str | None = None
+    unsmoothed: str | None = None
     headless: str | None = None
     unranked: str | None = None
     no_history: str | None = None
@@ -120,7 +124,7 @@ class Task:
         mixing = None
         if record.partner is not None:
             weight = torch.tensor(record.weight, dtype=torch.float32, device=labels.device)
-            mixing = Mixing(to_device(record.partner, labels.device), weight)
+            mixing = Mixing(self.partner_rows(to_device(record.partner, labels.device), labels), weight)
         return Batch(inputs, labels, name, record.ids, samples, mixing)
 
     def labels_in(self, inputs: Any) -> Any:
@@ -182,12 +186,12 @@ class Task:
             raise ValueError(
                 f"labels are {labels.dtype} of shape {list(labels.shape)}, as MixUp and CutMix of torchvision or "
                 "multi-label data give them: mix with SelfKDDataCollator(mixup_alpha=..., cutmix_alpha=...), and give "
-                "one integer class for each sample."
+                "one integer class for each sample; or set problem_type='multi_label_classification' of the model."
             )
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(
-                f"labels are {labels.dtype}: regression and multi-label targets are not supported, only integer "
-                f"classes ({SUPPORTED})."
+                f"labels are {labels.dtype}: regression is not supported, and several labels a sample need "
+                f"problem_type='multi_label_classification' of the model; else integer classes ({SUPPORTED})."
             )
         return labels.long()
 
@@ -220,7 +224,43 @@ class Task:
             batch ([`~hf_selfkd.batch.Batch`]): as [`~Task.split`] gave it.
             labels (`torch.LongTensor`): of the batch; with rotated views, of all of them.
         """
-        return batch.inputs | {batch.label_name: labels}
+        return batch.inputs | {batch.label_name: self.shown(labels)}
+
+    def shown(self, labels: torch.Tensor) -> torch.Tensor:
+        """
+        Labels as a loss of the model's or of the user's takes them.
+
+        Args:
+            labels (`torch.LongTensor`): of a batch.
+        """
+        return labels
+
+    def partner_rows(self, partner: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """
+        The rows that mixed images learn from beside their own.
+
+        Args:
+            partner (`torch.LongTensor` of shape `[B]`): which image is mixed into each.
+            labels (`torch.LongTensor` of shape `[B]` or `[B, L]`): of the batch.
+
+        Returns:
+            `torch.LongTensor` of shape `[R]`.
+        """
+        return partner
+
+    def misfit(self, label: int, sample: str, num_classes: int) -> str:
+        """
+        What to say of a label that is no class.
+
+        Args:
+            label (`int`): the label.
+            sample (`str`): whose it is.
+            num_classes (`int`): classes of a row.
+        """
+        return (
+            f"label {label} of {sample} is not one of the {num_classes} classes of the model: set num_labels of the "
+            "model, or -100 for rows to ignore."
+        )
 
     def logits(self, outputs: Any, has_loss: bool) -> torch.Tensor:
         """
@@ -313,7 +353,7 @@ class Task:
 
 
 SUPPORTED = (
-    "single-label sequence, image, audio and video classification, token classification, extractive question "
-    "answering, multiple choice, causal, masked and encoder-decoder language models and object detection (detectors of "
-    "the DETR family and YOLOS)"
+    "single- and multi-label sequence, image, audio and video classification, token classification, extractive "
+    "question answering, multiple choice, causal, masked and encoder-decoder language models, and object detection "
+    "(detectors of the DETR family and YOLOS)"
 )

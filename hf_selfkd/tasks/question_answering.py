@@ -33,6 +33,7 @@ class QuestionAnswering(Task):
     mappings = ("QUESTION_ANSWERING", "DOCUMENT_QUESTION_ANSWERING")
     unmixed = "an answer has no place in a mixture of two texts"
     headless = "heads tell classes, and positions are none"
+    unsmoothed = "there are no `labels` of its own"
     unranked = "padding has ranks too"
 
     def __init__(self, model: nn.Module, label_names: tuple[str, ...] = ("labels",)):

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from ..batch import Storage
-from ..losses.soft_targets import LOG_ZERO, SoftTargets, label_entries, log_softmax
+from ..losses.cross_entropy import cross_entropy_sum
+from ..losses.soft_targets import LOG_ZERO, SoftTargets, Target, label_entries, labelled, log_softmax, weighted
 from ..losses.summary import Summary, summarize
 
 
@@ -87,6 +88,29 @@ class Rows:
             allowed = F.pad(allowed, (0, self.width - allowed.shape[-1]), value=False)
         return Rows(self._padded(self.logits), self.labels, self.storage, allowed, self.width), soft
 
+    def hard_sum(self, labels: torch.Tensor) -> torch.Tensor:
+        """
+        The sum of the cross-entropies of the rows with some labels.
+
+        Args:
+            labels (`torch.LongTensor` of shape `[R]`): classes, -100 for rows that do not count.
+        """
+        return cross_entropy_sum(self.logits, labels)
+
+    def hard_loss(self, targets: list[Target], num_items: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        What the labels alone cost.
+
+        Args:
+            targets (`list` of [`~hf_selfkd.losses.Target`]): the labels, of mixed images those of the partners too.
+            num_items (`torch.Tensor` or `int`): rows of the whole optimizer step.
+
+        Returns:
+            `tuple`: the sum of the losses of the rows over `num_items`, and the sum itself without a gradient.
+        """
+        total = weighted([self.hard_sum(target.labels) for target in targets], targets)
+        return total / num_items, total.detach()
+
     @lazy
     def log_probs(self) -> torch.Tensor:
         """[`~hf_selfkd.losses.log_softmax`] of the logits, without a gradient; made once for loss and history."""
@@ -101,3 +125,37 @@ class Rows:
     def label_log_probs(self) -> torch.Tensor:
         """Log-probabilities of the labels, `[R]`, without a gradient; arbitrary where there is none."""
         return label_entries(self.logits.detach(), self.labels).float() - self.summary.log_norm
+
+
+@dataclass
+class BernoulliRows(Rows):
+    """
+    Rows of two classes, no and yes, whose scores are 0 and the log-odds of yes. All of them have a label.
+
+    Args:
+        odds (`torch.FloatTensor` of shape `[R]`): log-odds of yes.
+    """
+
+    odds: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, odds: torch.Tensor, labels: torch.Tensor) -> BernoulliRows:
+        """
+        The rows of a model that gives log-odds.
+
+        Args:
+            odds (`torch.FloatTensor` of shape `[R]`): log-odds of yes.
+            labels (`torch.LongTensor` of shape `[R]`): 0 or 1.
+        """
+        return cls(F.pad(odds.unsqueeze(-1), (1, 0)), labels, odds=odds)
+
+    def hard_sum(self, labels: torch.Tensor) -> torch.Tensor:
+        known, yes = labelled(labels).float(), labels.float()
+        return F.binary_cross_entropy_with_logits(self.odds.float(), yes, known, reduction="sum")
+
+    def hard_loss(self, targets: list[Target], num_items: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        # The mean of a batch first: its gradient is then that of `BCEWithLogitsLoss` to the bit.
+        odds = self.odds.float()
+        means = [F.binary_cross_entropy_with_logits(odds, target.labels.float()) for target in targets]
+        mean, count = weighted(means, targets), len(odds)
+        return mean * (count / num_items), mean.detach() * count

@@ -84,8 +84,8 @@ class Teacher:
             sample_ids (`Sequence[int]`, `np.ndarray` or `torch.LongTensor`, shape `[n]`): sample ids.
 
         Returns:
-            `torch.FloatTensor` of shape `[n, C]` (token tasks: `[rows of these samples, C]`), on the CPU; NaN rows
-            where there is no past prediction.
+            `torch.FloatTensor` of shape `[n, C]` (token tasks: `[rows of these samples, C]`; several labels a sample:
+            the probability of each), on the CPU; NaN rows where there is no past prediction.
 
         Raises:
             ValueError: if this teacher stores no rows, or an id is unknown.

@@ -40,6 +40,7 @@ class HistoryStore:
         writes (`bool`): whether this process writes the files of its node.
         rows_per_sample (`float`, *optional*): labelled rows of a sample, on average; the first batch tells by default.
         local_processes (`int`, *optional*): processes of this node.
+        bernoulli (`bool`, *optional*): whether each class of a sample has a row of its own, of no and yes.
     """
 
     def __init__(
@@ -55,7 +56,9 @@ class HistoryStore:
         writes: bool = True,
         rows_per_sample: float | None = None,
         local_processes: int = 1,
+        bernoulli: bool = False,
     ):
+        self.bernoulli = bernoulli
         self.config, self.size, self.device, self.folder = config, size, device, folder
         self.ids = None if ids is None else np.sort(ids)
         self.num_epochs, self.gather, self.rank, self.writes = num_epochs, gather, rank, writes
@@ -106,7 +109,18 @@ class HistoryStore:
         """The probabilities held for these samples; see [`Teacher.stored`]."""
         if self.history is None:
             raise ValueError("no predictions are stored yet: train first.")
-        return self.history.probabilities(np.asarray(torch.as_tensor(sample_ids).cpu()))
+        ids = np.asarray(torch.as_tensor(sample_ids).cpu())
+        return self._of_classes(ids) if self.bernoulli else self.history.probabilities(ids)
+
+    def _of_classes(self, ids: np.ndarray) -> torch.Tensor:
+        """Of several labels a sample, the probability of each `[n, C]`."""
+        slots = self.history.slots(ids.astype(np.int64))
+        counts = self.history.counts[slots]
+        result = torch.full((len(ids), int(self.history.counts.max())), torch.nan)
+        if counts.any():
+            yes = self.history.probabilities(ids[counts > 0])[:, 1]
+            result[torch.from_numpy(counts > 0)] = yes.view(-1, result.shape[1])
+        return result
 
     def _make_history(self, samples: SampleIndex, num_classes: int) -> None:
         ragged = samples.rows is not None
@@ -177,7 +191,13 @@ class HistoryStore:
     def plan(self, num_rows: int, num_classes: int, config: MethodArguments | None = None) -> Plan:
         """How and where so many rows will be kept; see [`~hf_selfkd.history.plan.plan_history`]."""
         return plan_history(
-            config or self.config, num_rows, num_classes, self.device, self.folder, self.local_processes
+            config or self.config,
+            num_rows,
+            num_classes,
+            self.device,
+            self.folder,
+            self.local_processes,
+            self.bernoulli,
         )
 
     def _has_grown(self, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bool:
