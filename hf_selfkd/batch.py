@@ -41,6 +41,7 @@ class Batch:
         rotations (`np.ndarray` of `int64`, shape `[B, V]`, *optional*): quarter turns of the views of each sample.
         upright (`dict`, *optional*): the inputs of the upright views alone, where `inputs` are those of all views.
         storage ([`Storage`], *optional*): what the history, if there is one, will keep of the rows.
+        targets (`Any`, *optional*): the labels as the model takes them, where they are more than classes.
     """
 
     inputs: dict[str, Any]
@@ -52,6 +53,7 @@ class Batch:
     rotations: np.ndarray | None = None
     upright: dict[str, Any] | None = None
     storage: Storage | None = None
+    targets: Any = None
 
 
 @dataclass

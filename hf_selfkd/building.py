@@ -33,6 +33,7 @@ from .teachers import (
     Teacher,
 )
 from .teachers.choose import Facts, choose_teacher
+from .teachers.objects import ObjectStore
 
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ class Building:
             return Teacher()
         check_engine(self, method, kind)
         if kind == "history":
-            return self._make_history(method, heads)
+            return self._make_history(method, task, heads)
         if kind == "predictions":
             return self._make_predictions(method, task)
         if kind == "rank":
@@ -164,7 +165,7 @@ class Building:
             raise ValueError(f"{told} has no row for any of the ids of the training set: give those of its samples.")
         return PredictionsTeacher(predictions)
 
-    def _make_history(self, method: MethodArguments, heads: NoHeads) -> HistoryTeacher:
+    def _make_history(self, method: MethodArguments, task: Task, heads: NoHeads) -> HistoryTeacher:
         args, (size, ids) = self.args, self._size_and_ids()
         if heads.task.bernoulli and method.history_top_k is not None:
             raise ValueError(
@@ -180,7 +181,10 @@ class Building:
             "bernoulli": heads.task.bernoulli,
             "local_processes": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         }
-        store = HistoryStore(method, size, ids, args.device, node, self.state.num_train_epochs, **run)
+        made_for = (method, size, ids, args.device, node, self.state.num_train_epochs)
+        if task.per_object:
+            return HistoryTeacher(ObjectStore(*made_for, bernoulli=task.bernoulli, **run))
+        store = HistoryStore(*made_for, **run)
         if not heads.uses_past:
             return HistoryTeacher(store)
         views, untraced = heads.size_and_ids(size, ids), method.without_trace()

@@ -88,6 +88,30 @@ def check_calibration(trainer: Trainer, method: MethodArguments) -> None:
         )
 
 
+def check_detection(trainer: Trainer, method: MethodArguments, task: Task) -> None:
+    """
+    Raises:
+        ValueError: if a detector is asked for what only other tasks have.
+    """
+    told = f"with {type(task.model).__name__}"
+    asked = "predictions" if method.teacher_predictions is not None else method.teacher
+    if asked in ("rank", "predictions"):
+        raise ValueError(f"teacher={asked!r} {told}: object detection has no such teacher, use teacher='history'.")
+    if method.alpha_schedule == "calibrated":
+        raise ValueError(f"alpha_schedule='calibrated' {told}: object detection has no calibration, use 'linear'.")
+    for name in ("history_trace", "teacher_dropout"):
+        if getattr(method, name):
+            raise ValueError(f"{name}=True {told}: object detection does not have it, set it to False.")
+    if method.history_top_k is not None:
+        raise ValueError(
+            f"history_top_k={method.history_top_k} {told}: rows of objects are kept whole, leave history_top_k out."
+        )
+    if trainer._mixer() is not None and trainer._mixer().mixes:
+        raise ValueError(
+            f"SelfKDDataCollator mixes images {told}, and not boxes: set mixup_alpha=0 and cutmix_alpha=0."
+        )
+
+
 def check_heads(trainer: Trainer, method: MethodArguments, heads: AuxiliaryHeads | None) -> None:
     """
     Raises:

@@ -134,6 +134,7 @@ class TrainingCollator:
         as_tensors (`bool`): whether records are tensors, since batches travel between processes.
         seed (`int`): of the mixing.
         epoch (`torch.LongTensor`, *optional*): the epoch, in shared memory.
+        label_table (`Callable`, *optional*): from the labels of a batch to a tensor of classes, or to what is none.
     """
 
     def __init__(
@@ -146,7 +147,9 @@ class TrainingCollator:
         as_tensors: bool = False,
         seed: int = 0,
         epoch: torch.Tensor | None = None,
+        label_table: Callable[[Any], Any] | None = None,
     ):
+        self.label_table = label_table
         self.collator, self.mixer, self.id_column, self.index = collator, mixer, id_column, index
         self.labels_of, self.as_tensors, self.seed, self.epoch = labels_of, as_tensors, seed, epoch
 
@@ -168,11 +171,12 @@ class TrainingCollator:
 
     def _record(self, batch: Any, ids: np.ndarray | None) -> BatchRecord:
         labels = batch.get("labels") if self.labels_of is None else self.labels_of(batch)
-        if ids is None or not isinstance(labels, torch.Tensor):
+        table = labels if self.label_table is None else self.label_table(labels)
+        if ids is None or not isinstance(table, torch.Tensor):
             return BatchRecord(ids)
-        if labels.dim() == 0 or len(labels) != len(ids):
+        if table.dim() == 0 or len(table) != len(ids):
             return BatchRecord()  # samples were dropped, repeated or packed: no id has a row of its own
-        integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-        if self.as_tensors or self.index is None or not integers or labels.dim() > 2:
+        integers = not (table.is_floating_point() or table.is_complex() or table.dtype == torch.bool)
+        if self.as_tensors or self.index is None or not integers or table.dim() > 2:
             return BatchRecord(ids)
-        return BatchRecord(ids, self.index(ids, labels.cpu()))
+        return BatchRecord(ids, self.index(ids, labels.cpu() if labels is table else labels))

@@ -97,20 +97,9 @@ class DataLoading:
             )
             return
         collator = self._train_collator.collator
-        self._probe = probe_data(
-            self._train_samples,
-            collator,
-            task.label_names,
-            task.row_labels,
-            self.args.train_batch_size,
-            task.labels_in,
-        )
+        self._probe = probe_data(self._train_samples, collator, task, self.args.train_batch_size)
         if not self._probe.labels_stay:
-            facts.no_rows = (
-                "the labels of a sample change from one reading to the next, as with random masking: "
-                "teacher='history' would compare predictions of other words. Use teacher='snapshot', or mask "
-                "when the dataset is made"
-            )
+            facts.no_rows = task.labels_move
         elif not self._probe.rows_fit:
             facts.no_rows = (
                 "the data collator gives another number of rows than samples (it packs, drops or repeats some): "
@@ -208,6 +197,7 @@ class DataLoading:
             as_tensors=self.args.world_size > 1 and (iterable if dispatched is None else dispatched),
             seed=self.args.seed,
             epoch=None if iterable else dataset.epoch,
+            label_table=task.label_table,
         )
         return self._train_collator
 

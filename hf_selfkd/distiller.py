@@ -15,7 +15,7 @@ from torch import nn
 from .batch import Batch, BatchRecord
 from .heads.layered import NoHeads
 from .losses.hard import CrossEntropy
-from .losses.soft_targets import SoftTargets, labelled, make_targets
+from .losses.soft_targets import SoftTargets, make_targets
 from .metrics.running import RunningMeans
 from .samples import sample_index
 from .schedule import CalibratedAlpha, Progress, alpha_at
@@ -123,7 +123,7 @@ class SelfDistiller:
         rows, soft = rows.matched(taught.model)
         self._check(batch, rows.logits.shape[-1], soft)
         targets = make_targets(rows.labels, soft, batch.mixing, self.teacher.needs_ids)
-        num_items = labelled(rows.labels).sum().clamp_min(1) if num_items is None else num_items
+        num_items = self.hard_loss.num_items(rows, batch) if num_items is None else num_items
         losses = self.hard_loss(outputs, rows, targets, alpha, num_items)
         losses = self.teacher.join(losses, rows, targets, alpha, num_items)
         loss, terms = self.heads.join(losses.loss, results, head_rows, rows, batch, taught, alpha, num_items)
@@ -189,8 +189,6 @@ class SelfDistiller:
         """Tensors, by name of a file, that each process has for itself."""
         yield from self.teacher.process_states()
 
-    def observe_only(self, outputs: Any, batch: Batch) -> None:
+    def observe_only(self, rows: Rows, batch: Batch) -> None:
         """Let the teacher take note of predictions that nothing is learned from."""
-        logits = self.task.logits(outputs, has_loss=False)
-        rows: Rows = self.task.rows_of(logits, batch)
         self.teacher.observe(batch, rows, [])

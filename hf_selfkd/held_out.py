@@ -147,13 +147,9 @@ class Calibration:
 
     def _held_out_temperature(self) -> tuple[float, float]:
         """Natural log of the temperature that calibrates the model on held-out data, and its standard error."""
-        task = self.distiller.task
-
-        def rows_of(inputs: dict[str, Any]) -> Rows:
-            outputs, batch = self._predict(inputs)
-            return task.rows_of(task.logits(outputs, has_loss=False), batch)
-
         with self._looking():
             if self._held_out is None:
                 self._held_out = self._make_held_out()
-            return self._held_out.log_temperature(rows_of, self.args.device, self._sum_over_processes)
+            return self._held_out.log_temperature(
+                lambda inputs: self._predict(inputs)[0], self.args.device, self._sum_over_processes
+            )

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from .samples import IGNORE_INDEX, SampleIdDataset, seeded
+from .tasks.base import Task
 
 
 SAMPLES = 8  # that are looked at, evenly spread
@@ -37,10 +38,8 @@ class DataProbe:
 def probe_data(
     dataset: SampleIdDataset,
     collator: Callable[[list[Any]], Any],
-    label_names: tuple[str, ...],
-    row_labels: Callable[[torch.Tensor], torch.Tensor],
+    task: Task,
     batch_size: int = SAMPLES,
-    labels_of: Callable[[Any], Any] | None = None,
 ) -> DataProbe:
     """
     Read a few samples, three times, with other random numbers at the third. The generators are put back.
@@ -48,35 +47,34 @@ def probe_data(
     Args:
         dataset ([`~hf_selfkd.samples.SampleIdDataset`]): the training set.
         collator (`Callable`): of the user.
-        label_names (`tuple[str]`): names under which a batch may hold the labels.
-        row_labels (`Callable`): from the labels of a batch to those of its rows.
+        task ([`~hf_selfkd.tasks.Task`]): tells where the labels are and what of them must stay the same.
         batch_size (`int`, *optional*): samples that the collator gets in training.
-        labels_of (`Callable`, *optional*): finds the labels in a batch; the first of these names by default.
     """
     if len(dataset) == 0:
         return DataProbe()
     last = len(dataset) - 1
     places = sorted({round(i * last / (SAMPLES - 1)) for i in range(SAMPLES)})
-    given = {*label_names, "label", "label_ids"}
-
-    def first_of(batch: Any) -> Any:
-        return next((batch[name] for name in label_names if name in batch), None)
+    given = {*task.label_names, "label", "label_ids"}
 
     def read(seed: int) -> tuple[str, list[Any]]:
         dataset.set_epoch(seed)  # which seeds transforms, if anything does
         with seeded(seed):
             items = list(dataset.items(places))
-            labels = _labels(items, collator, labels_of or first_of, batch_size)
+            labels = _labels(items, collator, task.labels_in, batch_size)
         return checksum([_without(item, given) for item in items]), labels
 
     (_, others), (content, labels), (again, _) = read(1), read(0), read(0)
     probe = DataProbe(content if content == again else None)
+    kept, seen = (list(map(task.constant_labels, parts)) for parts in (labels, others))
+    labels = list(map(task.label_table, labels))
     if not all(isinstance(part, torch.Tensor) and part.dim() for part in labels):
         return probe
-    probe.labels_stay = checksum(labels) == checksum(others)
+    probe.labels_stay = checksum(kept) == checksum(seen)
     probe.rows_fit = sum(map(len, labels)) == len(places)
     if probe.rows_fit and all(part.dim() > 1 and not part.is_floating_point() for part in labels):
-        probe.rows_per_sample = sum(int((row_labels(part) != IGNORE_INDEX).sum()) for part in labels) / len(places)
+        probe.rows_per_sample = sum(int((task.row_labels(part) != IGNORE_INDEX).sum()) for part in labels) / len(
+            places
+        )
     return probe
 
 

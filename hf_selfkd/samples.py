@@ -34,6 +34,7 @@ class SampleIndex:
         rows (`np.ndarray` of `int64`, shape `[counts.sum()]`, *optional*):
             where the labelled rows stand among the flattened rows of the batch; `None` when sample `b` is row `b`.
         extremes (`tuple`): the smallest and the largest label, each with the id of its sample; empty without labels.
+        items (`int`, *optional*): what the loss is a mean over, where that is not the labelled rows.
     """
 
     ids: np.ndarray
@@ -42,6 +43,12 @@ class SampleIndex:
     counts: np.ndarray | None = None
     rows: np.ndarray | None = None
     extremes: tuple[tuple[int, int], ...] = ()
+    items: int | None = None
+
+    @property
+    def num_items(self) -> int:
+        """`int`: what the loss is a mean over; the labelled rows, unless `items` tells."""
+        return self.total if self.items is None else self.items
 
     def fits(self, num_classes: int) -> bool:
         """Whether every label is one of the classes 0 to `num_classes - 1`."""

@@ -31,6 +31,7 @@ from .checkpoints import Checkpoints
 from .checks import (
     check_calibration,
     check_compute_loss,
+    check_detection,
     check_engine,
     check_headless,
     check_heads,
@@ -47,10 +48,10 @@ from .heads import attach_auxiliary_heads, heads_of, strip_auxiliary_heads
 from .heads.config import AuxiliaryHeadsConfig
 from .held_out import Calibration
 from .models import uncompiled
-from .samples import IGNORE_INDEX, seeded
+from .samples import seeded
 from .schedule import Progress
 from .sharing import Sharing
-from .tasks import Task
+from .tasks import Rows, Task
 from .teachers import Teacher
 
 
@@ -195,6 +196,8 @@ class SelfKDMixin(Building, DataLoading, Calibration, Sharing, Checkpoints, Eval
             return
         check_compute_loss(self, SelfKDMixin)
         check_engine(self, method, method.teacher)
+        if task.per_object:
+            check_detection(self, method, task)
         self._hard_loss(method, task)
         self._split_training_set(method)
         self._check_dataset(method)
@@ -276,12 +279,12 @@ class SelfKDMixin(Building, DataLoading, Calibration, Sharing, Checkpoints, Eval
             yield
             self.model.train()
 
-    def _predict(self, inputs: dict[str, Any]) -> tuple[Any, Batch]:
-        """What the model says of a batch, and the batch as it was split."""
+    def _predict(self, inputs: dict[str, Any]) -> tuple[Rows, Batch]:
+        """The rows of the model for a batch, and the batch as it was split."""
         record, task = pop_record(inputs), self.distiller.task
         batch = task.split(self._prepare_inputs(inputs), record)
         with self.compute_loss_context_manager():
-            return self.model(**task.inputs_without_labels(batch)), batch
+            return task.predict(lambda shown: self.model(**shown), batch), batch
 
     def _sum_over_processes(self, sums: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(sums, "sum") if self.args.world_size > 1 else sums
@@ -309,7 +312,7 @@ class SelfKDMixin(Building, DataLoading, Calibration, Sharing, Checkpoints, Eval
         records = [peek_record(batch) for batch in batch_samples]
         known = [None if record is None else record.samples for record in records]
         if None not in known and self.args.world_size == 1:
-            count = max(sum(samples.total for samples in known), 1)
+            count = max(sum(samples.num_items for samples in known), 1)
             if distiller.hard_loss.plain and device.type == "cpu":
                 return count  # only our loss sees it; an accelerator gets a tensor, as its division rounds otherwise
             return to_device(torch.tensor(count), device)
@@ -317,7 +320,7 @@ class SelfKDMixin(Building, DataLoading, Calibration, Sharing, Checkpoints, Eval
         labels = [task.labels_in(batch) for batch in batch_samples]
         if any(part is None for part in labels):
             return super()._get_num_items_in_batch(batch_samples, device)
-        count = sum(task.row_labels(part).ne(IGNORE_INDEX).sum() for part in labels).to(device)
+        count = sum(task.num_items(part) for part in labels).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         return count.clamp_min(1)  # a step without labels costs 0

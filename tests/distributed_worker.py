@@ -8,6 +8,7 @@ import numpy as np
 import test_multi_label as multi_label
 import test_question_answering as question_answering
 import torch
+from detectors import Scenes, collate_scenes, drop_and_permute, make_detector
 from helpers import (
     CLASSES,
     Seen,
@@ -187,6 +188,21 @@ def calibrated(out, world):
     return equal(out, world, alpha_schedule="calibrated", eval_dataset=held)
 
 
+def detection(out, world, name, **more):
+    """A detector whose objects come and go, and the same run resumed inside its second epoch."""
+    more |= {"save_strategy": "steps", "save_steps": 2, "seed_transforms": True, "learning_rate": 1e-3}
+    more |= {"data_collator": collate_scenes, "remove_unused_columns": False}
+    scenes = Scenes(22, transform=drop_and_permute)
+    runs = [make_trainer(out, make_detector(name), scenes, **options(world) | more) for _ in range(2)]
+    runs[0].train()
+    runs[1].train(resume_from_checkpoint=f"{out}/checkpoint-4")
+    return {
+        "weights": [state_of(run) for run in runs],
+        "stored": [run.teacher.stored(range(22)) for run in runs],
+        "ids": runs[0].teacher.history.ids,
+    }
+
+
 def predictions(out, world):
     """Predictions from a file."""
     out.mkdir(parents=True, exist_ok=True)
@@ -220,6 +236,8 @@ SCENARIOS = {
     "resume_ema": lambda out, world: resumed(out, world, "resnet", teacher="ema", save=2),
     "calibrated": calibrated,
     "predictions": predictions,
+    "detection": lambda out, world: detection(out, world, "detr"),
+    "detection_denoising": lambda out, world: detection(out, world, "rt_detr", history_device="disk"),
     "stream": lambda out, world: stream(out, world),
     "processes_changed": with_processes_changed,
     "translation": lambda out, world: translation(out, world),
@@ -257,13 +275,13 @@ SCENARIOS = {
 }
 
 
-def main(out):
-    """Run every scenario; the first process writes what came out."""
+def main(out, *names):
+    """Run every scenario, or those named; the first process writes what came out."""
     import torch.distributed as dist
     from accelerate import PartialState
 
     rank, world = PartialState(cpu=True).process_index, PartialState().num_processes
-    results = {name: scenario(Path(out) / name, world) for name, scenario in SCENARIOS.items()}
+    results = {name: SCENARIOS[name](Path(out) / name, world) for name in names or SCENARIOS}
     if rank == 0:
         torch.save(results, Path(out) / "results.pt")
     dist.barrier()
@@ -271,4 +289,4 @@ def main(out):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from canaries import canary
+from detectors import Scenes
 from distributed_worker import SCENARIOS, translation
 from helpers import difference, make_samples, make_speaker, make_trainer, state_of, with_decoder_inputs
 
@@ -129,6 +130,18 @@ def test_heads_are_evaluated_on_every_sample_once(two, tmp_path):
 def test_resume_on_two_processes_is_exact(name, two):
     results, _ = two
     assert difference(results[name]["full"], results[name]["again"]) == 0
+
+
+@pytest.mark.parametrize("name", ["detection", "detection_denoising"])
+def test_objects_of_two_processes(name, two):
+    """Which processes met keeps its place: resumed inside an epoch to the bit, and nothing else is known."""
+    results, _ = two
+    full, again = results[name]["weights"]
+    assert difference(full, again) == 0 and torch.equal(*results[name]["stored"])
+    scenes = [sample["labels"]["annotation_id"].tolist() for sample in Scenes(22).items]
+    known = {(n << 31) + key for n, keys in enumerate(scenes) for key in keys}
+    ids = results[name]["ids"].tolist()
+    assert set(ids) <= known and len(ids) > 0.8 * len(known) and len(ids) == len(results[name]["stored"][0])
 
 
 def test_one_process_resumes_a_checkpoint_of_two(two, tmp_path):

@@ -18,14 +18,12 @@ from hf_selfkd.tasks.causal_lm import CausalLM
 from hf_selfkd.tasks.token_classification import TokenClassification
 
 
-def flat(labels):
-    return labels.reshape(-1)
-
-
-def probe(samples, collator=collate, batch_size=SAMPLES, row_labels=flat, seed=None, **wrapping):
+def probe(samples, collator=collate, batch_size=SAMPLES, row_labels=None, seed=None, **wrapping):
+    task = TokenClassification(nn.Identity())
+    task.row_labels = row_labels or task.row_labels
     dataset = with_sample_ids(samples, **wrapping)
     dataset.transform_seed = seed
-    return probe_data(dataset, collator, ("labels",), row_labels, batch_size)
+    return probe_data(dataset, collator, task, batch_size)
 
 
 def states():

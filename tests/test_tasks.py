@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from detectors import DETECTORS
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -220,7 +221,7 @@ def test_models_of_the_user():
             task.rows(torch.zeros(3), torch.tensor([0, 1, 2]))
 
 
-TASK = {task: task(nn.Linear(2, 3)) for task in (*TASKS, ByShape)}
+TASK = {task: task(nn.Linear(2, 3)) for task in (*TASKS, ByShape) if not task.per_object}
 OF_LABELS = [task for task in TASK.values() if "labels" in task.label_names and not task.bernoulli]
 
 
@@ -266,6 +267,14 @@ def test_causal_rows_predict_the_next_token():
 
 # What is refused
 
+
+def segmenter():
+    config = DETECTORS["detr"][1]()
+    config.encoder_attention_heads = config.decoder_attention_heads = 8
+    config.backbone_config.out_features = ["stage1", "stage2", "stage3", "stage4"]
+    return config
+
+
 UNSUPPORTED = {
     "GPT2DoubleHeadsModel": gpt2,
     "BertForNextSentencePrediction": bert,
@@ -273,7 +282,7 @@ UNSUPPORTED = {
     "BertModel": bert,
     "ViTForMaskedImageModeling": lambda: tf.ViTConfig(**IMAGE, encoder_stride=4),
     "Wav2Vec2ForCTC": wav2vec2,
-    "YolosForObjectDetection": lambda: tf.YolosConfig(**IMAGE | {"image_size": [8, 8]}, num_detection_tokens=2),
+    "DetrForSegmentation": segmenter,
     "SegformerForSemanticSegmentation": lambda: tf.SegformerConfig(
         num_encoder_blocks=1,
         depths=[1],
@@ -301,8 +310,8 @@ class MyLanguageModel(tf.GPT2DoubleHeadsModel):
     """A user's subclass of a model whose rows would be misread."""
 
 
-class MyDetector(tf.YolosForObjectDetection):
-    """The same for detection."""
+class MyDetector(tf.DetrForSegmentation):
+    """The same for masks."""
 
 
 @pytest.mark.parametrize("cls", [MyLanguageModel, MyDetector])

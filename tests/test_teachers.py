@@ -61,7 +61,7 @@ def train_step(model, seed, lr=0.5):
 
 
 def logits_of(run, batch):
-    return [run(batch.inputs)["logits"]]
+    return [Rows(run(batch.inputs)["logits"], batch.labels)]
 
 
 def state_of(teacher):
@@ -174,7 +174,7 @@ def test_heads_are_asked_in_the_same_pass():
     def predict(run, batch):
         outputs = run(batch.inputs)
         calls.append(1)
-        return [outputs["logits"], 2 * outputs["logits"]]
+        return [Rows(logits, batch.labels) for logits in (outputs["logits"], 2 * outputs["logits"])]
 
     teacher = SnapshotTeacher(model, predict, warm_start=True)
     teacher.begin_epoch(0)

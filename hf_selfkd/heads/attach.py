@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..models import base_model, logits_of, main_parameter
 from ..samples import seeded
+from ..tasks.detection import ObjectDetection
 from .auxiliary import ATTRIBUTE, AuxiliaryHeads, head_names, heads_of, output_embedding_of
 from .config import AuxiliaryHeadsConfig
 from .factory import HeadFactory
@@ -51,11 +52,17 @@ def attach_auxiliary_heads(
         `nn.Module`: the same object.
 
     Raises:
-        ValueError: if the model has heads already, a layer does not exist, or a head does not fit its features.
+        ValueError: if the model has heads already or is a detector, a layer does not exist, or a head does not fit its
+            features.
     """
     config = AuxiliaryHeadsConfig.resolve(config)
     if heads_of(model) is not None:
         raise ValueError("the model has auxiliary heads already: call strip_auxiliary_heads(model) first.")
+    if ObjectDetection.matches(base_model(model)):
+        raise ValueError(
+            f"auxiliary_heads on {type(base_model(model)).__name__}: the layers of a detector's decoder have losses "
+            "of their own (auxiliary_loss=True in its configuration). Leave auxiliary_heads out."
+        )
     inputs = example_inputs(model) if inputs is None else {k: v for k, v in inputs.items() if k != "labels"}
     with seeded(torch.initial_seed() % 2**63 if seed is None else seed):  # LayerDrop draws in evaluation mode too
         heads = _build(model, config, inputs)

@@ -71,16 +71,14 @@ class NoHeads:
         """The loss of the model with that of its heads, and what the heads add to the log."""
         return loss, {}
 
-    def predictions(self, run: Callable[[dict[str, Any]], Any], batch: Batch) -> list[torch.Tensor]:
-        """What a teacher that is a copy of the model says of a batch: logits `[R, C]`, of the model, then of heads."""
+    def predictions(self, run: Callable[[dict[str, Any]], Any], batch: Batch) -> list[Rows]:
+        """What a teacher that is a copy of the model says of a batch: the rows of the model, then those of heads."""
         inputs = batch.inputs if batch.upright is None else batch.upright
-        shown = Batch(inputs, batch.labels, batch.label_name)
+        shown = Batch(inputs, batch.labels, batch.label_name, targets=batch.targets)
         if self.heads is None:
-            outputs = run(self.task.inputs_without_labels(shown))
-        else:
-            with self.heads.watched(False):
-                outputs = run(self.task.inputs_without_labels(shown))
-        return [self.task.rows_of(self.task.logits(outputs, has_loss=False), batch).kept.logits]
+            return [self.task.predict(run, shown).kept]
+        with self.heads.watched(False):
+            return [self.task.predict(run, shown).kept]
 
 
 class Layered(NoHeads):
@@ -190,14 +188,14 @@ class Layered(NoHeads):
         every = None if ids is None else (ROTATIONS * ids[:, None] + np.arange(ROTATIONS)).reshape(-1)
         return ROTATIONS * size, every
 
-    def predictions(self, run: Callable[[dict[str, Any]], Any], batch: Batch) -> list[torch.Tensor]:
+    def predictions(self, run: Callable[[dict[str, Any]], Any], batch: Batch) -> list[Rows]:
         if not self.uses_past:  # then the rotated views would be run for nothing
             return super().predictions(run, batch)
         with self.heads.watched():
             outputs = run(self.task.inputs_without_labels(batch))
         results = self.heads.take_results()
         logits = self.task.logits(outputs, has_loss=False)[:: self.views]
-        return [part.kept.logits for part in (self.task.rows_of(logits, batch), *self.rows(results, batch))]
+        return [part.kept for part in (self.task.rows_of(logits, batch), *self.rows(results, batch))]
 
     # Losses
 

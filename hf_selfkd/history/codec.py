@@ -20,6 +20,7 @@ class Codec:
         dtype (`torch.dtype`): of the stored log-probabilities.
         top_k (`int`, *optional*): entries kept; `None` keeps all.
         tail (`str`, *optional*): where the mass goes that they lack; see [`~hf_selfkd.losses.SoftTargets`].
+        categorical (`bool`): whether the probabilities of a row add up to 1.
         bernoulli (`bool`, *optional*): whether the two classes are no and yes: then the log-odds of yes are stored.
     """
 
@@ -27,6 +28,7 @@ class Codec:
     dtype: torch.dtype
     top_k: int | None = None
     tail: Tail = "bucket"
+    categorical: bool = True
     bernoulli: bool = False
 
     @property
@@ -67,10 +69,11 @@ class Codec:
             return SoftTargets(log_probs, mask, classes=self.num_classes)
         if self.dtype != torch.float32:
             log_probs = log_probs.float()
+        if self.dtype != torch.float32 and self.categorical:
             total = torch.logsumexp(log_probs, dim=-1, keepdim=True)
             log_probs = log_probs - (total if self.top_k is None else total.clamp_min(0))
         index = None if self.top_k is None else parts["index"].long()
-        return SoftTargets(log_probs, mask, index, self.tail, classes=self.num_classes)
+        return SoftTargets(log_probs, mask, index, self.tail, classes=self.num_classes, categorical=self.categorical)
 
     def probabilities(self, soft_targets: SoftTargets) -> torch.Tensor:
         """Of all classes, `[R, C]`; the mass that entries lack is spread evenly over the other classes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -48,16 +48,15 @@ def first_of_each(samples: np.ndarray, size: int) -> np.ndarray:
     return np.flatnonzero(first[samples[:, 0]] == np.arange(len(samples)))
 
 
-def check_labels_agree(samples: np.ndarray, first: np.ndarray, size: int, ids: np.ndarray | None) -> None:
-    """Refuse an epoch in which an id came with two different labels."""
+def check_labels_agree(samples: np.ndarray, first: np.ndarray, size: int, name_of: Callable[[int], str]) -> None:
+    """Refuse an epoch in which a sample, which `name_of` its slot names, came with two different labels."""
     expected = np.empty(size, dtype=np.int64)
     expected[samples[first, 0]] = samples[first, 2]
     different = samples[:, 2] != expected[samples[:, 0]]
     if different.any():
         slot = samples[np.flatnonzero(different)[0], 0]
         raise ValueError(
-            f"sample_id={slot if ids is None else ids[slot]} came with two different labels in one epoch: the ids of "
-            "sample_id_column are not unique."
+            f"{name_of(slot)} came with two different labels in one epoch: the ids of sample_id_column are not unique."
         )
 
 

@@ -109,7 +109,15 @@ class PredictionHistory(PredictionTable):
         if self.ragged:
             places = to_device(torch.from_numpy(samples.rows), log_probs.device)
             rows = tuple(None if part is None else part.index_select(0, places) for part in rows)
-        self.journal.add(slots, samples.label_hash, samples.counts if self.ragged else 1, rows)
+        self.journal.add(self._noted(samples, slots), samples.label_hash, samples.counts if self.ragged else 1, rows)
+
+    def _noted(self, samples: SampleIndex, slots: np.ndarray) -> np.ndarray:
+        """What the journal notes of each sample, to know it by: where it is kept."""
+        return slots
+
+    def _settled(self, everyone: np.ndarray) -> np.ndarray:
+        """The samples `[n, 4]` of all journals, with their slots in the first column."""
+        return everyone
 
     def end_epoch(self, stamp: int, gather: Gather | None = None, rank: int = 0) -> None:
         """
@@ -124,8 +132,9 @@ class PredictionHistory(PredictionTable):
         finite = self.journal.finite()
         samples, rows = only_finite(self.journal.sample_table(), finite)
         everyone, owners, local = gather_samples(samples, gather)
+        everyone = self._settled(everyone)
         first = first_of_each(everyone, self.size)
-        check_labels_agree(everyone, first, self.size, self.ids)
+        check_labels_agree(everyone, first, self.size, self.name_of)
         everyone, owners, local = everyone[first], owners[first], local[first]
         visited, counts = everyone[:, 0], everyone[:, 3]
         destination = self.place_rows(visited, counts)

@@ -53,6 +53,10 @@ class PredictionTable:
         """`dict[str, torch.Tensor]`: the stored parts of all rows; empty before the end of the first epoch."""
         return self.storage.parts
 
+    def name_of(self, slot: int) -> str:
+        """The sample of a slot, for messages."""
+        return f"sample_id={slot if self.ids is None else self.ids[slot]}"
+
     def slots(self, ids: np.ndarray) -> np.ndarray:
         """Where the samples of these ids are kept.
 

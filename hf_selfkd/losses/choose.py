@@ -11,6 +11,7 @@ from torch import nn
 from ..models import base_model, forward_owner, is_stock, takes
 from ..tasks.base import Task
 from .chunked_cross_entropy import ChunkedCrossEntropy
+from .detection import choose_detection_loss
 from .hard import CrossEntropy, ModelLoss, SmoothedLoss, UserLoss
 
 
@@ -40,6 +41,11 @@ def choose_hard_loss(
     Raises:
         ValueError: if the choices contradict each other.
     """
+    if task.per_object:
+        own = (
+            "compute_loss_func" if function is not None else "label_smoothing_factor" if smoother is not None else None
+        )
+        return choose_detection_loss(task, asked, temperature, "chunked_logits=True" if chunked else own)
     if function is None and smoother is not None and not task.has_known_rows:
         raise ValueError(
             f"label_smoothing_factor smooths the logits of the model, and {type(task).__name__} makes rows of its own "
@@ -80,6 +86,8 @@ def hard_loss_kind(task: Task) -> str:
     make).
     """
     model = task.model
+    if task.per_object:
+        return "additive"
     if not any(takes(model, name) for name in task.label_names):
         return "unchecked"
     if not is_stock(model) or hasattr(model, "_loss_function") or _patched(model):

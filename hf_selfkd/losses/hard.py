@@ -92,6 +92,10 @@ class CrossEntropy:
         rows.storage = batch.storage
         return rows
 
+    def num_items(self, rows: Rows, batch: Batch) -> torch.Tensor:
+        """What the loss of a batch that is a step by itself is a mean over."""
+        return labelled(rows.labels).sum().clamp_min(1)
+
     def __call__(self, outputs: Any, rows: Rows, targets: list[Target], alpha: float, num_items: Any) -> Losses:
         """The loss of a batch."""
         if self.due:

@@ -40,6 +40,7 @@ class SoftTargets:
         all_valid (`bool`, *optional*, defaults to `False`):
             the host knows that every row has a past and a label, which spares the masking.
         classes (`int`, *optional*): classes of the rows, where only entries are stored.
+        categorical (`bool`): whether the probabilities of a row add up to 1.
     """
 
     log_probs: torch.Tensor
@@ -48,6 +49,7 @@ class SoftTargets:
     tail: Tail = "bucket"
     all_valid: bool = False
     classes: int | None = None
+    categorical: bool = True
 
     @property
     def num_classes(self) -> int | None:
@@ -57,7 +59,7 @@ class SoftTargets:
     def select(self, order: torch.Tensor | slice) -> SoftTargets:
         """The rows in another order (`torch.LongTensor` of shape `[R]`), or some of them."""
         index = None if self.index is None else self.index[order]
-        return SoftTargets(self.log_probs[order], self.mask[order], index, self.tail, self.all_valid, self.classes)
+        return replace(self, log_probs=self.log_probs[order], mask=self.mask[order], index=index)
 
     def narrowed(self, width: int) -> SoftTargets:
         """The first classes (`int`) of dense rows, which have the whole mass."""

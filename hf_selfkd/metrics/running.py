@@ -41,9 +41,9 @@ class _Batch:
     def kind(self) -> tuple:
         """What batches must have in common to be measured as one."""
         soft = self.soft_targets
-        form = (
-            None if soft is None else (soft.index is None, soft.tail, self.distilled is None, soft.log_probs.shape[-1])
-        )
+        form = None
+        if soft is not None:
+            form = soft.index is None, soft.tail, soft.categorical, self.distilled is None, soft.log_probs.shape[-1]
         return self.mixed, self.alpha, self.hard_sum is None, self.soft_sum is None, form
 
     def rows(self) -> torch.Tensor:
@@ -106,10 +106,12 @@ def _loss_terms(batch: _Batch) -> Terms:
 def _target_terms(batch: _Batch) -> Terms:
     rows, soft = batch.rows(), batch.soft_targets
     zero = torch.zeros_like(rows)
-    with_entropy = zero if batch.mixed else rows  # the target of a mixed image is another one
+    # The target of a mixed image is another one, and that of a row whose classes are independent has no such entropy.
+    without = batch.mixed or (soft is not None and not soft.categorical)
+    with_entropy = zero if without else rows
     if soft is None:
         return {"target_entropy": (zero, with_entropy), "past_agreement": (zero, zero)}
-    entropy = zero if batch.mixed else where_mask(target_entropy(soft, batch.labels, batch.alpha), batch.distilled)
+    entropy = zero if without else where_mask(target_entropy(soft, batch.labels, batch.alpha), batch.distilled)
     guess = soft.log_probs.argmax(dim=-1) if soft.index is None else soft.index[:, 0]
     agrees = where_mask((guess == batch.labels).float(), batch.distilled)
     distilled = rows if batch.distilled is None else batch.distilled.float()

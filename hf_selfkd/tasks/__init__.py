@@ -8,6 +8,7 @@ from ..models import base_model
 from .base import SUPPORTED, Task
 from .by_shape import ByShape
 from .causal_lm import CausalLM
+from .detection import ObjectDetection
 from .masked_lm import MaskedLM
 from .multi_label import MULTI_LABEL, MultiLabelClassification
 from .multiple_choice import MultipleChoice
@@ -29,6 +30,7 @@ TASKS: tuple[type[Task], ...] = (
     MultipleChoice,
     MultiLabelClassification,
     SampleClassification,
+    ObjectDetection,
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,9 @@ class Task:
         headless (`str`, *optional*): why the model cannot have auxiliary heads, if it cannot.
         unranked (`str`, *optional*): why the order of the scores teaches nothing, if it does not.
         no_history (`str`, *optional*): why rows cannot be stored, if they cannot.
+        per_object (`bool`): whether rows are objects, of which a sample may show some today and others tomorrow.
+        bernoulli (`bool`): whether each class of a row has a probability of its own, which do not add up to 1.
+        labels_move (`str`): what to say where the labels of a sample change from one reading to the next.
     """
 
     name = "a task"
@@ -54,6 +58,12 @@ class Task:
     headless: str | None = None
     unranked: str | None = None
     no_history: str | None = None
+    per_object = False
+    bernoulli = False
+    labels_move = (
+        "the labels of a sample change from one reading to the next, as with random masking: teacher='history' would "
+        "compare predictions of other words. Use teacher='snapshot', or mask when the dataset is made"
+    )
 
     def __init__(self, model: nn.Module, label_names: tuple[str, ...] = ("labels",)):
         self.wrapped, self.model, self.label_names = model, base_model(model), label_names
@@ -262,6 +272,16 @@ class Task:
         """
         return logits_of(outputs, has_loss)
 
+    def predict(self, run: Callable[[dict[str, Any]], Any], batch: Batch) -> Rows:
+        """
+        The rows that a model gives without being trained.
+
+        Args:
+            run (`Callable`): from inputs of the model to outputs.
+            batch ([`~hf_selfkd.batch.Batch`]): as [`~Task.split`] gave it.
+        """
+        return self.rows_of(self.logits(run(self.inputs_without_labels(batch)), has_loss=False), batch)
+
     def rows(self, logits: torch.Tensor, labels: torch.Tensor) -> Rows:
         """
         The rows of logits and labels.
@@ -295,6 +315,33 @@ class Task:
         """
         return losses[labels != IGNORE_INDEX].mean()
 
+    def label_table(self, labels: Any) -> Any:
+        """
+        The labels of a batch as a tensor of classes `[B]` or `[B, L]`; as they are, if they are none.
+
+        Args:
+            labels (`Any`): as a collator gave them.
+        """
+        return labels
+
+    def constant_labels(self, labels: Any) -> Any:
+        """
+        What of the labels of a batch must be the same whenever its samples are read.
+
+        Args:
+            labels (`Any`): as a collator gave them.
+        """
+        return labels
+
+    def num_items(self, labels: Any) -> torch.Tensor:
+        """
+        What the loss of a batch is a mean over: its labelled rows.
+
+        Args:
+            labels (`Any`): as a collator gave them.
+        """
+        return self.row_labels(labels).ne(IGNORE_INDEX).sum()
+
     def row_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """
         The labels `[R]` of the rows.
@@ -307,5 +354,6 @@ class Task:
 
 SUPPORTED = (
     "single- and multi-label sequence, image, audio and video classification, token classification, extractive "
-    "question answering, multiple choice, and causal, masked and encoder-decoder language models"
+    "question answering, multiple choice, causal, masked and encoder-decoder language models, and object detection "
+    "(detectors of the DETR family and YOLOS)"
 )

@@ -146,18 +146,18 @@ class HistoryStore:
     def _new_history(self, plan: Plan, ragged: bool) -> PredictionHistory:
         self._storage = Storage(plan.codec.top_k)
         processes = 1 if self.gather is None else len(self.gather(torch.zeros(1)))
-        return PredictionHistory(
-            self.size,
-            plan.codec,
-            plan.place,
-            self.device,
-            self.folder,
-            ids=self.ids,
-            ragged=ragged,
+        return self._make(
+            plan,
+            ragged,
             trace_epochs=self.num_epochs if self.config.history_trace else 0,
             writes=self.writes,
             expected_rows=plan.num_rows * 17 // (16 * processes),  # some are replayed to fill the last batch
             max_bytes=plan.max_bytes,
+        )
+
+    def _make(self, plan: Plan, ragged: bool, **options: Any) -> PredictionHistory:
+        return PredictionHistory(
+            self.size, plan.codec, plan.place, self.device, self.folder, ids=self.ids, ragged=ragged, **options
         )
 
     def load(self, state: State, journals: list[dict[str, torch.Tensor]]) -> None:

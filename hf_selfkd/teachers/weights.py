@@ -10,11 +10,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..batch import Batch
-from ..losses.soft_targets import SoftTargets, log_softmax
+from ..losses.soft_targets import SoftTargets
+from ..tasks.rows import Rows
 from .base import State, Taught, Teacher
 
 
-Predict = Callable[[Callable[[dict[str, Any]], Any], Batch], list[torch.Tensor]]
+Predict = Callable[[Callable[[dict[str, Any]], Any], Batch], list[Rows]]
 
 
 class SnapshotTeacher(Teacher):
@@ -26,8 +27,8 @@ class SnapshotTeacher(Teacher):
     Args:
         model (`nn.Module`): the model that is trained, unwrapped.
         predict (`Callable`):
-            `predict(run, batch)` gives the logits `[R, C]` of the model itself, then those of its heads, if they
-            are to learn from the past; `run(inputs)` gives the outputs of the teacher for inputs of the model.
+            `predict(run, batch)` gives the rows of the model itself, then those of its heads, if they are to learn
+            from the past; `run(inputs)` gives the outputs of the teacher for inputs of the model.
         broadcast (`Callable`, *optional*):
             gives every process the tensor of the first one; `None` for one process. Processes agree on weights but not
             on batch statistics: those of the first one count. One call serves all buffers of a type.
@@ -84,7 +85,7 @@ class SnapshotTeacher(Teacher):
         finally:
             for module, training in modes:
                 module.training = training
-        model, *heads = [_dense_targets(log_softmax(logits)) for logits in predictions]
+        model, *heads = [_dense_targets(rows) for rows in predictions]
         return Taught(model, heads if self.epoch > 0 else [])  # before, even a warm start has untrained heads
 
     def _run(self, inputs: dict[str, Any]) -> Any:
@@ -126,9 +127,10 @@ def _broadcast_together(
     return result
 
 
-def _dense_targets(log_probs: torch.Tensor) -> SoftTargets:
+def _dense_targets(rows: Rows) -> SoftTargets:
+    log_probs = rows.log_probs
     mask = torch.isfinite(log_probs).all(dim=-1)
-    return SoftTargets(log_probs.nan_to_num_(nan=0.0), mask)
+    return SoftTargets(log_probs.nan_to_num_(nan=0.0), mask, categorical=not rows.bernoulli)
 
 
 class EMATeacher(SnapshotTeacher):
