@@ -376,8 +376,8 @@ class SelfKDTrainer(SelfKDMixin, Trainer):
 
     Args:
         model ([`~transformers.PreTrainedModel`] or `nn.Module`, *optional*):
-            A model for sequence, image, audio, video or token classification, or a language model, PEFT-wrapped or
-            not.
+            A model for sequence, image, audio, video or token classification, a language model or an object detector,
+            PEFT-wrapped or not.
         args ([`SelfKDConfig`] or [`~transformers.TrainingArguments`], *optional*): the arguments.
         data_collator (`Callable`, *optional*): as for [`~transformers.Trainer`], or a [`SelfKDDataCollator`].
         train_dataset, eval_dataset, processing_class, model_init, compute_loss_func, compute_metrics, callbacks,

@@ -7,13 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectors import DETECTORS, FOCAL, SOFTMAX, Scenes, collate_scenes, drop_and_permute, make_detector, take
-from helpers import difference, logged, make_trainer, refused, same_weights, train
-from transformers import Trainer, TrainerCallback
+from helpers import collate, difference, logged, make_samples, make_trainer, refused, same_weights, train
+from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainerCallback
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
 from transformers.loss.loss_for_object_detection import HungarianMatcher, box_iou
 from transformers.loss.loss_rt_detr import RTDetrHungarianMatcher
 
 from hf_selfkd import SelfKDDataCollator, SelfKDTrainer
+from hf_selfkd.backbones import load_backbone
 from hf_selfkd.history.codec import Codec
 from hf_selfkd.history.objects import ObjectHistory
 from hf_selfkd.losses.detection import DetectionLoss
@@ -535,3 +536,38 @@ def test_watching_leaves_the_model_as_it_was():
         assert model.loss_function is not own
         raise KeyError
     assert model.loss_function is own and "_loss_function" not in vars(model)
+
+
+# From a classifier
+
+
+def tiny_resnet(**more):
+    sizes = {"embedding_size": 4, "hidden_sizes": [4, 8, 8, 16], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+    return ResNetConfig(**sizes, num_labels=5, **more)
+
+
+def test_a_classifier_becomes_a_backbone(tmp_path):
+    """Trained weights and statistics, in a detector that then says the same of an image."""
+    classifier = ResNetForImageClassification(tiny_resnet(out_features=["stage4"]))
+    options = {"data_collator": collate, "learning_rate": 1e-2, "auxiliary_heads": "byot"}
+    trained = train(tmp_path, classifier, make_samples("images"), **options).model.eval()
+    detector = make_detector().eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    body = detector.model.backbone.model
+    assert not torch.allclose(body(pixels).feature_maps[0], trained.resnet(pixels).last_hidden_state)
+    loaded = load_backbone(detector, trained)
+    state, source = detector.state_dict(), trained.resnet.state_dict()
+    frozen = {key for key in source if not key.endswith("num_batches_tracked")}
+    assert {name.removeprefix("model.backbone.model.") for name in loaded} == frozen
+    assert all(torch.equal(state[f"model.backbone.model.{key}"], source[key]) for key in frozen)
+    torch.testing.assert_close(body(pixels).feature_maps[0], trained.resnet(pixels).last_hidden_state)
+    tuned = detect(tmp_path / "detector", detector, num_train_epochs=2)
+    assert logged(tuned, "rows_with_history")[-1] == 1
+
+
+def test_another_architecture_is_refused():
+    detector = make_detector("yolos")
+    before = {name: value.clone() for name, value in detector.state_dict().items()}
+    refused(lambda: load_backbone(detector, ResNetForImageClassification(tiny_resnet())), "Yolos", "ResNet")
+    refused(lambda: load_backbone(make_detector("rt_detr"), ResNetForImageClassification(tiny_resnet())), "RTDetr")
+    assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())

@@ -85,7 +85,7 @@ class Teacher:
 
         Returns:
             `torch.FloatTensor` of shape `[n, C]` (token tasks: `[rows of these samples, C]`), on the CPU; NaN rows
-            where there is no past prediction.
+            where there is no past prediction. Object detection: `[known objects of these images, C]`.
 
         Raises:
             ValueError: if this teacher stores no rows, or an id is unknown.
