@@ -1,4 +1,4 @@
-"""From a classifier to a detector: the weights that self-distillation made better, as the backbone of another model."""
+"""From a classifier to a detector: the weights that self-distillation made, as the backbone of another model."""
 
 from __future__ import annotations
 

@@ -6,9 +6,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from detectors import DETECTORS, FOCAL, SOFTMAX, Scenes, collate_scenes, drop_and_permute, make_detector, take
+from detectors import (
+    DETECTORS,
+    FOCAL,
+    SOFTMAX,
+    Scenes,
+    collate_scenes,
+    drop_and_permute,
+    make_detector,
+    take,
+    tiny_resnet,
+)
 from helpers import collate, difference, logged, make_samples, make_trainer, refused, same_weights, train
-from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainerCallback
+from transformers import ResNetForImageClassification, Trainer, TrainerCallback
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
 from transformers.loss.loss_for_object_detection import HungarianMatcher, box_iou
 from transformers.loss.loss_rt_detr import RTDetrHungarianMatcher
@@ -539,11 +549,6 @@ def test_watching_leaves_the_model_as_it_was():
 
 
 # From a classifier
-
-
-def tiny_resnet(**more):
-    sizes = {"embedding_size": 4, "hidden_sizes": [4, 8, 8, 16], "depths": [1, 1, 1, 1], "layer_type": "basic"}
-    return ResNetConfig(**sizes, num_labels=5, **more)
 
 
 def test_a_classifier_becomes_a_backbone(tmp_path):
