@@ -183,7 +183,7 @@ class Building:
         }
         made_for = (method, size, ids, args.device, node, self.state.num_train_epochs)
         if task.per_object:
-            return HistoryTeacher(ObjectStore(*made_for, bernoulli=task.bernoulli, **run))
+            return HistoryTeacher(ObjectStore(*made_for, independent=task.independent, **run))
         store = HistoryStore(*made_for, **run)
         if not heads.uses_past:
             return HistoryTeacher(store)

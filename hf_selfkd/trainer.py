@@ -378,7 +378,8 @@ class SelfKDTrainer(SelfKDMixin, Trainer):
     Args:
         model ([`~transformers.PreTrainedModel`] or `nn.Module`, *optional*):
             A model for sequence, image, audio or video classification (one label or several), token classification,
-            extractive question answering or multiple choice, or a language model, PEFT-wrapped or not.
+            extractive question answering or multiple choice, an object detector, or a language model, PEFT-wrapped or
+            not.
         args ([`SelfKDConfig`] or [`~transformers.TrainingArguments`], *optional*): the arguments.
         data_collator (`Callable`, *optional*): as for [`~transformers.Trainer`], or a [`SelfKDDataCollator`].
         train_dataset, eval_dataset, processing_class, model_init, compute_loss_func, compute_metrics, callbacks,

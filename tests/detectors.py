@@ -188,3 +188,9 @@ def drop_and_permute(item):
     order = torch.randperm(len(labels["class_labels"]))
     order = order[torch.rand(len(order)) < 0.7]
     return item | {"labels": take(labels, order)}
+
+
+def tiny_resnet(**more):
+    """The configuration of a classifier, built as the backbone of most detectors here."""
+    sizes = {"embedding_size": 4, "hidden_sizes": [4, 8, 8, 16], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+    return tf.ResNetConfig(**sizes, num_labels=5, **more)

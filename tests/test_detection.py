@@ -6,14 +6,25 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from detectors import DETECTORS, FOCAL, SOFTMAX, Scenes, collate_scenes, drop_and_permute, make_detector, take
-from helpers import difference, logged, make_trainer, refused, same_weights, train
-from transformers import Trainer, TrainerCallback
+from detectors import (
+    DETECTORS,
+    FOCAL,
+    SOFTMAX,
+    Scenes,
+    collate_scenes,
+    drop_and_permute,
+    make_detector,
+    take,
+    tiny_resnet,
+)
+from helpers import collate, difference, logged, make_samples, make_trainer, refused, same_weights, train
+from transformers import ResNetForImageClassification, Trainer, TrainerCallback
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
 from transformers.loss.loss_for_object_detection import HungarianMatcher, box_iou
 from transformers.loss.loss_rt_detr import RTDetrHungarianMatcher
 
 from hf_selfkd import SelfKDDataCollator, SelfKDTrainer
+from hf_selfkd.backbones import load_backbone
 from hf_selfkd.history.codec import Codec
 from hf_selfkd.history.objects import ObjectHistory
 from hf_selfkd.losses.detection import DetectionLoss
@@ -45,10 +56,10 @@ def past_for(task, model, batch, seed=1):
     generator = torch.Generator().manual_seed(seed)
     classes = model.config.num_labels + (task.class_term == "softmax")
     scores = torch.randn(batch.labels.numel(), classes, generator=generator)
-    log_probs = F.logsigmoid(scores) if task.bernoulli else F.log_softmax(scores, -1)
+    log_probs = F.logsigmoid(scores) if task.independent else F.log_softmax(scores, -1)
     mask = torch.arange(len(scores)) % 2 == 0
     poisoned = torch.where(mask.unsqueeze(-1), log_probs, torch.nan)
-    return SoftTargets(poisoned, mask, categorical=not task.bernoulli), log_probs.exp()
+    return SoftTargets(poisoned, mask, categorical=not task.independent), log_probs.exp()
 
 
 # An independent implementation: soft targets for all queries, and the formula of each loss evaluated at them
@@ -192,7 +203,7 @@ def one_object(name, logits, past, alpha, box):
     batch, loss = task.split({"labels": targets}), DetectionLoss(task)
     outputs = loss.forward(model, batch, None, alpha)
     rows = loss.rows(outputs, batch)
-    soft = SoftTargets(torch.tensor([past]).log(), torch.tensor([True]), categorical=not task.bernoulli)
+    soft = SoftTargets(torch.tensor([past]).log(), torch.tensor([True]), categorical=not task.independent)
     losses = loss(outputs, rows, make_targets(rows.labels, soft, None, True), alpha, 1)
     term = outputs["loss_dict"].get("loss_ce", outputs["loss_dict"].get("loss_vfl"))
     return term.item(), (losses.loss - outputs["loss"]).item() + term.item()
@@ -535,3 +546,33 @@ def test_watching_leaves_the_model_as_it_was():
         assert model.loss_function is not own
         raise KeyError
     assert model.loss_function is own and "_loss_function" not in vars(model)
+
+
+# From a classifier
+
+
+def test_a_classifier_becomes_a_backbone(tmp_path):
+    """Trained weights and statistics, in a detector that then says the same of an image."""
+    classifier = ResNetForImageClassification(tiny_resnet(out_features=["stage4"]))
+    options = {"data_collator": collate, "learning_rate": 1e-2, "auxiliary_heads": "byot"}
+    trained = train(tmp_path, classifier, make_samples("images"), **options).model.eval()
+    detector = make_detector().eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    body = detector.model.backbone.model
+    assert not torch.allclose(body(pixels).feature_maps[0], trained.resnet(pixels).last_hidden_state)
+    loaded = load_backbone(detector, trained)
+    state, source = detector.state_dict(), trained.resnet.state_dict()
+    frozen = {key for key in source if not key.endswith("num_batches_tracked")}
+    assert {name.removeprefix("model.backbone.model.") for name in loaded} == frozen
+    assert all(torch.equal(state[f"model.backbone.model.{key}"], source[key]) for key in frozen)
+    torch.testing.assert_close(body(pixels).feature_maps[0], trained.resnet(pixels).last_hidden_state)
+    tuned = detect(tmp_path / "detector", detector, num_train_epochs=2)
+    assert logged(tuned, "rows_with_history")[-1] == 1
+
+
+def test_another_architecture_is_refused():
+    detector = make_detector("yolos")
+    before = {name: value.clone() for name, value in detector.state_dict().items()}
+    refused(lambda: load_backbone(detector, ResNetForImageClassification(tiny_resnet())), "Yolos", "ResNet")
+    refused(lambda: load_backbone(make_detector("rt_detr"), ResNetForImageClassification(tiny_resnet())), "RTDetr")
+    assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())

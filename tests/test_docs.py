@@ -21,9 +21,16 @@ import pytest
 import torch
 import typer
 import yaml
+from detectors import Scenes, collate_scenes, make_detector, tiny_resnet
 from helpers import CLASSES, collate, difference, make_model, make_samples, make_trainer, state_of
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertForMultipleChoice, BertForQuestionAnswering, PreTrainedTokenizerFast, Trainer
+from transformers import (
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    PreTrainedTokenizerFast,
+    ResNetForImageClassification,
+    Trainer,
+)
 
 from hf_selfkd import AuxiliaryHeadsConfig, SelfKDMixin, attach_auxiliary_heads
 from hf_selfkd.cli import app
@@ -128,6 +135,10 @@ def names_of(kind):
         rows = [{"prompt": f"w{n} w{n + 1}", "completion": f"w{n + 2} w{n + 3} w{n + 4}"} for n in range(20)]
         names = {"model": make_model("plain_gpt2"), "tokenizer": make_tokenizer()}
         return names | {"dataset": datasets.Dataset.from_list(rows)}
+    if kind == "detection":
+        names = {"model": make_detector(), "train": Scenes(), "collate": collate_scenes}
+        names |= {"resnet": ResNetForImageClassification(tiny_resnet()), "images": make_samples("images")}
+        return names | {"torch": torch, "labels": {}, "kept": [{"id": 7}, {"id": 9}]}
     raise ValueError(f"there is no setup {kind!r}")
 
 

@@ -136,7 +136,7 @@ def choose_detection_loss(task: ObjectDetection, asked: str, temperature: float,
         raise ValueError(
             f"hard_loss={asked!r} with {name}: boxes and classes are one loss, set hard_loss='auto' (additive)."
         )
-    if temperature != 1.0 and task.bernoulli:
+    if temperature != 1.0 and task.independent:
         raise ValueError(
             f"temperature={temperature} with {name}, whose classes have a sigmoid each: set temperature=1.0."
         )

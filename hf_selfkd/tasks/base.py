@@ -43,7 +43,7 @@ class Task:
         unranked (`str`, *optional*): why the order of the scores teaches nothing, if it does not.
         no_history (`str`, *optional*): why rows cannot be stored, if they cannot.
         per_object (`bool`): whether rows are objects, of which a sample may show some today and others tomorrow.
-        bernoulli (`bool`): whether each class of a row has a probability of its own, which do not add up to 1.
+        independent (`bool`): whether each class of a row has a probability of its own, which do not add up to 1.
         labels_move (`str`): what to say where the labels of a sample change from one reading to the next.
     """
 
@@ -59,7 +59,7 @@ class Task:
     unranked: str | None = None
     no_history: str | None = None
     per_object = False
-    bernoulli = False
+    independent = False
     labels_move = (
         "the labels of a sample change from one reading to the next, as with random masking: teacher='history' would "
         "compare predictions of other words. Use teacher='snapshot', or mask when the dataset is made"

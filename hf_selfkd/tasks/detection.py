@@ -50,7 +50,7 @@ class ObjectRows(Rows):
     def log_probs(self) -> torch.Tensor:
         """Log-probabilities without a gradient: `log_softmax`, or `log_sigmoid` of each class; NaN where missed."""
         logits = self.logits.detach()
-        log_probs = F.logsigmoid(logits.float()).clamp_min_(LOG_ZERO) if self.bernoulli else log_softmax(logits)
+        log_probs = F.logsigmoid(logits.float()).clamp_min_(LOG_ZERO) if self.independent else log_softmax(logits)
         return log_probs.masked_fill_(self.missed.unsqueeze(-1), torch.nan)
 
 
@@ -88,7 +88,7 @@ class ObjectDetection(Task):
         return CLASS_TERMS[function]
 
     @property
-    def bernoulli(self) -> bool:
+    def independent(self) -> bool:
         return self.class_term != "softmax"
 
     @property
@@ -189,7 +189,7 @@ class ObjectDetection(Task):
         matched = torch.zeros(labels.numel(), dtype=torch.bool, device=labels.device)
         matched[rows] = True
         known = torch.where(matched, labels.reshape(-1), IGNORE_INDEX)
-        return ObjectRows(logits, known, bernoulli=self.bernoulli, missed=~matched)
+        return ObjectRows(logits, known, independent=self.independent, missed=~matched)
 
 
 def _is_of_objects(labels: Any) -> bool:

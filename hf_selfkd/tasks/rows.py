@@ -43,7 +43,7 @@ class Rows:
         allowed (`torch.BoolTensor` of shape `[R, C]`, *optional*):
             classes that a teacher may believe in; the others, such as padding, get no mass of a target.
         width (`int`, *optional*): classes of the rows of every batch, where C differs from batch to batch.
-        bernoulli (`bool`): whether each class has a probability of its own, which do not add up to 1.
+        independent (`bool`): whether each class has a probability of its own, which do not add up to 1.
     """
 
     logits: torch.Tensor
@@ -51,7 +51,7 @@ class Rows:
     storage: Storage | None = None
     allowed: torch.Tensor | None = None
     width: int | None = None
-    bernoulli: bool = False
+    independent: bool = False
 
     @property
     def top_k(self) -> int | None:

@@ -85,7 +85,8 @@ class Teacher:
 
         Returns:
             `torch.FloatTensor` of shape `[n, C]` (token tasks: `[rows of these samples, C]`; several labels a sample:
-            the probability of each), on the CPU; NaN rows where there is no past prediction.
+            the probability of each), on the CPU; NaN rows where there is no past prediction. Object detection: `[known
+            objects of these images, C]`.
 
         Raises:
             ValueError: if this teacher stores no rows, or an id is unknown.

@@ -21,17 +21,17 @@ class ObjectStore(HistoryStore):
 
     Args:
         *arguments: as for [`HistoryStore`].
-        bernoulli (`bool`): whether each class has a probability of its own.
+        independent (`bool`): whether each class has a probability of its own.
         **named: as for [`HistoryStore`].
     """
 
-    def __init__(self, *arguments: Any, bernoulli: bool = False, **named: Any):
+    def __init__(self, *arguments: Any, independent: bool = False, **named: Any):
         super().__init__(*arguments, **named)
-        self.bernoulli = bernoulli
+        self.independent = independent
 
     def plan(self, num_rows: int, num_classes: int, config: MethodArguments | None = None) -> Plan:
         plan = super().plan(num_rows, num_classes, replace(config or self.config, history_top_k=num_classes))
-        plan.codec.categorical = not self.bernoulli
+        plan.codec.categorical = not self.independent
         return plan
 
     def stored(self, sample_ids: Any) -> torch.Tensor:

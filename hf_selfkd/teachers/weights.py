@@ -130,7 +130,7 @@ def _broadcast_together(
 def _dense_targets(rows: Rows) -> SoftTargets:
     log_probs = rows.log_probs
     mask = torch.isfinite(log_probs).all(dim=-1)
-    return SoftTargets(log_probs.nan_to_num_(nan=0.0), mask, categorical=not rows.bernoulli)
+    return SoftTargets(log_probs.nan_to_num_(nan=0.0), mask, categorical=not rows.independent)
 
 
 class EMATeacher(SnapshotTeacher):
