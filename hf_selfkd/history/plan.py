@@ -70,7 +70,9 @@ def plan_history(
     dtype = config.history_dtype
     if dtype == "auto":
         dtype = "float32" if small else "float16"
-    codec = Codec(num_classes, getattr(torch, dtype), None if whole else top_k, config.history_tail, bernoulli)
+    codec = Codec(
+        num_classes, getattr(torch, dtype), None if whole else top_k, config.history_tail, bernoulli=bernoulli
+    )
     place = config.history_device
     if place == "auto":
         place = "accelerator" if generations * num_rows * codec.row_bytes <= SMALL else "disk"
