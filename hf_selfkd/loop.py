@@ -121,7 +121,7 @@ class LoopDistiller:
         bare, names = unwrapped(model), tuple(label_names)
         if heads_of(bare) is not None:
             check_headless(bare, task)
-        found = task_for(model, names) if task is None else task(model, names)
+        found = task_for(bare, names) if task is None else task(bare, names)
         if found.per_object:
             check_detection(method, found)
         function = compute_loss_func
