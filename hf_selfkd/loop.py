@@ -60,13 +60,14 @@ class LoopDistiller:
             Samples of the training set, of all processes together. `None` for a stream, which has no `history`.
         num_epochs (`int`): passes over the data, as planned: alpha grows with them.
         total_steps (`int`, *optional*): optimizer steps as planned; for `alpha_schedule="linear_step"`.
-        accumulation_steps (`int`, *optional*, defaults to 1):
+        accumulation_steps (`int`, *optional*, defaults to `1`):
             Micro-batches of an optimizer step. What is left at the end of an epoch counts as a step.
         task (`type`, *optional*): a subclass of [`~hf_selfkd.tasks.Task`] for a task of your own.
-        label_names (`Sequence[str]`, *optional*): names under which a batch may hold the labels.
+        label_names (`Sequence[str]`, *optional*, defaults to `("labels",)`):
+            names under which a batch may hold the labels.
         compute_loss_func (`Callable`, *optional*): a hard loss of your own, as for [`~transformers.Trainer`].
-        seed (`int`, *optional*, defaults to 42): chooses the rotations of views, where auxiliary heads tell them.
-        folder (`str` or `Path`, *optional*): for a history that is kept on disk.
+        seed (`int`, *optional*, defaults to `42`): chooses the rotations of views, where auxiliary heads tell them.
+        folder (`str` or `Path`, *optional*, defaults to `"selfkd_history"`): for a history that is kept on disk.
 
     Attributes:
         distiller ([`~hf_selfkd.distiller.SelfDistiller`]): the method itself.

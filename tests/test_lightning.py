@@ -26,24 +26,16 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 
 
 class Module(SelfDistilled):
-    """The example's module, with the optimizer of the other tests; it may stop after a step."""
-
-    stop = None
+    """The example's module, with the optimizer of the other tests."""
 
     def configure_optimizers(self):
         return sgd(self)
 
-    def on_train_batch_end(self, *_):
-        if self.trainer.global_step == self.stop:
-            self.trainer.save_checkpoint(self.path)
-            self.trainer.should_stop = True
 
-
-def fit(out, teacher, model="plain_vit", batches=None, callbacks=(), resume=None, stop=None, path=None, **options):
+def fit(out, teacher, model="plain_vit", callbacks=(), resume=None, **options):
     accumulation = options.get("accumulate_grad_batches", 1)
     method = MethodArguments(teacher=teacher, alpha=0.8)
     module = Module(make_model(model), method, SIZE, accumulation)
-    module.stop, module.path = stop, path
     trainer = lightning.Trainer(
         max_epochs=EPOCHS,
         accelerator="cpu",
@@ -55,7 +47,7 @@ def fit(out, teacher, model="plain_vit", batches=None, callbacks=(), resume=None
         default_root_dir=out,
         **options,
     )
-    trainer.fit(module, loader_of() if batches is None else batches, ckpt_path=resume, weights_only=True)
+    trainer.fit(module, loader_of(), ckpt_path=resume, weights_only=True)
     return module
 
 
