@@ -72,8 +72,7 @@ def attach_auxiliary_heads(
             _check_run(model, heads, inputs)
             if heads.config.head == "native":
                 _check_exits(model, heads, inputs)
-            if heads.config.layer_weights == "linear":
-                _ = heads.depths  # an error, if a head is on no layer
+            _ = heads.layer_weights  # an error, if they do not fit the heads
             heads.requires_grad_(config.trains)  # else optimizers and process groups wait for gradients without end
             _save_without_heads(model, heads)
         except BaseException:
