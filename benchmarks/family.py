@@ -5,7 +5,8 @@ One training with exits against the same smaller architectures trained alone, wi
     python benchmarks/family.py cifar100 --model resnet --pixels 64 --exits 1 2 --images_per_class 50 --train_files ...
 
 `family` is the preset `exits`: the whole model and its exits learn from labels, exits also from the whole model;
-`family, PS-KD` adds past predictions to the labels of all. `alone` trains the whole architecture and each one with
+`family, PS-KD` adds past predictions to the labels of all, `family, shallow first` lets the shallowest exit count ten
+times. `alone` trains the whole architecture and each one with
 fewer layers for itself, plainly: pretrained models keep the first layers of the pretrained weights. Every finished
 training appends a JSON line for each member to `--results`; what is there is not repeated. `--table` prints the table.
 """
@@ -28,7 +29,12 @@ from hf_selfkd.heads import attach_auxiliary_heads, strip_auxiliary_heads
 from hf_selfkd.metrics import compute_classification_metrics
 
 
-METHODS = {"family": {"alpha": 0.0}, "family, PS-KD": {"alpha": 0.8}, "alone": {"alpha": 0.0}}
+METHODS = {
+    "family": {"alpha": 0.0},
+    "family, PS-KD": {"alpha": 0.8},
+    "family, shallow first": {"alpha": 0.0},
+    "alone": {"alpha": 0.0},
+}
 REPORTED = ("accuracy", "nll", "brier", "ece", "ece_15", "aurc")
 SHOWN = {
     "error": ("error %", 2),
@@ -106,6 +112,8 @@ def members(task: dict, method: str, exits: list[int], seed: int) -> list[dict]:
             )
         return rows
     heads = AuxiliaryHeadsConfig.preset("exits", layers=layers)
+    if method == "family, shallow first":
+        heads.layer_weights = [10.0] + [1.0] * (len(layers) - 1)
     trainer, seconds, cpu = train(task, model, METHODS[method], heads, seed)
     for exit in [*exits, None]:
         member = trainer.model if exit is None else exit_model(trainer.model, exit)

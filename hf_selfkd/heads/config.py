@@ -292,5 +292,5 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sla": {"heads_to_model_weight": 1.0},
     "byot": {"views": "none", "hard_weight": 0.9, "deep_to_shallow_weight": 0.1, "feature_weight": 0.03},
     "deep_supervision": {"head": "linear", "views": "none"},
-    "exits": {"head": "native", "views": "none", "past_weight": 1.0, "deep_to_shallow_weight": 0.1},
+    "exits": {"head": "native", "views": "none", "past_weight": 1.0, "deep_to_shallow_weight": 2.0},
 }
