@@ -38,9 +38,9 @@ SETTINGS = Path(__file__).parents[1] / "examples" / "configs" / "bccd_dfine.yaml
 METHODS = {  # weight of the past in the loss of the detector, and in that of the classifier, if there is one
     "plain": (0.0, None),
     "loss": (0.8, None),
-    "backbone of a plain classifier": (0.0, 0.0),
     "backbone": (0.0, 0.8),
     "backbone and loss": (0.8, 0.8),
+    "backbone of a plain classifier": (0.0, 0.0),
 }
 SHOWN = {
     "map": ("mAP", 3),
@@ -52,7 +52,7 @@ SHOWN = {
 }
 SMALL = (192, 144)  # width and height of the images that are kept
 CROP = 48  # pixels of an object for the classifier
-RESAMPLES = 30
+RESAMPLES = 20
 
 
 # Data
@@ -225,8 +225,8 @@ def main() -> None:
     parser.add_argument("--test_files")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--epochs", type=int, default=24)
-    parser.add_argument("--classifier_epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--classifier_epochs", type=int, default=6)
     parser.add_argument("--keep", help="folder for models, predictions and pictures")
     parser.add_argument("--results", type=Path, default=Path("bccd_detection.jsonl"))
     parser.add_argument("--table", action="store_true", help="print the table of the results and stop")

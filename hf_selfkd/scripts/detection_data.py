@@ -260,11 +260,11 @@ class _Reader:
         """Say what was left out, and which images are empty."""
         if self.empty:
             logger.warning(
-                f"{len(self.empty)} boxes of the {self.split} data have no area and are left out, the first in row "
-                f"{self.empty[0]}."
+                f"Boxes without area in the {self.split} data, which are left out: {len(self.empty)} (the first in "
+                f"row {self.empty[0]})."
             )
         if self.bare:
-            logger.info(f"{self.bare} images of the {self.split} data have no boxes.")
+            logger.info(f"Images without a box in the {self.split} data: {self.bare}.")
 
 
 def image_sizes(dataset: Dataset, column: str) -> list[tuple[int, int]]:

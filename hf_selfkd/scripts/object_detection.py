@@ -41,6 +41,7 @@ from transformers import (
     AutoModelForObjectDetection,
     DetrImageProcessor,
     HfArgumentParser,
+    PreTrainedConfig,
     RTDetrImageProcessor,
 )
 
@@ -117,21 +118,20 @@ def check_queries(dataset: Dataset | None, model: nn.Module) -> None:
 # Model
 
 
-def make_model(model_args: DetectorArguments, names: list[str] | None) -> nn.Module:
+def make_config(model_args: DetectorArguments, names: list[str] | None) -> PreTrainedConfig:
+    """The configuration, for new models that have it (YOLOS) with the size of the images."""
+    size = model_args.image_size if model_args.model_name_or_path is None else None
+    return common.make_config(model_args, names, image_size=None if size is None else [size, size])
+
+
+def make_model(model_args: DetectorArguments, config: PreTrainedConfig) -> nn.Module:
     """A pretrained detector or a new one, with the weights of a classifier in its backbone if one is given."""
-    config = common.make_config(model_args, names, image_size=_image_size(model_args))
     model = common.make_classifier(AutoModelForObjectDetection, model_args, config)
     if model_args.backbone_from is not None:
         classifier = AutoModelForImageClassification.from_pretrained(model_args.backbone_from, token=model_args.token)
         weights = load_backbone(model, classifier)
         logger.info(f"{len(weights)} weights of the backbone are those of {model_args.backbone_from}.")
     return model
-
-
-def _image_size(model_args: DetectorArguments) -> list[int] | None:
-    """As configurations of detectors have it, which is that of new models only (YOLOS)."""
-    size = model_args.image_size
-    return None if size is None or model_args.model_name_or_path is not None else [size, size]
 
 
 def make_image_processor(model_args: DetectorArguments, model: nn.Module) -> Any:
@@ -206,11 +206,12 @@ def build(argv: Sequence[str] | None = None) -> common.Run:
     check_columns(splits, data_args)
     names = category_names(splits["train"], data_args) if training_args.do_train else None
 
-    model = make_model(model_args, names)
-    processor = make_image_processor(model_args, model)
-    classes = common.class_list(model.config)
+    config = make_config(model_args, names)
+    classes = common.class_list(config)
     splits = prepare_splits(splits, classes, data_args, training_args)
+    model = make_model(model_args, config)
     check_queries(splits.get("train"), model)
+    processor = make_image_processor(model_args, model)
     splits = transformed(splits, processor, data_args)
     training_args.remove_unused_columns = False  # the transform needs the image column, and leaves nothing unused
 
