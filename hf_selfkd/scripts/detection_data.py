@@ -101,7 +101,7 @@ def read_voc(folder: Path, name: str, data_args: DetectionDataArguments) -> Data
         files = [annotations / f"{stem}.xml" for stem in stems]
     rows = [_read_voc_file(file, images) for file in files]
     names = sorted({category for _, _, objects in rows for _, category, _ in objects})
-    return _table([(n, image, objects) for n, (_, image, objects) in enumerate(rows)], names, data_args)
+    return _table(rows, names, data_args)
 
 
 def _read_voc_file(file: Path, images: Path) -> tuple[str, Path, list]:
@@ -133,9 +133,10 @@ def _table(rows: list[tuple], names: list[str], data_args: DetectionDataArgument
         data_args.category_field: [ClassLabel(names=names)],
         "iscrowd": [Value("bool")],
     }
-    features = Features(
-        {"image_id": Value("int64"), data_args.image_column_name: Image(), data_args.objects_column_name: kinds}
-    )
+    whole = all(isinstance(row[0], int) for row in rows)
+    columns["image_id"] = columns["image_id"] if whole else [str(row[0]) for row in rows]
+    ids = Value("int64" if whole else "string")
+    features = Features({"image_id": ids, data_args.image_column_name: Image(), data_args.objects_column_name: kinds})
     return Dataset.from_dict(columns, features=features)
 
 
