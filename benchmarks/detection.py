@@ -48,6 +48,8 @@ SHOWN = {
     "map_75": ("mAP75", 3),
     "d_ece": ("D-ECE %", 1),
     "counted": ("detections from 0.3", 0),
+    "score": ("their mean score", 2),
+    "precision": ("their precision", 2),
     "cpu_seconds": ("CPU seconds", 0),
 }
 SMALL = (192, 144)  # width and height of the images that are kept
@@ -58,8 +60,8 @@ RESAMPLES = 20
 # Data
 
 
-def splits_of(args: argparse.Namespace) -> dict[str, Dataset]:
-    """The images as they are, with `objects` as the script makes them."""
+def splits_of(args: argparse.Namespace) -> tuple[dict[str, Dataset], list[str]]:
+    """The images as they are, with `objects` as the script makes them, and the names of the classes."""
     names = {"train": "train", "validation": "val", "test": "test"}
     flags = {f"{split}_split_name": name for split, name in names.items()}
     for split in names:
@@ -200,9 +202,11 @@ def train_detector(args: argparse.Namespace, data: tuple, method: str, seed: int
         object_detection.predict(trainer, test, run.data_args)
         (folder / "run").rename(Path(args.keep) / f"{method.replace(' ', '_')}_{seed}")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    counted = len(detections_that_are_right(*images)[0])
+    scores, right = detections_that_are_right(*images)
+    counted = {"counted": len(scores), "score": float(scores.mean()), "precision": float(right.mean())}
     return (
-        {"method": method, "seed": seed, "epochs": args.epochs, "counted": counted, "losses": losses}
+        {"method": method, "seed": seed, "epochs": args.epochs, "losses": losses}
+        | counted
         | {name: value for name, value in found.items() if not name.endswith(("second", "runtime", "epoch"))}
         | resampled(*images)
     )
