@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from comparison import read_results, run_missing, table
+from comparison import DETECTION, read_results, run_missing, table
 from datasets import Dataset, Features, Image, Value
 from transformers import HGNetV2Config, HGNetV2ForImageClassification, set_seed
 
@@ -41,16 +41,6 @@ METHODS = {  # weight of the past in the loss of the detector, and in that of th
     "backbone": (0.0, 0.8),
     "backbone and loss": (0.8, 0.8),
     "backbone of a plain classifier": (0.0, 0.0),
-}
-SHOWN = {
-    "map": ("mAP", 3),
-    "map_50": ("mAP50", 3),
-    "map_75": ("mAP75", 3),
-    "d_ece": ("D-ECE %", 1),
-    "counted": ("detections from 0.3", 0),
-    "score": ("their mean score", 2),
-    "precision": ("their precision", 2),
-    "cpu_seconds": ("CPU seconds", 0),
 }
 SMALL = (192, 144)  # width and height of the images that are kept
 CROP = 48  # pixels of an object for the classifier
@@ -247,8 +237,8 @@ def main() -> None:
             def train(method: str, seed: int) -> dict:
                 return train_detector(args, data, method, seed, Path(folder))
 
-            run_missing(args.results, args.seeds, args.methods, train, tuple(SHOWN))
-    print(table(read_results(args.results), list(METHODS), SHOWN), file=sys.stdout)
+            run_missing(args.results, args.seeds, args.methods, train, tuple(DETECTION))
+    print(table(read_results(args.results), list(METHODS), DETECTION), file=sys.stdout)
 
 
 if __name__ == "__main__":
