@@ -139,6 +139,9 @@ def names_of(kind):
         names = {"model": make_detector(), "train": Scenes(), "collate": collate_scenes}
         names |= {"resnet": ResNetForImageClassification(tiny_resnet()), "images": make_samples("images")}
         return names | {"torch": torch, "labels": {}, "kept": [{"id": 7}, {"id": 9}]}
+    if kind == "boxes":
+        names = {"boxes": [[0, 0, 9, 9], [20, 20, 30, 30]], "scores": [0.9, 0.4], "labels": [0, 1]}
+        return names | {"true_boxes": [[0, 0, 10, 10]], "true_labels": [0], "model": None}
     raise ValueError(f"there is no setup {kind!r}")
 
 

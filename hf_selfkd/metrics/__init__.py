@@ -14,6 +14,7 @@ from .calibration import (
     risk_coverage_curve,
     row_scores,
 )
+from .detection import DetectionMetrics, detection_ece, detection_metrics
 from .multi_label import MultiLabelMetrics, compute_multi_label_metrics, multi_label_metrics
 from .translation import TranslationMetrics, compute_translation_metrics
 
@@ -22,6 +23,7 @@ __all__ = [
     "IGNORED_LABEL",
     "LOWER_IS_BETTER",
     "ClassificationMetrics",
+    "DetectionMetrics",
     "MultiLabelMetrics",
     "ReliabilityCurve",
     "RiskCoverageCurve",
@@ -31,6 +33,8 @@ __all__ = [
     "compute_classification_metrics",
     "compute_multi_label_metrics",
     "compute_translation_metrics",
+    "detection_ece",
+    "detection_metrics",
     "evaluate_module_path",
     "is_lower_better",
     "multi_label_metrics",
@@ -41,7 +45,8 @@ __all__ = [
 
 
 # Metrics of an evaluation that are better when lower; of losses, the stock Trainer knows it.
-LOWER_IS_BETTER = ("nll", "bce", "brier", "ece", "ece_15", "aurc", "eaurc", "token_nll", "token_ece", "perplexity")
+LOWER_IS_BETTER = ("nll", "bce", "brier", "ece", "ece_15", "aurc", "eaurc", "d_ece", "token_nll", "token_ece")
+LOWER_IS_BETTER += ("perplexity",)
 
 
 def is_lower_better(name: str) -> bool:
