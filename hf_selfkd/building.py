@@ -12,7 +12,7 @@ from accelerate.utils import broadcast
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
-from .checkpoints import STATE_FOLDER
+from .checkpoint_files import STATE_FOLDER
 from .checks import check_engine, check_even, sharded_by, warn_of_clipping
 from .config import MethodArguments
 from .distiller import SelfDistiller

@@ -215,6 +215,8 @@ class SelfKDMixin(Building, DataLoading, Calibration, Sharing, Checkpoints, Eval
         if resume_from_checkpoint is not None and not sized:
             epochs, batches = stream_position(resume_from_checkpoint, self.args.gradient_accumulation_steps)
             batches = 0 if self.args.ignore_data_skip else batches
+        if resume_from_checkpoint is not None and self.state.global_step >= max_steps:
+            epochs, batches = num_train_epochs, 0  # nothing is left to do: the stock class would train one step more
         half = not sized or self.state.global_step % num_update_steps_per_epoch != 0
         self._resumed = None if resume_from_checkpoint is None else (epochs, half)
         if self.distiller is not None:

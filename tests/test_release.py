@@ -192,7 +192,7 @@ def test_what_a_checkpoint_has_of_ours_is_safetensors(tmp_path):
     trainer._save_checkpoint(trainer.model, None)
     (checkpoint,) = tmp_path.glob("checkpoint-*")
     ours = [path for path in (checkpoint / "_selfkd").rglob("*") if path.is_file()]
-    assert len(ours) >= 2 and {path.suffix for path in ours} == {".safetensors"}
+    assert len(ours) >= 3 and {path.suffix for path in ours} == {".safetensors", ".json"}
     pickled = {path.name for path in checkpoint.rglob("*") if path.is_file() and is_pickled(path)}
     assert pickled == {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"}  # of transformers
     for name in pickled - {"training_args.bin", "rng_state.pth"}:
