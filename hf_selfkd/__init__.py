@@ -8,7 +8,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .collator import SelfKDDataCollator
-    from .config import SelfKDConfig, Seq2SeqSelfKDConfig
+    from .config import MethodArguments, SelfKDConfig, Seq2SeqSelfKDConfig
     from .early_exit import EarlyExit
     from .exits import exit_model, export_exit
     from .heads import (
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         strip_auxiliary_heads,
     )
     from .heads.config import AuxiliaryHeadsConfig
+    from .loop import LoopDistiller
     from .samples import with_sample_ids
     from .seq2seq import Seq2SeqSelfKDTrainer
     from .trainer import SelfKDMixin, SelfKDTrainer
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 _MODULES = {
     "AuxiliaryHeadsConfig": "heads.config",
     "EarlyExit": "early_exit",
+    "LoopDistiller": "loop",
+    "MethodArguments": "config",
     "SelfKDConfig": "config",
     "SelfKDDataCollator": "collator",
     "SelfKDMixin": "trainer",
@@ -46,6 +49,8 @@ _MODULES = {
 __all__ = [
     "AuxiliaryHeadsConfig",
     "EarlyExit",
+    "LoopDistiller",
+    "MethodArguments",
     "SelfKDConfig",
     "SelfKDDataCollator",
     "SelfKDMixin",

@@ -88,7 +88,7 @@ def check_calibration(trainer: Trainer, method: MethodArguments) -> None:
         )
 
 
-def check_detection(trainer: Trainer, method: MethodArguments, task: Task) -> None:
+def check_detection(method: MethodArguments, task: Task, mixes: bool = False) -> None:
     """
     Raises:
         ValueError: if a detector is asked for what only other tasks have.
@@ -106,7 +106,7 @@ def check_detection(trainer: Trainer, method: MethodArguments, task: Task) -> No
         raise ValueError(
             f"history_top_k={method.history_top_k} {told}: rows of objects are kept whole, leave history_top_k out."
         )
-    if trainer._mixer() is not None and trainer._mixer().mixes:
+    if mixes:
         raise ValueError(
             f"SelfKDDataCollator mixes images {told}, and not boxes: set mixup_alpha=0 and cutmix_alpha=0."
         )

@@ -17,17 +17,24 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def base_model(model: nn.Module) -> nn.Module:
-    """The bare model inside the wrappers of `torch.compile`, of data parallelism and of PEFT, in any order."""
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of `torch.compile` and of data parallelism, with the adapters of PEFT."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif isinstance(model, (DistributedDataParallel, DataParallel)):
             model = model.module
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
         else:
             return model
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The bare model inside the wrappers of `torch.compile`, of data parallelism and of PEFT, in any order."""
+    while True:
+        model = unwrapped(model)
+        if not hasattr(model, "get_base_model"):
+            return model
+        model = model.get_base_model()
 
 
 def forward_owner(model: nn.Module) -> type:
@@ -119,13 +126,15 @@ def logits_of(outputs: Any, has_loss: bool) -> torch.Tensor:
     Take the logits out of a model's outputs.
 
     Args:
-        outputs: a `ModelOutput`, a dictionary or a tuple.
+        outputs: a `ModelOutput`, a dictionary, a tuple, or the logits themselves, as models of plain PyTorch return.
         has_loss (`bool`): whether a tuple starts with the loss.
 
     Raises:
         ValueError: if there are none.
     """
-    if isinstance(outputs, dict):
+    if isinstance(outputs, torch.Tensor):
+        logits = outputs
+    elif isinstance(outputs, dict):
         logits = outputs.get("logits")
     elif isinstance(outputs, (tuple, list)):
         logits = outputs[int(has_loss)] if len(outputs) > int(has_loss) else None

@@ -197,7 +197,7 @@ class SelfKDMixin(Building, DataLoading, Calibration, Sharing, Checkpoints, Eval
         check_compute_loss(self, SelfKDMixin)
         check_engine(self, method, method.teacher)
         if task.per_object:
-            check_detection(self, method, task)
+            check_detection(method, task, self._mixer() is not None and self._mixer().mixes)
         self._hard_loss(method, task)
         self._split_training_set(method)
         self._check_dataset(method)
