@@ -32,7 +32,8 @@ def detection_metrics(
         targets (`Sequence` of `dict`, one an image):
             `boxes` `[m, 4]`, `labels` `[m]` and, where a box is of a crowd, `iscrowd` `[m]`.
         class_names (`Sequence[str]`, *optional*): Adds `map_<name>`, the average precision of each class.
-        iou_threshold, score_threshold (`float`, *optional*): Of `d_ece`, as in [`detection_ece`].
+        iou_threshold (`float`, *optional*, defaults to 0.5): Of `d_ece`, as in [`detection_ece`].
+        score_threshold (`float`, *optional*, defaults to 0.3): Of `d_ece`, as in [`detection_ece`].
 
     Returns:
         `dict[str, float]`:
@@ -124,7 +125,9 @@ class DetectionMetrics:
     top, right, bottom, class of an object and whether it is a crowd. Rows of -100 are padding.
 
     Args:
-        class_names, iou_threshold, score_threshold: As in [`detection_metrics`].
+        class_names (`Sequence[str]`, *optional*): Adds the average precision of each class.
+        iou_threshold (`float`, *optional*, defaults to 0.5): Of `d_ece`, as in [`detection_ece`].
+        score_threshold (`float`, *optional*, defaults to 0.3): Of `d_ece`, as in [`detection_ece`].
 
     Raises:
         `ImportError`: without torchmetrics and faster-coco-eval, before anything is trained.

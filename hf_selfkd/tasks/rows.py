@@ -43,7 +43,8 @@ class Rows:
         allowed (`torch.BoolTensor` of shape `[R, C]`, *optional*):
             classes that a teacher may believe in; the others, such as padding, get no mass of a target.
         width (`int`, *optional*): classes of the rows of every batch, where C differs from batch to batch.
-        independent (`bool`, *optional*): whether each class has a probability of its own, which do not add up to 1.
+        independent (`bool`, *optional*, defaults to `False`):
+            whether each class has a probability of its own, which do not add up to 1.
     """
 
     logits: torch.Tensor
