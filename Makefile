@@ -7,7 +7,7 @@ OLDEST ?= .venv-oldest
 OLDEST_PYTHON ?= python3.10
 
 .NOTPARALLEL:
-.PHONY: demo demo-translation test test-oldest lint results reference docs dist build check-tag clean
+.PHONY: demo demo-translation test test-oldest crash-test lint results reference docs dist build check-tag clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo_digits.py
@@ -21,6 +21,12 @@ test: $(VENV)/.dev
 
 test-oldest: $(OLDEST)/.oldest
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# Kills small trainings at random moments and compares how they end; TRIES=100 PROCESSES=2 and more in docs/reliability.md.
+TRIES ?= 100
+PROCESSES ?= 1
+crash-test: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m crash --tries $(TRIES) --processes $(PROCESSES)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

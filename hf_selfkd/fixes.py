@@ -2,9 +2,9 @@
 Corrections of the stock Trainer that a self-distillation run depends on, each with its upstream issue.
 
 What the other modules correct by being what they are: the loss inflated by accumulation steps and by processes for
-models that ignore `num_items_in_batch` (transformers#47688; here `SelfKDMixin.compute_loss` owns the scale), and
+models that ignore `num_items_in_batch` (transformers#47688; here `SelfKDMixin.compute_loss` owns the scale),
 random augmentation that does not resume because prefetched batches have used up random numbers by the time the
-generators are saved (accelerate#4191; here `seed_transforms`), and resuming from a checkpoint that a crash cut short
+generators are saved (accelerate#4191; here `seed_transforms`), resuming from a checkpoint that a crash cut short
 (transformers#35525; here `checkpoint_files`), and a step too many when a run that `max_steps` ended within an epoch is
 resumed (here `SelfKDMixin._init_training_state`).
 """

@@ -1,0 +1,75 @@
+"""The crash test itself: trainings that are killed go on to the same end, and a fault would be seen."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from crash.__main__ import table
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def kill(tmp_path, tries, *flags, fault="", processes=1):
+    """Run the crash test with a fault put in first; gives the lines of its tries and its exit code."""
+    output = tmp_path / "results.jsonl"
+    argv = ["--tries", tries, "--processes", processes, "--folder", tmp_path / "runs", "--output", output, *flags]
+    code = f"import sys; sys.argv[1:] = {list(map(str, argv))!r}; import crash.__main__ as crash; {fault or 'pass'}\n"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code + "crash.main()"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode in (0, 1), done.stderr[-3000:]
+    results = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(results) == tries and f"{tries} tries" in done.stdout
+    return results, done.returncode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_trainings_that_are_killed_end_as_if_nobody_had(tmp_path, processes):
+    results, code = kill(tmp_path, 3, processes=processes)
+    assert code == 0 and [result["lost"] for result in results] == [None] * 3
+    assert all(result["kills"] for result in results) and all(len(result["begun"]) > 1 for result in results)
+    assert not list((tmp_path / "runs").glob("try-*"))
+
+
+STOCK = "import hf_selfkd.checkpoints as c, transformers.trainer_utils as t; "
+STOCK += "c.Checkpoints._last_whole_checkpoint = lambda self: t.get_last_checkpoint(self.args.output_dir)"
+FORGETS = "import hf_selfkd.teachers.history as h; h.HistoryTeacher.load = lambda *arguments: None"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "lost"), [(STOCK, "exit codes"), (FORGETS, "final weights")], ids=["newest folder", "no teacher"]
+)
+def test_a_fault_is_seen(tmp_path, fault, lost):
+    """The control: the newest folder is taken, whole or not, as `Trainer` does; the teacher's state is not loaded."""
+    aimed = "import crash.tries as t; t.WEIGHTS.update(dict.fromkeys(t.WEIGHTS, 0), checkpoint=1); t.MOST_KILLS = 1; "
+    results, code = kill(tmp_path, 3, "--teacher", "history", fault=aimed + fault)
+    assert code == 1 and any(lost in (result["lost"] or "") for result in results)
+    assert list((tmp_path / "runs").glob("try-*"))  # to be looked at
+
+
+def test_a_moment_depends_on_the_seed_alone():
+    from crash.tries import PHASES, Reference, draw_kill
+
+    reference = Reference(None, [{phase: [0.5, 1.0] for phase in PHASES}, {phase: [0.1] for phase in PHASES}])
+    drawn = [[draw_kill(random.Random(seed), reference, True) for seed in range(50)] for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    assert {one.phase for one in drawn[0]} == set(PHASES) and {one.rank for one in drawn[0]} == {0, 1}
+    assert all(0 <= one.delay <= 1 and 1 <= one.occurrence <= 2 for one in drawn[0])
+    assert all(draw_kill(random.Random(seed), reference, False).phase != "resume" for seed in range(50))
+
+
+def test_the_table_counts_kills_and_losses_by_phase():
+    kills = [{"phase": "step", "died_in": died, "process": 0} for died in ("step", "rotation", "step")]
+    results = [{"kills": kills[:2], "lost": None}, {"kills": kills[2:], "lost": "final weights"}]
+    assert table(results) == [
+        {"phase": "rotation", "kills": 1, "losses": 0},
+        {"phase": "step", "kills": 2, "losses": 1},
+    ]
