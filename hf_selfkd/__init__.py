@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .heads.config import AuxiliaryHeadsConfig
     from .loop import LoopDistiller
     from .samples import with_sample_ids
+    from .sentences import as_classifier
     from .seq2seq import Seq2SeqSelfKDTrainer
     from .trainer import SelfKDMixin, SelfKDTrainer
 
@@ -37,6 +38,7 @@ _MODULES = {
     "SelfKDTrainer": "trainer",
     "Seq2SeqSelfKDConfig": "config",
     "Seq2SeqSelfKDTrainer": "seq2seq",
+    "as_classifier": "sentences",
     "attach_auxiliary_heads": "heads",
     "exit_model": "exits",
     "export_exit": "exits",
@@ -58,6 +60,7 @@ __all__ = [
     "Seq2SeqSelfKDConfig",
     "Seq2SeqSelfKDTrainer",
     "__version__",
+    "as_classifier",
     "attach_auxiliary_heads",
     "exit_model",
     "export_exit",

@@ -1,4 +1,4 @@
-"""What a training is made of, from what is asked and from what model and data allow."""
+"""What a trainer has for a distiller: what is asked, and what model and data allow."""
 
 from __future__ import annotations
 

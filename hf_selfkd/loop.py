@@ -80,11 +80,14 @@ class LoopDistiller:
     Example:
 
     ```python
+    import torch
+    from torch.utils.data import DataLoader
     from hf_selfkd import LoopDistiller, MethodArguments, with_sample_ids
 
-    loader = DataLoader(with_sample_ids(train), batch_size=32, shuffle=True, collate_fn=collate)
-    distiller = LoopDistiller(model, MethodArguments(alpha=0.8), num_samples=len(train), num_epochs=30)
-    for epoch in range(30):
+    loader = DataLoader(with_sample_ids(train), batch_size=8, shuffle=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    distiller = LoopDistiller(model, MethodArguments(alpha=0.8), num_samples=len(train), num_epochs=3)
+    for epoch in range(3):
         for batch in loader:
             loss = distiller.step(model, batch)
             loss.backward()

@@ -117,6 +117,16 @@ def names_of(kind):
             type(make_model("plain_gpt2"))(config), AuxiliaryHeadsConfig(head="native", layers=[3])
         )
         return {"model": model.eval(), "inputs": {"input_ids": torch.tensor([[5, 6, 7]])}}
+    if kind == "lightning":
+        pytest.importorskip("lightning")
+        return names_of("images")
+    if kind == "sentences":
+        sentences = pytest.importorskip("sentence_transformers")
+        make_model("plain_bert").bert.save_pretrained("body")
+        make_tokenizer().save_pretrained("body")
+        pairs = [{"sentence1": f"w{n}", "sentence2": f"w{n + 1} w3", "label": n % 3} for n in range(24)]
+        encoder = sentences.SentenceTransformer("body", device="cpu")
+        return {"model": encoder, "encoder": encoder, "pairs": pairs}
     if kind == "ordinal":  # one score fewer than classes
         config = make_model("resnet").config
         config.num_labels = CLASSES - 1

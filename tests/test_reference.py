@@ -243,6 +243,7 @@ def test_configurations_add_no_fields_of_their_own():
 
 EXAMPLES = {  # what each runs on, as the sections of other pages do
     "EarlyExit": "exits",
+    "LoopDistiller": "images",
     "SelfKDConfig": "images",
     "SelfKDTrainer": "images",
     "calibration_metrics": "images",
