@@ -99,7 +99,7 @@ class Building:
 
     def _scales_correctly(self, task: Task | None) -> bool:
         """Whether plain training can be scaled by its rows, which the stock class does not do for many models."""
-        if task is None or sharded_by(self) or self.args.n_gpu > 1:
+        if task is None or sharded_by(self) not in (None, "FSDP2") or self.args.n_gpu > 1:
             return False
         if self.compute_loss_func is not None:
             return False
@@ -176,7 +176,7 @@ class Building:
         run = {
             "gather": self._gather if args.world_size > 1 else None,
             "rank": args.process_index,
-            "writes": args.local_process_index == 0,
+            "writes": args.world_size == 1 or args.local_process_index == 0,  # one process of XLA has no local index
             "rows_per_sample": self._rows_per_sample,
             "bernoulli": heads.task.bernoulli,
             "local_processes": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
