@@ -56,7 +56,7 @@ class LoopDistiller:
             a module of your own whose outputs are logits or have them.
         method ([`~hf_selfkd.config.MethodArguments`] or [`SelfKDConfig`], *optional*):
             What is asked; fields that are not of self-distillation are left alone.
-        num_samples (`int`, *optional*):
+        num_samples (`int` or `None`):
             Samples of the training set, of all processes together. `None` for a stream, which has no `history`.
         num_epochs (`int`): passes over the data, as planned: alpha grows with them.
         total_steps (`int`, *optional*): optimizer steps as planned; for `alpha_schedule="linear_step"`.

@@ -37,6 +37,11 @@ def base_model(model: nn.Module) -> nn.Module:
         model = model.get_base_model()
 
 
+def class_of(module: nn.Module) -> type:
+    """The class of a module, as it was before FSDP2 gave the object one of its own."""
+    return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.distributed.fsdp"))
+
+
 def forward_owner(model: nn.Module) -> type:
     """The class that defines the forward of a model."""
     return next(cls for cls in type(base_model(model)).__mro__ if "forward" in vars(cls))

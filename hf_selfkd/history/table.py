@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from ..devices import to_device
+from ..devices import compiles_shapes, to_device
 from ..losses.soft_targets import SoftTargets
 from ..samples import SampleIndex
 from .addresses import NEVER, WARM_START, find_slots, ranges
@@ -102,6 +102,10 @@ class PredictionTable:
             source = ranges(self.starts[source], self.counts[source])
             mask = np.zeros(num_rows, dtype=bool)
             mask[samples.rows[np.repeat(known, samples.counts)]] = True
+        if compiles_shapes(device):  # rows without a past read the first row of the table
+            spread = np.zeros(num_rows, dtype=np.int64)
+            spread[mask] = source
+            return self._past(spread, to_device(torch.from_numpy(mask), device), device)
         soft_targets = self._past(source, to_device(torch.from_numpy(mask), device), device)
         if len(source) == num_rows:
             soft_targets.all_valid = samples.total == num_rows

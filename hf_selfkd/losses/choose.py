@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..models import base_model, forward_owner, is_stock, takes
+from ..models import base_model, class_of, forward_owner, is_stock, takes
 from ..tasks.base import Task
 from .chunked_cross_entropy import ChunkedCrossEntropy
 from .detection import choose_detection_loss
@@ -94,7 +94,7 @@ def hard_loss_kind(task: Task) -> str:
         return "model"
     if not task.has_known_rows:
         return "unchecked"
-    if type(model).__name__.startswith(OTHER_LOSSES):
+    if class_of(model).__name__.startswith(OTHER_LOSSES):
         return "model"
     if type(task).shifts_labels and not _shifts(model):
         return "unshifted"
@@ -123,5 +123,5 @@ def _balances_experts(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     weights = [getattr(text, name, None) for name in ("router_aux_loss_coef", "router_z_loss_coef", "aux_loss_alpha")]
-    always = "SwitchTransformers" in type(model).__name__ or "NllbMoe" in type(model).__name__
+    always = any(kind in class_of(model).__name__ for kind in ("SwitchTransformers", "NllbMoe"))
     return any(weights) and (always or bool(getattr(text, "output_router_logits", False)))

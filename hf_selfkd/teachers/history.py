@@ -312,7 +312,7 @@ class HistoryTeacher(Teacher):
     def stored(self, sample_ids: Any) -> torch.Tensor:
         return self.store.stored(sample_ids)
 
-    def states(self) -> Iterator[tuple[str, State]]:
+    def states(self, keeps: bool = True) -> Iterator[tuple[str, State]]:
         for name, store in self.stores.items():
             yield name, ({}, {}) if store.history is None else store.history.state()
 
