@@ -13,6 +13,7 @@ appends a JSON line to `--results`; what is there is not repeated. `--table` pri
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -24,6 +25,7 @@ import torch
 import yaml
 from comparison import DETECTION, read_results, run_missing, table
 from datasets import Dataset, Features, Image, Value
+from PIL import Image as PILImage
 from transformers import HGNetV2Config, HGNetV2ForImageClassification, set_seed
 
 from hf_selfkd import SelfKDConfig, SelfKDTrainer
@@ -32,6 +34,7 @@ from hf_selfkd.metrics.detection import detection_metrics, detections_of, detect
 from hf_selfkd.scripts import object_detection
 from hf_selfkd.scripts.arguments import DetectionDataArguments
 from hf_selfkd.scripts.detection_data import OBJECTS, box_format_of, category_names, read_split, with_objects
+from hf_selfkd.scripts.detection_predictions import draw
 
 
 SETTINGS = Path(__file__).parents[1] / "examples" / "configs" / "bccd_dfine.yaml"
@@ -211,6 +214,21 @@ def resampled(predictions: list[dict], targets: list[dict]) -> dict[str, float]:
     return {f"{name}_of_images": float(np.std([one[name] for one in figures], ddof=1)) for name in figures[0]}
 
 
+def draw_predictions(dataset: Dataset, classes: list[str], run: Path, path: Path, shown: tuple[int, ...]) -> None:
+    """Draw what a kept run said of some test images, in rows of two, on the images as they were."""
+    lines = (run / "predictions.jsonl").read_text().splitlines()
+    sheet = PILImage.new("RGB", (2 * 480, (len(shown) + 1) // 2 * 360))
+    for place, row in enumerate(shown):
+        image, objects = dataset[row]["image"], dataset[row][OBJECTS]
+        scale = np.array([image.width / SMALL[0], image.height / SMALL[1]] * 2)
+        found = json.loads(lines[row])["detections"]
+        rows = [[*(scale * list(one["box"].values())), one["score"], classes.index(one["label"])] for one in found]
+        truth = [[*box, label, 0] for box, label in zip(objects["boxes"], objects["labels"], strict=True)]
+        drawn = draw(image, np.array(rows).reshape(-1, 6), dict(enumerate(classes)), 0.3, np.array(truth))
+        sheet.paste(drawn.resize((480, 360)), (480 * (place % 2), 360 * (place // 2)))
+    sheet.quantize(64).save(path, optimize=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--voc", help="folder of Pascal VOC with the lists train, val and test")
@@ -222,6 +240,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--classifier_epochs", type=int, default=6)
     parser.add_argument("--keep", help="folder for models, predictions and pictures")
+    parser.add_argument("--picture", type=Path, help="draw predictions of a kept run, 'backbone and loss', here")
     parser.add_argument("--results", type=Path, default=Path("bccd_detection.jsonl"))
     parser.add_argument("--table", action="store_true", help="print the table of the results and stop")
     args = parser.parse_args()
@@ -238,6 +257,9 @@ def main() -> None:
                 return train_detector(args, data, method, seed, Path(folder))
 
             run_missing(args.results, args.seeds, args.methods, train, tuple(DETECTION))
+        if args.picture:
+            kept = Path(args.keep) / "backbone_and_loss_0"
+            draw_predictions(data[0]["test"], data[1], kept, args.picture, (3, 5, 8, 12))
     print(table(read_results(args.results), list(METHODS), DETECTION), file=sys.stdout)
 
 
