@@ -18,11 +18,15 @@ from pathlib import Path
 
 import datasets
 import pytest
+import test_next_sentence as sentences
+import test_speech_seq2seq as transcripts
 import torch
 import typer
 import yaml
 from detectors import Scenes, collate_scenes, make_detector, tiny_resnet
 from helpers import CLASSES, collate, difference, make_model, make_samples, make_trainer, state_of
+from segmenters import Maps, make_segmenter
+from speakers import Spoken, make_ctc, pad_sounds
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertForMultipleChoice,
@@ -139,6 +143,25 @@ def names_of(kind):
         names = {"model": make_detector(), "train": Scenes(), "collate": collate_scenes}
         names |= {"resnet": ResNetForImageClassification(tiny_resnet()), "images": make_samples("images")}
         return names | {"torch": torch, "labels": {}, "kept": [{"id": 7}, {"id": 9}]}
+    if kind == "maps":
+        return {"model": make_segmenter("segformer"), "train": Maps(), "test": Maps(6, seed=1)}
+    if kind == "transcripts":
+        names = {"model": make_ctc("wav2vec2"), "tokenizer": make_tokenizer(), "collate": pad_sounds}
+        return names | {"train": Spoken(), "test": Spoken(6, seed=1)}
+    if kind == "speech":
+        model, collator = transcripts.make("whisper"), transcripts.collate
+        model.generation_config.max_length = 8
+        names = {"model": model, "tokenizer": make_tokenizer(), "collate": collator, "collator": collator}
+        samples = {part: transcripts.spoken("whisper", 14, seed) for part, seed in (("train", 0), ("test", 1))}
+        return names | samples
+    if kind == "captions":
+        lengths = (3, 4)  # of one length, as the collator of the Trainer pads nothing
+        samples = {
+            part: transcripts.spoken("captions", 14, seed, lengths) for part, seed in (("train", 0), ("test", 1))
+        }
+        return samples | {"model": transcripts.make("captions")}
+    if kind == "sentences":
+        return {"model": sentences.make("bert"), "train": sentences.pairs(), "test": sentences.pairs(6, seed=1)}
     raise ValueError(f"there is no setup {kind!r}")
 
 
