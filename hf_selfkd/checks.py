@@ -115,6 +115,20 @@ def check_detection(method: MethodArguments, task: Task, mixes: bool = False) ->
         )
 
 
+def check_task(method: MethodArguments, task: Task) -> None:
+    """
+    Raises:
+        ValueError: if a task is asked for what only other tasks have.
+    """
+    asked = (
+        ("alpha_schedule='calibrated'", method.alpha_schedule == "calibrated", task.uncalibrated, "'linear'"),
+        ("history_trace=True", method.history_trace, task.untraced, "False"),
+    )
+    for name, is_asked, reason, remedy in asked:
+        if is_asked and reason is not None:
+            raise ValueError(f"{name} with {task.name}: {reason}. Set it to {remedy}.")
+
+
 def check_heads(trainer: Trainer, method: MethodArguments, heads: AuxiliaryHeads | None) -> None:
     """
     Raises:

@@ -89,7 +89,7 @@ class DataLoading:
     def _add_data_facts(self, facts: Facts, method: MethodArguments, task: Task) -> None:
         """What decides whether samples have rows of their own; reads a few of them."""
         self._add_known_facts(facts, method)
-        facts.no_rows = facts.no_rows or task.no_history
+        facts.no_rows, facts.many_rows = facts.no_rows or task.no_history, task.many_rows
         if facts.no_ids or facts.no_rows or isinstance(self.train_dataset, IterableDataset):
             return
         if self._train_samples is None:

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import test_ctc as frames
 import test_multi_label as multi_label
+import test_next_sentence as pairs
 import test_question_answering as question_answering
+import test_segmentation as segments
+import test_speech_seq2seq as transcripts
 import torch
 from detectors import Scenes, collate_scenes, drop_and_permute, make_detector
 from helpers import (
@@ -67,6 +71,28 @@ def answers(out, world):
 def several_labels(out, world):
     samples = multi_label.samples_for("plain_vit", 16)
     return {"weights": state_of(multi_label.run(out, "plain_vit", samples, **options(world)))}
+
+
+def segmentation(out, world, **more):
+    """Images with another number of labelled pixels each, one of them without any."""
+    trainer = segments.run(out, "plain_segformer", segments.maps_for("", 16), **options(world, **more))
+    result = {"weights": state_of(trainer)}
+    return result | ({"stored": trainer.teacher.stored(range(16))} if trainer.teacher.kind == "history" else {})
+
+
+def ctc(out, world, name, **more):
+    """Sounds padded to one length, which two processes would not agree on."""
+    more |= {"data_collator": lambda items: frames.pad_sounds(items, 240), "learning_rate": 0.001}
+    return {"weights": state_of(frames.run(out, name, frames.Spoken(16), **options(world) | more))}
+
+
+def speech(out, world, **more):
+    samples = transcripts.spoken("plain_whisper", 16)
+    return {"weights": state_of(transcripts.run(out, "plain_whisper", samples, **options(world, **more)))}
+
+
+def next_sentence(out, world, **more):
+    return {"weights": state_of(pairs.run(out, "plain_bert", pairs.pairs(16), **options(world, **more)))}
 
 
 def options(world, **more):
@@ -258,6 +284,12 @@ SCENARIOS = {
     "ragged": lambda out, world: ragged(out, world, history_trace=True),
     "ragged_disk": lambda out, world: ragged(out, world, history_device="disk", history_top_k=CLASSES),
     "answers": lambda out, world: answers(out, world),
+    "segmentation": lambda out, world: segmentation(out, world),
+    "segmentation_history": lambda out, world: segmentation(out, world, teacher="history"),
+    "ctc": lambda out, world: ctc(out, world, "plain_wav2vec2"),
+    "ctc_mean": lambda out, world: ctc(out, world, "plain_wav2vec2_mean"),
+    "speech": lambda out, world: speech(out, world, teacher="history"),
+    "next_sentence": lambda out, world: next_sentence(out, world),
     "several_labels": lambda out, world: several_labels(out, world),
     "resume_history": lambda out, world: resumed(out, world, "vit"),
     "resume_snapshot": lambda out, world: resumed(out, world, "resnet", teacher="snapshot"),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models import base_model, logits_of, main_parameter
+from ..models import base_model, evaluating, logits_of, main_parameter
 from ..samples import seeded
 from ..tasks.detection import ObjectDetection
 from .auxiliary import ATTRIBUTE, AuxiliaryHeads, head_names, heads_of, output_embedding_of
@@ -18,7 +18,7 @@ from .factory import HeadFactory
 from .inputs import example_inputs
 from .kinds import grid_of
 from .layers import named
-from .layout import Layout, choose_layers, evaluating, measure
+from .layout import Layout, choose_layers, measure
 from .native import NativeHeads, check_equal
 from .reach import NO_GRADIENT
 from .taps import Recorder, remove_taps
