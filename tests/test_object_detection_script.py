@@ -231,6 +231,9 @@ def test_coco_pascal_voc_and_tables_are_read_equal(tmp_path, coco):
     assert found == [[name for name, _ in pictures[n][1]] for n in (6, 2)]
     with pytest.raises(ValueError, match="has no test.txt, only train, val: name the split with"):
         read("test", test_dir=str(voc))
+    (voc / "Annotations" / "0.xml").write_text("<annotation>")
+    with pytest.raises(ValueError, match="0.xml is no annotation of Pascal VOC .no element"):
+        read(train_dir=str(voc))
 
 
 def test_paths_of_json_lines_are_relative_to_the_file(tmp_path):
@@ -273,8 +276,9 @@ def change(coco, change):
         (lambda c: c["annotations"][0].update(bbox=[4, 3, -2, 10]), "Row 0 .* ends before it begins"),
         (lambda c: c["annotations"][0].update(bbox=[4, 3, float("nan"), 10]), "Row 0 .* is not four numbers"),
         (lambda c: c["annotations"][0].update(bbox=[4, 3, 5]), "Row 0 .* is not four numbers"),
-        (lambda c: c["annotations"][0].update(category_id=4), "annotation 0 has the unknown category_id 4"),
-        (lambda c: c["annotations"][0].update(image_id=4), "annotation 0 has the unknown image_id 4"),
+        (lambda c: c["annotations"][0].update(category_id=4), "annotation number 0 has the unknown category_id 4"),
+        (lambda c: c["annotations"][0].update(image_id=4), "annotation number 0 has the unknown image_id 4"),
+        (lambda c: c["annotations"][1].pop("bbox"), "annotation number 1 has no bbox: mend or leave it out"),
         (lambda c: c["annotations"].clear(), "The training data have no box in objects: there is nothing to learn"),
         (lambda c: c.pop("categories"), "is no COCO file: it needs images, annotations, categories"),
     ],

@@ -70,10 +70,16 @@ def read_coco(file: Path, folder: Path, data_args: DetectionDataArguments) -> Da
     categories = sorted(content["categories"], key=lambda category: category["id"])
     names = {category["id"]: category["name"] for category in categories}
     objects, images = defaultdict(list), {image["id"] for image in content["images"]}
-    for annotation in content["annotations"]:
+    for place, annotation in enumerate(content["annotations"]):
+        lacking = [field for field in ("image_id", "category_id", "bbox") if field not in annotation]
+        if lacking:
+            raise ValueError(f"{file}: annotation number {place} has no {', '.join(lacking)}: mend or leave it out.")
         for field, known in (("image_id", images), ("category_id", names)):
             if annotation[field] not in known:
-                raise ValueError(f"{file}: annotation {annotation['id']} has the unknown {field} {annotation[field]}.")
+                raise ValueError(
+                    f"{file}: annotation number {place} has the unknown {field} {annotation[field]}: mend or leave it "
+                    "out."
+                )
         crowd = bool(annotation.get("iscrowd", 0))
         objects[annotation["image_id"]].append((annotation["bbox"], names[annotation["category_id"]], crowd))
     rows = [(image["id"], folder / image["file_name"], objects[image["id"]]) for image in content["images"]]
@@ -105,7 +111,10 @@ def read_voc(folder: Path, name: str, data_args: DetectionDataArguments) -> Data
 
 
 def _read_voc_file(file: Path, images: Path) -> tuple[str, Path, list]:
-    root, objects = ElementTree.parse(file).getroot(), []
+    try:
+        root, objects = ElementTree.parse(file).getroot(), []
+    except ElementTree.ParseError as error:
+        raise ValueError(f"{file} is no annotation of Pascal VOC ({error}): mend or leave it out.") from None
     for found in root.iter("object"):
         sides = [float(found.findtext(f"bndbox/{side}", "nan")) for side in ("xmin", "ymin", "xmax", "ymax")]
         left, top, right, bottom = sides
