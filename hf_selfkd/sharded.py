@@ -9,19 +9,22 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .models import uncompiled
+
 
 def sharded_modules(model: nn.Module) -> list[nn.Module]:
     """
     The modules of a model whose weights FSDP2 gathers for a pass and shards again; none without FSDP2.
 
     Args:
-        model (`nn.Module`): in one piece, or after `fully_shard`.
+        model (`nn.Module`): in one piece, or after `fully_shard`, which shards at least what is in no other module.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return []
     from torch.distributed.fsdp import FSDPModule
 
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+    model = uncompiled(model)
+    return [part for part in model.modules() if isinstance(part, FSDPModule)] if isinstance(model, FSDPModule) else []
 
 
 def reshard(model: nn.Module) -> bool:

@@ -8,6 +8,7 @@ import torch
 from distributed_worker import options
 from helpers import make_samples, make_trainer
 from processes import fork
+from safetensors.torch import load_file
 
 from hf_selfkd import AuxiliaryHeadsConfig
 from hf_selfkd.sharded import sharded_modules, whole_state
@@ -15,6 +16,9 @@ from hf_selfkd.sharded import sharded_modules, whole_state
 
 LAYERS = {"plain_deep_vit": "ViTLayer", "vit": "ViTLayer", "plain_bert_tokens": "BertLayer", "plain_gpt2": "GPT2Block"}
 NAMES = ("loss", "hard_loss", "soft_loss", "rows_with_history", "past_agreement", "target_entropy", "head0_loss")
+
+STAGES = {"auxiliary_heads": "lsskd_full"}
+MODEL, SIZE = "plain_deep_vit", 32  # of the runs that are resumed
 
 
 def sharding(model, world):
@@ -52,17 +56,18 @@ def equal(out, world, model="plain_deep_vit", size=32, **more):
     return outcome(trainer, size) | {"eval": [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e]}
 
 
-def evaluated_before(out, world):
-    """A training of a model that an evaluation has sharded before; its card names the class of the model."""
+def shown(out, world):
+    """A training, an evaluation and what they leave behind: the model and its card."""
     held = {"eval_dataset": make_samples(MODEL, 12, seed=5), "per_device_eval_batch_size": 12 // world}
-    trainer = trainer_for(out, world, MODEL, SIZE, teacher="snapshot", **held)
-    before = trainer.evaluate()["eval_loss"]
+    trainer = trainer_for(out, world, MODEL, SIZE, teacher="snapshot", **STAGES, **held)
     trainer.train()
+    trainer.save_model()
+    loss = trainer.evaluate()["eval_loss"]
     trainer.create_model_card()
-    return outcome(trainer, SIZE) | {"eval": [before], "card": (out / "README.md").read_text()}
-
-
-MODEL, SIZE = "plain_deep_vit", 32  # of the runs that are resumed
+    result = outcome(trainer, SIZE) | {"eval": [loss]}
+    if trainer.is_world_process_zero():
+        result |= {"card": (out / "README.md").read_text(), "saved": load_file(out / "model.safetensors")}
+    return result
 
 
 def resumed(name, out, world):
@@ -82,7 +87,6 @@ def go_on(name, checkpoints, out, world):
     return outcome(trainer, SIZE)
 
 
-STAGES = {"auxiliary_heads": "lsskd_full"}
 RESUMED = {
     "resume_history": {},
     "resume_snapshot": {"teacher": "snapshot"},
@@ -103,7 +107,7 @@ SCENARIOS = {
     "causal": lambda out, world: equal(out, world, "plain_gpt2", 24, teacher="ema"),
     "causal_chunked": lambda out, world: equal(out, world, "plain_gpt2", 24, chunked_logits=True),
     "causal_top_k": lambda out, world: equal(out, world, "plain_gpt2", 24, history_top_k=4, history_device="disk"),
-    "evaluated_before": evaluated_before,
+    "shown": shown,
     "heads": lambda out, world: equal(out, world, **STAGES),
     "heads_history": lambda out, world: equal(out, world, teacher="history", **STAGES),
     "heads_teach": lambda out, world: equal(

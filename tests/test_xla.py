@@ -19,7 +19,8 @@ from hf_selfkd import AuxiliaryHeadsConfig, SelfKDTrainer
 os.environ.setdefault("PJRT_DEVICE", "CPU")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 metrics = pytest.importorskip("torch_xla.debug.metrics")
-pytestmark = pytest.mark.slow
+# What the stock trainer itself calls on XLA.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Use torch_xla.sync:DeprecationWarning")]
 
 LENGTH = 12  # to which all texts are padded
 
