@@ -226,7 +226,7 @@ def draw_predictions(dataset: Dataset, classes: list[str], run: Path, path: Path
         truth = [[*box, label, 0] for box, label in zip(objects["boxes"], objects["labels"], strict=True)]
         drawn = draw(image, np.array(rows).reshape(-1, 6), dict(enumerate(classes)), 0.3, np.array(truth))
         sheet.paste(drawn.resize((480, 360)), (480 * (place % 2), 360 * (place // 2)))
-    sheet.quantize(64).save(path, optimize=True)
+    sheet.quantize(256, PILImage.Quantize.FASTOCTREE).save(path, optimize=True)
 
 
 def main() -> None:
