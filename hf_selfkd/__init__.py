@@ -8,7 +8,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .collator import SelfKDDataCollator
-    from .config import SelfKDConfig, Seq2SeqSelfKDConfig
+    from .config import MethodArguments, SelfKDConfig, Seq2SeqSelfKDConfig
     from .early_exit import EarlyExit
     from .exits import exit_model, export_exit
     from .heads import (
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
         strip_auxiliary_heads,
     )
     from .heads.config import AuxiliaryHeadsConfig
+    from .loop import LoopDistiller
     from .samples import with_sample_ids
+    from .sentences import as_classifier
     from .seq2seq import Seq2SeqSelfKDTrainer
     from .trainer import SelfKDMixin, SelfKDTrainer
 
@@ -28,12 +30,15 @@ if TYPE_CHECKING:
 _MODULES = {
     "AuxiliaryHeadsConfig": "heads.config",
     "EarlyExit": "early_exit",
+    "LoopDistiller": "loop",
+    "MethodArguments": "config",
     "SelfKDConfig": "config",
     "SelfKDDataCollator": "collator",
     "SelfKDMixin": "trainer",
     "SelfKDTrainer": "trainer",
     "Seq2SeqSelfKDConfig": "config",
     "Seq2SeqSelfKDTrainer": "seq2seq",
+    "as_classifier": "sentences",
     "attach_auxiliary_heads": "heads",
     "exit_model": "exits",
     "export_exit": "exits",
@@ -46,6 +51,8 @@ _MODULES = {
 __all__ = [
     "AuxiliaryHeadsConfig",
     "EarlyExit",
+    "LoopDistiller",
+    "MethodArguments",
     "SelfKDConfig",
     "SelfKDDataCollator",
     "SelfKDMixin",
@@ -53,6 +60,7 @@ __all__ = [
     "Seq2SeqSelfKDConfig",
     "Seq2SeqSelfKDTrainer",
     "__version__",
+    "as_classifier",
     "attach_auxiliary_heads",
     "exit_model",
     "export_exit",

@@ -18,6 +18,7 @@ from .checkpoint_files import STATE_FOLDER, check_files, fault_of, forget_list, 
 from .files import cause_of_writing, load_tensors, save_tensors
 from .fixes import load_renamed_weights, pushed_folder
 from .heads import AuxiliaryHeadsConfig, head_names, heads_of, save_auxiliary_heads
+from .sharded import load_whole_state, whole_state
 
 
 logger = logging.getLogger(__name__)
@@ -82,20 +83,24 @@ class Checkpoints:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in [`~transformers.Trainer`]: the bare model. A checkpoint has the heads beside the model."""
         super().save_model(output_dir, _internal_call)
-        heads = heads_of(self.model)
-        if _internal_call and output_dir is not None and heads is not None and self.args.should_save:
-            config = {"config": json.dumps(heads.config.to_dict())}
-            save_tensors(Path(output_dir) / STATE_FOLDER / HEADS_FILE, heads.state_dict(), config)
-        if self.method.save_heads and heads is not None and self.args.should_save:
-            save_auxiliary_heads(self.model, self.args.output_dir if output_dir is None else output_dir)
+        heads, saves = heads_of(self.model), self.args.should_save
+        if heads is None:
+            return
+        if _internal_call and output_dir is not None and (saves or self.is_fsdp_enabled):
+            tensors, config = whole_state(self.model, heads, saves), {"config": json.dumps(heads.config.to_dict())}
+            if saves:
+                save_tensors(Path(output_dir) / STATE_FOLDER / HEADS_FILE, tensors, config)
+        if self.method.save_heads and (saves or self.is_fsdp_enabled):
+            folder = self.args.output_dir if output_dir is None else output_dir
+            save_auxiliary_heads(self.model, folder, saves)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         folder, distiller = Path(output_dir) / STATE_FOLDER, self.distiller
         if distiller is None:
             return
-        if self.args.should_save:
-            for name, (tensors, metadata) in distiller.states():
+        for name, (tensors, metadata) in distiller.states(self.args.should_save):
+            if self.args.should_save:
                 save_tensors(folder / f"{name}.safetensors", tensors, metadata | self._metadata())
         for name, journal in distiller.process_states():
             save_tensors(folder / _journal_file(name, self.args.process_index), journal, {})
@@ -225,7 +230,7 @@ class Checkpoints:
                 f"the checkpoint's auxiliary heads have other settings ({', '.join(changed)}): {written}, this run "
                 f"{heads.config.to_dict()}: resume with the same auxiliary_heads."
             )
-        heads.load_state_dict(tensors)
+        load_whole_state(self.model, heads, tensors)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -36,6 +36,7 @@ class SampleIndex:
             where the labelled rows stand among the flattened rows of the batch; `None` when sample `b` is row `b`.
         extremes (`tuple`): the smallest and the largest label, each with the id of its sample; empty without labels.
         items (`int`, *optional*): what the loss is a mean over, where that is not the labelled rows.
+        num_rows (`int`, *optional*): rows of the batch, where these are not as many as its labels.
     """
 
     ids: np.ndarray
@@ -45,6 +46,7 @@ class SampleIndex:
     rows: np.ndarray | None = None
     extremes: tuple[tuple[int, int], ...] = ()
     items: int | None = None
+    num_rows: int | None = None
 
     @property
     def num_items(self) -> int:

@@ -243,12 +243,16 @@ def test_configurations_add_no_fields_of_their_own():
 
 EXAMPLES = {  # what each runs on, as the sections of other pages do
     "EarlyExit": "exits",
+    "LoopDistiller": "images",
     "SelfKDConfig": "images",
     "SelfKDTrainer": "images",
     "calibration_metrics": "images",
+    "compute_speech_metrics": "speech",
     "compute_translation_metrics": "pairs",
+    "error_rates": "images",
     "multi_label_metrics": "images",
     "reliability_diagram": "images",
+    "segmentation_metrics": "images",
 }
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..devices import to_device
 from ..losses.soft_targets import label_entries
 from ..samples import SampleIndex
 from . import saving
@@ -111,11 +110,11 @@ class PredictionHistory(PredictionTable):
         if self.trace is not None:
             true = label_entries(log_probs, labels) if true_log_probs is None else true_log_probs
             true = true.exp().masked_fill_(labels < 0, math.nan)
-        rows = (log_probs, index, true)
+        noted, rows = self._noted(samples, slots), (log_probs, index, true)
         if self.ragged:
-            places = to_device(torch.from_numpy(samples.rows), log_probs.device)
-            rows = tuple(None if part is None else part.index_select(0, places) for part in rows)
-        self.journal.add(self._noted(samples, slots), samples.label_hash, samples.counts if self.ragged else 1, rows)
+            self.journal.add(noted, samples.label_hash, samples.counts, rows, samples.rows)
+        else:
+            self.journal.add(noted, samples.label_hash, 1, rows)
 
     def _noted(self, samples: SampleIndex, slots: np.ndarray) -> np.ndarray:
         """What the journal notes of each sample, to know it by: where it is kept."""

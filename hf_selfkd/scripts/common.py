@@ -116,7 +116,7 @@ def set_up_logging(training_args: SelfKDConfig) -> None:
 
 
 def make_config(
-    model_args: ModelArguments, names: list[str] | None = None, image_size: int | None = None
+    model_args: ModelArguments, names: list[str] | None = None, image_size: int | list[int] | None = None
 ) -> PreTrainedConfig:
     """
     The configuration of the model, with the overrides.

@@ -45,6 +45,9 @@ class Task:
         per_object (`bool`): whether rows are objects, of which a sample may show some today and others tomorrow.
         independent (`bool`): whether each class of a row has a probability of its own, which do not add up to 1.
         labels_move (`str`): what to say where the labels of a sample change from one reading to the next.
+        many_rows (`str`, *optional*): why `teacher="auto"` stores no rows, though they can be stored.
+        uncalibrated (`str`, *optional*): why held-out data tell no temperature, if they do not.
+        untraced (`str`, *optional*): why there is no probability of the true class of a sample, if there is not.
     """
 
     name = "a task"
@@ -60,6 +63,9 @@ class Task:
     no_history: str | None = None
     per_object = False
     independent = False
+    many_rows: str | None = None
+    uncalibrated: str | None = None
+    untraced: str | None = None
     labels_move = (
         "the labels of a sample change from one reading to the next, as with random masking: teacher='history' would "
         "compare predictions of other words. Use teacher='snapshot', or mask when the dataset is made"
@@ -354,6 +360,7 @@ class Task:
 
 SUPPORTED = (
     "single- and multi-label sequence, image, audio and video classification, token classification, extractive "
-    "question answering, multiple choice, causal, masked and encoder-decoder language models, and object detection "
-    "(detectors of the DETR family and YOLOS)"
+    "question answering, multiple choice, next sentence prediction, causal, masked and encoder-decoder language "
+    "models (of texts, sounds and images), CTC, object detection (detectors of the DETR family and YOLOS) and "
+    "semantic segmentation"
 )
