@@ -1,4 +1,4 @@
-"""What a training is doing, told through a pipe; and writing and deleting that take long enough to be interrupted."""
+"""What a training is doing, told through a pipe; and work on files that takes long enough to be interrupted."""
 
 import io
 import os
@@ -13,6 +13,7 @@ import transformers.trainer
 import transformers.trainer_utils
 
 import hf_selfkd.files
+import hf_selfkd.history.predictions
 from hf_selfkd import SelfKDTrainer
 from hf_selfkd.teachers.history import HistoryTeacher
 from hf_selfkd.teachers.weights import EMATeacher, SnapshotTeacher
@@ -50,6 +51,8 @@ def watch(mark, pause):
         training_step = mark.around("step", SelfKDTrainer.training_step)
         _save_checkpoint = mark.around("checkpoint", SelfKDTrainer._save_checkpoint)
 
+    hf_selfkd.history.predictions.exchange_rows = _between_pauses(hf_selfkd.history.predictions.exchange_rows, pause)
+    SnapshotTeacher._copy = _between_pauses(SnapshotTeacher._copy, pause)
     for teacher in (HistoryTeacher, SnapshotTeacher, EMATeacher):
         teacher.begin_epoch = mark.around("end of an epoch", teacher.begin_epoch)
     rotate = mark.around("rotation", transformers.trainer_utils.rotate_checkpoints)
@@ -57,6 +60,16 @@ def watch(mark, pause):
     _write_slowly(pause)
     _delete_slowly(pause)
     return Watched
+
+
+def _between_pauses(function, pause):
+    def slow(*arguments, **named):
+        time.sleep(5 * pause)
+        result = function(*arguments, **named)
+        time.sleep(5 * pause)
+        return result
+
+    return slow
 
 
 def _write_slowly(pause):
