@@ -12,6 +12,12 @@ from crash.__main__ import table
 
 
 ROOT = Path(__file__).parents[1]
+# A kill in the middle of the fourth checkpoint, which no load of the machine makes miss.
+AIMED = "import crash.tries as t; t.MOST_KILLS = 1; "
+AIMED += "t.draw_kill = lambda rng, r, again: t.Kill('checkpoint', 4, r.spans[0]['checkpoint'][3] / 3); "
+STOCK = "import hf_selfkd.checkpoints as c, transformers.trainer_utils as u; "
+STOCK += "c.Checkpoints._last_whole_checkpoint = lambda self: u.get_last_checkpoint(self.args.output_dir)"
+FORGETS = "import hf_selfkd.teachers.history as h; h.HistoryTeacher.load = lambda *arguments: None"
 
 
 def kill(tmp_path, tries, *flags, fault="", processes=1):
@@ -32,15 +38,10 @@ def kill(tmp_path, tries, *flags, fault="", processes=1):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_trainings_that_are_killed_end_as_if_nobody_had(tmp_path, processes):
-    results, code = kill(tmp_path, 2, "--teacher", "history", processes=processes)
+    results, code = kill(tmp_path, 2, "--teacher", "history", fault=AIMED, processes=processes)
     assert code == 0 and [result["lost"] for result in results] == [None] * 2
     assert all(result["kills"] for result in results) and all(len(result["begun"]) > 1 for result in results)
     assert not list((tmp_path / "runs").glob("try-*"))
-
-
-STOCK = "import hf_selfkd.checkpoints as c, transformers.trainer_utils as t; "
-STOCK += "c.Checkpoints._last_whole_checkpoint = lambda self: t.get_last_checkpoint(self.args.output_dir)"
-FORGETS = "import hf_selfkd.teachers.history as h; h.HistoryTeacher.load = lambda *arguments: None"
 
 
 @pytest.mark.slow
@@ -49,9 +50,7 @@ FORGETS = "import hf_selfkd.teachers.history as h; h.HistoryTeacher.load = lambd
 )
 def test_a_fault_is_seen(tmp_path, fault, lost):
     """The control: the newest folder is taken, whole or not, as `Trainer` does; the teacher's state is not loaded."""
-    aimed = "import crash.tries as t; t.MOST_KILLS = 1; "  # in the middle of the fourth checkpoint
-    aimed += "t.draw_kill = lambda rng, r, again: t.Kill('checkpoint', 4, r.spans[0]['checkpoint'][3] / 3); "
-    results, code = kill(tmp_path, 1, "--teacher", "history", fault=aimed + fault)
+    results, code = kill(tmp_path, 1, "--teacher", "history", fault=AIMED + fault)
     assert code == 1 and lost in results[0]["lost"]
     assert list((tmp_path / "runs").glob("try-*"))  # to be looked at
 
