@@ -14,6 +14,7 @@ from datasets import Dataset, load_dataset
 
 
 FIGURES = {"error": ("error %", 2), "nll": ("NLL", 3), "ece": ("ECE %", 2), "aurc": ("AURC x1000", 2)}
+PIXELS = {"mean_iou": ("mean IoU", 3), "pixel_accuracy": ("pixel accuracy", 3)}
 COST = {"cpu_ms_per_image": ("CPU ms an image", 2)}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from comparison import COST, FIGURES, read_results, table
+from comparison import COST, FIGURES, PIXELS, read_results, table
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
             if "accuracy" in row:
                 row.setdefault("error", 100 * (1 - row["accuracy"]))
         methods = list(dict.fromkeys(row["method"] for row in rows))
-        shown = {name: shape for name, shape in (FIGURES | COST).items() if all(name in row for row in rows)}
+        shown = {name: shape for name, shape in (PIXELS | FIGURES | COST).items() if all(name in row for row in rows)}
         print(f"{path.name}\n\n{table(rows, methods, shown)}\n")
 
 
