@@ -24,6 +24,7 @@ DETECTION = {
     "precision": ("their precision", 2),
     "cpu_seconds": ("CPU seconds", 0),
 }
+PIXELS = {"mean_iou": ("mean IoU", 3), "pixel_accuracy": ("pixel accuracy", 3)}
 COST = {"cpu_ms_per_image": ("CPU ms an image", 2)}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from comparison import COST, DETECTION, FIGURES, read_results, table
+from comparison import COST, DETECTION, FIGURES, PIXELS, read_results, table
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
             if "accuracy" in row:
                 row.setdefault("error", 100 * (1 - row["accuracy"]))
         methods = list(dict.fromkeys(row["method"] for row in rows))
-        known = DETECTION if all("map" in row for row in rows) else FIGURES | COST
+        known = DETECTION if all("map" in row for row in rows) else PIXELS | FIGURES | COST
         shown = {name: shape for name, shape in known.items() if all(name in row for row in rows)}
         print(f"{path.name}\n\n{table(rows, methods, shown)}\n")
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from comparison import load, read_results, run_missing, table
+from comparison import PIXELS, load, read_results, run_missing, table
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, set_seed
 
 from hf_selfkd import SelfKDConfig, SelfKDTrainer
@@ -34,13 +34,7 @@ METHODS = {
     "PS-KD, alpha 0.4": {"alpha": 0.4, "teacher": "snapshot"},
     "PS-KD": {"alpha": 0.8, "teacher": "snapshot"},
 }
-SHOWN = {
-    "mean_iou": ("mean IoU", 3),
-    "pixel_accuracy": ("pixel accuracy", 3),
-    "nll": ("NLL", 3),
-    "ece": ("ECE %", 2),
-    "cpu_seconds": ("CPU s", 0),
-}
+SHOWN = PIXELS | {"nll": ("NLL", 3), "ece": ("ECE %", 2), "cpu_seconds": ("CPU s", 0)}
 
 
 def mask_of(boxes: list, classes: list[str], size: tuple[int, int], scale: float) -> np.ndarray:
@@ -133,7 +127,8 @@ def run(method: str, seed: int, data: dict[str, Cells], args: argparse.Namespace
         seconds = time.process_time() - start
         metrics = trainer.evaluate()
     figures = {name: metrics[f"eval_{name}"] for name in ("mean_iou", "mean_accuracy", "pixel_accuracy", "nll", "ece")}
-    settings = {"method": method, "seed": seed, "epochs": args.epochs, "width": args.width}
+    size = {"train_samples": len(data["train"]), "epochs": args.epochs, "width": args.width}
+    settings = {"method": method, "seed": seed} | size
     return settings | figures | {"cpu_seconds": seconds}
 
 

@@ -75,10 +75,15 @@ def main_parameter(model: nn.Module) -> nn.Parameter:
     return next((parameter for parameter in floating if not parameter.is_meta), floating[0])  # meta: kept elsewhere
 
 
+def output_embeddings_of(model: nn.Module) -> nn.Module | None:
+    """The head of a language model, if the model tells of one."""
+    base = base_model(model)
+    return base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+
+
 def num_classes_of(model: nn.Module) -> int | None:
     """Classes of a model's rows, as far as the model tells before it has run."""
-    base = base_model(model)
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    base, head = base_model(model), output_embeddings_of(model)
     if head is not None:
         weight = getattr(head, "weight", None)
         known = weight is not None and weight.dim() == 2 and weight.numel()  # no elements: they are elsewhere (ZeRO-3)

@@ -112,7 +112,7 @@ def omniasr():
 # Classes that the oldest supported transformers does not have.
 NEW = {
     "LasrForCTC": (lasr, 8),
-    "GraniteSpeech5ForCTC": (granite, 8),
+    "GraniteSpeech5ForCTC": (granite, 32),
     "OmniASRForCTC": (omniasr, 0),
 }
 CTC_MODELS |= {name: (getattr(tf, name), *found) for name, found in NEW.items() if hasattr(tf, name)}
@@ -157,3 +157,14 @@ def pad_sounds(items, length=None, filler=-100):
     width = max(1, *(len(item["labels"]) for item in items))
     labels = torch.tensor([item["labels"] + [filler] * (width - len(item["labels"])) for item in items])
     return {name: batch, "attention_mask": mask, "labels": labels}
+
+
+def pad_for(name):
+    """The collator of a model, by its name."""
+
+    def with_channels(items):
+        batch = pad_sounds(items)
+        mask = batch.pop("attention_mask")
+        return batch | {"input_values": batch["input_values"].unsqueeze(1), "padding_mask": mask.unsqueeze(1)}
+
+    return with_channels if name == "OmniASRForCTC" else pad_sounds

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 from helpers import Samples, difference, logged, refused, same_weights, train
-from speakers import BLANK, CTC_MODELS, SYMBOLS, Spoken, make_ctc, pad_sounds
+from speakers import BLANK, CTC_MODELS, SYMBOLS, Spoken, make_ctc, pad_for, pad_sounds
 
 from hf_selfkd import SelfKDTrainer
 from hf_selfkd.losses.ctc import CTCLoss
@@ -29,7 +29,7 @@ def sounds_for(name, size=14, **options):
 def run(folder, name, samples=None, **options):
     model = make_ctc(name) if isinstance(name, str) else name
     samples = sounds_for(name) if samples is None else samples
-    defaults = {"data_collator": pad_sounds, "learning_rate": 1e-3}
+    defaults = {"data_collator": pad_for(name), "learning_rate": 1e-3}
     return train(folder, model, samples, **(defaults | options))
 
 
@@ -37,9 +37,10 @@ def lengths_of(model, batch):
     """Frames of each sample, from a run of each by itself."""
     counts = []
     name = next(name for name in batch if name.startswith("input"))
-    for place, mask in enumerate(batch["attention_mask"]):
+    for place, mask in enumerate(batch.get("attention_mask", batch.get("padding_mask"))):
+        sound, length = batch[name][place : place + 1], int(mask.sum())
         with torch.no_grad():
-            alone = model(**{name: batch[name][place : place + 1, : int(mask.sum())]})
+            alone = model(**{name: sound[..., :length] if name == "input_values" else sound[:, :length]})
         counts.append(alone.logits.shape[1])
     return counts
 
@@ -50,7 +51,7 @@ def lengths_of(model, batch):
 @pytest.mark.parametrize("name", CTC_MODELS)
 def test_rows_are_the_frames_of_the_model(name):
     """Frames of padding do not count: there are as many rows as the sounds have frames by themselves."""
-    model, batch = make_ctc(name).eval(), pad_sounds(sounds_for(name).items[:5])
+    model, batch = make_ctc(name).eval(), pad_for(name)(sounds_for(name).items[:5])
     task = task_for(model)
     assert type(task) is CTC and task.num_classes == SYMBOLS
     loss = CTCLoss(task)

@@ -129,7 +129,9 @@ def cohere_asr():
 
 def moonshine_streaming():
     encoder = WORDS | {"num_key_value_heads": 2, "sliding_windows": [[4, 1]]}
-    config = tf.MoonshineStreamingConfig(encoder_config=encoder, vocab_size=30, **WORDS | TOKENS)
+    config = tf.MoonshineStreamingConfig(
+        encoder_config=encoder, vocab_size=30, num_key_value_heads=2, **WORDS | TOKENS
+    )
     return tf.MoonshineStreamingForConditionalGeneration(config)
 
 

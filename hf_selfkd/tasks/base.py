@@ -11,7 +11,7 @@ from torch import nn
 
 from ..batch import Batch, BatchRecord, Mixing
 from ..devices import to_device
-from ..models import base_model, logits_of, num_classes_of
+from ..models import base_model, logits_of, num_classes_of, output_embeddings_of
 from ..samples import IGNORE_INDEX, SampleIndex, sample_index
 from .rows import Rows
 
@@ -87,6 +87,8 @@ class Task:
     @property
     def num_classes(self) -> int | None:
         """`int`: classes of a row, as far as the model tells before it has run."""
+        if self.language_model and output_embeddings_of(self.wrapped) is None:
+            return None  # `num_labels` of the configuration says nothing of words
         return num_classes_of(self.wrapped)
 
     def classes_in(self, batch: Batch) -> int | None:
