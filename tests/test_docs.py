@@ -172,7 +172,7 @@ def names_of(kind):
             part: transcripts.spoken("captions", 14, seed, lengths) for part, seed in (("train", 0), ("test", 1))
         }
         return samples | {"model": transcripts.make("captions")}
-    if kind == "sentences":
+    if kind == "sentence_pairs":
         return {"model": sentences.make("bert"), "train": sentences.pairs(), "test": sentences.pairs(6, seed=1)}
     raise ValueError(f"there is no setup {kind!r}")
 
@@ -195,7 +195,7 @@ RUNNABLE = [(page, title) for page in PAGES for title, kind, _ in sections(page)
 @pytest.mark.parametrize("page, title", RUNNABLE, ids=lambda part: part.lower().replace(" ", "-"))
 def test_a_section_runs(tmp_path, monkeypatch, page, title):
     names = run(page, title, tmp_path, monkeypatch)
-    if "trainer" in names:
+    if isinstance(names.get("trainer"), Trainer):  # and not one of Lightning
         assert names["trainer"].state.global_step > 0
         assert all(torch.isfinite(tensor).all() for tensor in state_of(names["trainer"]).values())
 
