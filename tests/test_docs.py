@@ -124,11 +124,11 @@ def names_of(kind):
         pytest.importorskip("lightning")
         return names_of("images")
     if kind == "sentences":
-        sentences = pytest.importorskip("sentence_transformers")
+        embeddings = pytest.importorskip("sentence_transformers")
         make_model("plain_bert").bert.save_pretrained("body")
         make_tokenizer().save_pretrained("body")
         pairs = [{"sentence1": f"w{n}", "sentence2": f"w{n + 1} w3", "label": n % 3} for n in range(24)]
-        encoder = sentences.SentenceTransformer("body", device="cpu")
+        encoder = embeddings.SentenceTransformer("body", device="cpu")
         return {"model": encoder, "encoder": encoder, "pairs": pairs}
     if kind == "ordinal":  # one score fewer than classes
         config = make_model("resnet").config
