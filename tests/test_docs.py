@@ -18,6 +18,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import test_next_sentence as sentences
 import test_speech_seq2seq as transcripts
 import torch
 import typer
