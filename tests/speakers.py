@@ -165,6 +165,6 @@ def pad_for(name):
     def with_channels(items):
         batch = pad_sounds(items)
         mask = batch.pop("attention_mask")
-        return batch | {"input_values": batch["input_values"].unsqueeze(1), "padding_mask": mask.unsqueeze(1)}
+        return batch | {"input_values": batch["input_values"].unsqueeze(1), "padding_mask": mask}
 
     return with_channels if name == "OmniASRForCTC" else pad_sounds

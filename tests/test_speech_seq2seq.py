@@ -166,7 +166,7 @@ SHAPES = {
     "frames": ("input_features", (16, 8)),
     "notes": ("input_features", (6, 16)),
     "waves": ("input_values", (120,)),
-    "long waves": ("input_values", (900,)),
+    "long waves": ("input_values", (960,)),
     "images": ("pixel_values", (3, 16, 16)),
     "patches": ("flattened_patches", (4, 14)),
 }
