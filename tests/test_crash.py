@@ -73,3 +73,20 @@ def test_the_table_counts_kills_and_losses_by_phase():
         {"phase": "rotation", "kills": 1, "losses": 0},
         {"phase": "step", "kills": 2, "losses": 1},
     ]
+
+
+def test_the_page_has_the_figures_of_the_log():
+    page = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    lines = (ROOT / "docs/results/crash_test.jsonl").read_text(encoding="utf-8").splitlines()
+    results = [json.loads(line) for line in lines]
+    assert not any(result["lost"] for result in results)
+    counts = []
+    for processes in (1, 2):
+        own = [result for result in results if result["processes"] == processes]
+        deaths = {line["phase"]: line["kills"] for line in table(own)}
+        assert f"| {len(own)} tries, {sum(deaths.values())} kills | 0 |" in page
+        counts.append(deaths)
+    for phase in counts[0]:
+        assert f"| {counts[0][phase]} | {counts[1].get(phase, 0)} | 0 |" in page, phase
+    starts = [whole for result in results for whole in result["stock_choice_is_whole"][1:]]
+    assert f"In {starts.count(False)} of the {len(starts)} starts" in page
