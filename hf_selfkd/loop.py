@@ -125,6 +125,7 @@ class LoopDistiller:
         if heads_of(bare) is not None:
             check_headless(bare, task)
         found = task_for(bare, names) if task is None else task(bare, names)
+        found.bare_logits = True  # as modules of plain PyTorch return them
         if found.per_object:
             check_detection(method, found)
         function = compute_loss_func

@@ -143,15 +143,13 @@ def logits_of(outputs: Any, has_loss: bool) -> torch.Tensor:
     Take the logits out of a model's outputs.
 
     Args:
-        outputs: a `ModelOutput`, a dictionary, a tuple, or the logits themselves, as models of plain PyTorch return.
+        outputs: a `ModelOutput`, a dictionary or a tuple.
         has_loss (`bool`): whether a tuple starts with the loss.
 
     Raises:
         ValueError: if there are none.
     """
-    if isinstance(outputs, torch.Tensor):
-        logits = outputs
-    elif isinstance(outputs, dict):
+    if isinstance(outputs, dict):
         logits = outputs.get("logits")
     elif isinstance(outputs, (tuple, list)):
         logits = outputs[int(has_loss)] if len(outputs) > int(has_loss) else None

@@ -44,6 +44,7 @@ class Task:
         no_history (`str`, *optional*): why rows cannot be stored, if they cannot.
         per_object (`bool`): whether rows are objects, of which a sample may show some today and others tomorrow.
         independent (`bool`): whether each class of a row has a probability of its own, which do not add up to 1.
+        bare_logits (`bool`): whether a model may return its logits alone, which a trainer would take for a loss.
         labels_move (`str`): what to say where the labels of a sample change from one reading to the next.
         many_rows (`str`, *optional*): why `teacher="auto"` stores no rows, though they can be stored.
         uncalibrated (`str`, *optional*): why held-out data tell no temperature, if they do not.
@@ -66,6 +67,7 @@ class Task:
     many_rows: str | None = None
     uncalibrated: str | None = None
     untraced: str | None = None
+    bare_logits = False
     labels_move = (
         "the labels of a sample change from one reading to the next, as with random masking: teacher='history' would "
         "compare predictions of other words. Use teacher='snapshot', or mask when the dataset is made"
@@ -278,6 +280,8 @@ class Task:
             outputs (`dict` or `tuple`): of the model.
             has_loss (`bool`): whether a tuple starts with the loss.
         """
+        if self.bare_logits and isinstance(outputs, torch.Tensor):
+            return outputs
         return logits_of(outputs, has_loss)
 
     def predict(self, run: Callable[[dict[str, Any]], Any], batch: Batch) -> Rows:
