@@ -63,7 +63,8 @@ class LoopDistiller:
         accumulation_steps (`int`, *optional*, defaults to 1):
             Micro-batches of an optimizer step. What is left at the end of an epoch counts as a step.
         task (`type`, *optional*): a subclass of [`~hf_selfkd.tasks.Task`] for a task of your own.
-        label_names (`Sequence[str]`, *optional*): names under which a batch may hold the labels.
+        label_names (`Sequence[str]`, *optional*, defaults to `("labels",)`):
+            names under which a batch may hold the labels.
         compute_loss_func (`Callable`, *optional*): a hard loss of your own, as for [`~transformers.Trainer`].
         seed (`int`, *optional*, defaults to 42): chooses the rotations of views, where auxiliary heads tell them.
         folder (`str` or `Path`, *optional*): for a history that is kept on disk.
