@@ -67,7 +67,7 @@ class LoopDistiller:
             names under which a batch may hold the labels.
         compute_loss_func (`Callable`, *optional*): a hard loss of your own, as for [`~transformers.Trainer`].
         seed (`int`, *optional*, defaults to 42): chooses the rotations of views, where auxiliary heads tell them.
-        folder (`str` or `Path`, *optional*): for a history that is kept on disk.
+        folder (`str` or `Path`, *optional*, defaults to `"selfkd_history"`): for a history that is kept on disk.
 
     Attributes:
         distiller ([`~hf_selfkd.distiller.SelfDistiller`]): the method itself.
