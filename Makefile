@@ -1,4 +1,4 @@
-# make demo, demo-translation, test: each makes .venv and installs what it needs, then runs. PYTHON=python3.12 chooses one.
+# make demo, demo-translation, test, test-all: each makes .venv, installs what it needs and runs. PYTHON=python3.12 chooses one.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ OLDEST ?= .venv-oldest
 OLDEST_PYTHON ?= python3.10
 
 .NOTPARALLEL:
-.PHONY: demo demo-translation test test-oldest lint results reference docs dist build check-tag clean
+.PHONY: demo demo-translation test test-all test-oldest crash-test lint results reference docs dist build check-tag clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo_digits.py
@@ -17,10 +17,20 @@ demo-translation: $(VENV)/.translation
 
 # Files in the order of tests/conftest.py. One thread a process: two processes of two threads each would fight for two cores.
 test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+
+# With those that start processes of their own: several processes, crashes, uploads, whole commands.
+test-all: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-oldest: $(OLDEST)/.oldest
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# Kills small trainings at random moments and compares how they end; TRIES=100 PROCESSES=2 and more in docs/reliability.md.
+TRIES ?= 100
+PROCESSES ?= 1
+crash-test: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m crash --tries $(TRIES) --processes $(PROCESSES)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -14,6 +14,17 @@ from datasets import Dataset, load_dataset
 
 
 FIGURES = {"error": ("error %", 2), "nll": ("NLL", 3), "ece": ("ECE %", 2), "aurc": ("AURC x1000", 2)}
+DETECTION = {
+    "map": ("mAP", 3),
+    "map_50": ("mAP50", 3),
+    "map_75": ("mAP75", 3),
+    "d_ece": ("D-ECE %", 1),
+    "counted": ("detections from 0.3", 0),
+    "score": ("their mean score", 2),
+    "precision": ("their precision", 2),
+    "cpu_seconds": ("CPU seconds", 0),
+}
+PIXELS = {"mean_iou": ("mean IoU", 3), "pixel_accuracy": ("pixel accuracy", 3)}
 COST = {"cpu_ms_per_image": ("CPU ms an image", 2)}
 
 

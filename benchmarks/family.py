@@ -2,10 +2,11 @@
 One training with exits against the same smaller architectures trained alone, with the same budget each.
 
     python benchmarks/family.py ag_news --pretrained MODEL --exits 2 4 --max_train_samples 400 --train_files ...
-    python benchmarks/family.py cifar100 --model convnext --exits 1 2 --images_per_class 50 --train_files ...
+    python benchmarks/family.py cifar100 --model resnet --pixels 64 --exits 1 2 --images_per_class 50 --train_files ...
 
 `family` is the preset `exits`: the whole model and its exits learn from labels, exits also from the whole model;
-`family, PS-KD` adds past predictions to the labels of all. `alone` trains the whole architecture and each one with
+`family, PS-KD` adds past predictions to the labels of all, `family, shallow first` lets the shallowest exit count ten
+times. `alone` trains the whole architecture and each one with
 fewer layers for itself, plainly: pretrained models keep the first layers of the pretrained weights. Every finished
 training appends a JSON line for each member to `--results`; what is there is not repeated. `--table` prints the table.
 """
@@ -18,9 +19,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from classification import VIT, ag_news, cifar100, digits
+from classification import ag_news, cifar100, digits
 from comparison import machine, read_results, table
-from transformers import ConvNextConfig, ConvNextForImageClassification, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, ResNetConfig, ResNetForImageClassification, set_seed
 
 from hf_selfkd import AuxiliaryHeadsConfig, SelfKDConfig, SelfKDTrainer, exit_model
 from hf_selfkd.exits.export import native_head
@@ -28,7 +29,12 @@ from hf_selfkd.heads import attach_auxiliary_heads, strip_auxiliary_heads
 from hf_selfkd.metrics import compute_classification_metrics
 
 
-METHODS = {"family": {"alpha": 0.0}, "family, PS-KD": {"alpha": 0.8}, "alone": {"alpha": 0.0}}
+METHODS = {
+    "family": {"alpha": 0.0},
+    "family, PS-KD": {"alpha": 0.8},
+    "family, shallow first": {"alpha": 0.0},
+    "alone": {"alpha": 0.0},
+}
 REPORTED = ("accuracy", "nll", "brier", "ece", "ece_15", "aurc")
 SHOWN = {
     "error": ("error %", 2),
@@ -39,17 +45,11 @@ SHOWN = {
 }
 
 
-def small_convnext(pixels: int) -> ConvNextForImageClassification:
-    """A ConvNeXt of three stages for small images."""
-    return ConvNextForImageClassification(
-        ConvNextConfig(
-            num_stages=3,
-            hidden_sizes=[32, 64, 128],
-            depths=[2, 2, 2],
-            patch_size=max(pixels // 16, 1),
-            image_size=pixels,
-            layer_scale_init_value=0.0,
-            num_labels=100,
+def small_resnet() -> ResNetForImageClassification:
+    """A ResNet of three stages as its configuration says, with the stem that divides sizes by 4."""
+    return ResNetForImageClassification(
+        ResNetConfig(
+            embedding_size=32, hidden_sizes=[32, 64, 128], depths=[2, 2, 2], layer_type="basic", num_labels=100
         )
     )
 
@@ -112,6 +112,8 @@ def members(task: dict, method: str, exits: list[int], seed: int) -> list[dict]:
             )
         return rows
     heads = AuxiliaryHeadsConfig.preset("exits", layers=layers)
+    if method == "family, shallow first":
+        heads.layer_weights = [10.0] + [1.0] * (len(layers) - 1)
     trainer, seconds, cpu = train(task, model, METHODS[method], heads, seed)
     for exit in [*exits, None]:
         member = trainer.model if exit is None else exit_model(trainer.model, exit)
@@ -134,10 +136,11 @@ def main() -> None:
     parser.add_argument("--images_per_class", type=int)
     parser.add_argument("--pixels", type=int, default=32)
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--model", choices=("convnext", "vit"))
+    parser.add_argument("--model", choices=("resnet", "vit"))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int)
+    parser.add_argument("--max_grad_norm", type=float, default=1.0, help="of the Trainer; 0 does not clip")
     parser.add_argument("--results", type=Path)
     parser.add_argument("--table", action="store_true", help="print the table of the results and stop")
     args = parser.parse_args()
@@ -150,13 +153,13 @@ def main() -> None:
 
 def run_missing(path: Path, args: argparse.Namespace) -> None:
     """Do the trainings that `path` lacks."""
-    fixed = {"few_shot_fraction": 1.0, "validation_files": None, "label_noise": 0.0, "learning_rate": 0.1}
-    options = argparse.Namespace(**{**vars(args), **fixed})
+    fixed = {"few_shot_fraction": 1.0, "validation_files": None, "label_noise": 0.0, "learning_rate": 0.05}
+    of_task = "vit" if args.model == "vit" else None
+    options = argparse.Namespace(**{**vars(args), **fixed, "model": of_task})
     task = {"cifar100": cifar100, "digits": digits, "ag_news": ag_news}[args.task](options)
-    if args.model == "convnext":
-        task["make_model"] = lambda: small_convnext(args.pixels)
-    if args.model is not None:
-        task["arguments"] |= VIT
+    if args.model == "resnet":
+        task["make_model"] = small_resnet
+    task["arguments"]["max_grad_norm"] = args.max_grad_norm
     done = {(row["training"], row["seed"]) for row in read_results(path)}
     for seed in args.seeds:
         for method in args.methods:

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from comparison import COST, FIGURES, read_results, table
+from comparison import COST, DETECTION, FIGURES, PIXELS, read_results, table
 
 
 def main() -> None:
     for path in sorted((Path(__file__).parents[1] / "docs" / "results").glob("*.jsonl")):
         rows = read_results(path)
+        if "method" not in rows[0]:
+            continue  # crash_test.jsonl, which compares no methods
         for row in rows:
             if "accuracy" in row:
                 row.setdefault("error", 100 * (1 - row["accuracy"]))
         methods = list(dict.fromkeys(row["method"] for row in rows))
-        shown = {name: shape for name, shape in (FIGURES | COST).items() if all(name in row for row in rows)}
+        known = DETECTION if all("map" in row for row in rows) else PIXELS | FIGURES | COST
+        shown = {name: shape for name, shape in known.items() if all(name in row for row in rows)}
         print(f"{path.name}\n\n{table(rows, methods, shown)}\n")
 
 

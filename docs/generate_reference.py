@@ -40,6 +40,7 @@ MODULES = (
 )
 SOME = {"hf_selfkd.tasks": ["Task", "Rows"]}  # of a module that is public in part: what a task of one's own is made of
 REMAKE = "python docs/generate_reference.py"
+LINE = 119  # of the formatter
 NOTE = f"<!-- Made by `{REMAKE}`: change the docstrings of the package, not this page. -->"
 WIDTH = 100  # of a signature on one line
 
@@ -218,6 +219,14 @@ def code(value: Any) -> str:
 
 def _literal(value: Any) -> str:
     return quoted(repr(value))
+
+
+def _in_lines(value: Any, before: int) -> str:
+    """A value as code, with a line for each of many entries, as the formatter has them."""
+    whole = _literal(value)
+    if not isinstance(value, tuple) or before + len(whole) <= LINE:
+        return whole
+    return "(\n" + "".join(f"    {_literal(entry)},\n" for entry in value) + ")"
 
 
 def quoted(text: str) -> str:
@@ -443,7 +452,7 @@ def named(module: ModuleType, name: str, value: Any, told: dict[tuple[type, str]
     yield f"### `{name}`"
     if is_constant(value):
         if not name.startswith("__"):  # the version is another one with each release
-            yield f"```python\n{name} = {_literal(value)}\n```"
+            yield f"```python\n{name} = {_in_lines(value, len(name) + 3)}\n```"
         yield comment_of(module, name)
         return
     if not inspect.isclass(value):

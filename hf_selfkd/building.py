@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
 from .assembly import Setting, heads_learn, make_distiller, make_heads, make_teacher
-from .checkpoints import STATE_FOLDER
+from .checkpoint_files import STATE_FOLDER
 from .checks import check_engine, check_even, sharded_by, warn_of_clipping
 from .config import MethodArguments
 from .distiller import SelfDistiller
@@ -78,7 +78,7 @@ class Building:
 
     def _scales_correctly(self, task: Task | None) -> bool:
         """Whether plain training can be scaled by its rows, which the stock class does not do for many models."""
-        if task is None or sharded_by(self) or self.args.n_gpu > 1:
+        if task is None or sharded_by(self) not in (None, "FSDP2") or self.args.n_gpu > 1:
             return False
         if self.compute_loss_func is not None:
             return False
@@ -115,7 +115,7 @@ class Building:
             Processes(
                 args.process_index,
                 args.world_size,
-                args.local_process_index,
+                args.local_process_index if several else 0,  # one process of XLA has no local index
                 int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
                 self._gather if several else None,
                 broadcast if several else None,

@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .files import load_tensors, save_tensors
-from .fixes import last_whole_checkpoint, load_renamed_weights, pushed_folder
+from .checkpoint_files import STATE_FOLDER, check_files, fault_of, forget_list, whole_checkpoint, write_list
+from .files import cause_of_writing, load_tensors, save_tensors
+from .fixes import load_renamed_weights, pushed_folder
 from .heads import AuxiliaryHeadsConfig, head_names, heads_of, save_auxiliary_heads
+from .sharded import load_whole_state, whole_state
 
 
 logger = logging.getLogger(__name__)
 
-STATE_FOLDER = "_selfkd"  # in a checkpoint and, for a history on disk, in the output folder
 HEADS_FILE = "auxiliary_heads.safetensors"  # in that folder of a checkpoint
 
 
@@ -27,6 +30,35 @@ class Checkpoints:
     """Part of [`~hf_selfkd.SelfKDMixin`]: teachers and heads in checkpoints, bare models everywhere else."""
 
     # Saving
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """
+        As in [`~transformers.Trainer`].
+
+        Raises:
+            OSError: if the disk takes no more; the checkpoint before is as it was.
+        """
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            if self.args.should_save:
+                forget_list(folder)
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            cause = cause_of_writing(error)
+            if cause is None or fault_of(folder) is None:  # an upload failed, for one
+                raise
+            raise OSError(
+                f"{_being_written(folder, error)} could not be written ({cause}): {folder} is not whole, earlier "
+                "checkpoints are as they were. Make room or choose another output_dir, then train with "
+                "resume_from_checkpoint=True."
+            ) from error
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The state of the run is written next and says that the checkpoint is whole: also what other processes write.
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_list(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not hasattr(self.model, "save_pretrained"):  # which leaves the heads out by itself
@@ -51,20 +83,24 @@ class Checkpoints:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in [`~transformers.Trainer`]: the bare model. A checkpoint has the heads beside the model."""
         super().save_model(output_dir, _internal_call)
-        heads = heads_of(self.model)
-        if _internal_call and output_dir is not None and heads is not None and self.args.should_save:
-            config = {"config": json.dumps(heads.config.to_dict())}
-            save_tensors(Path(output_dir) / STATE_FOLDER / HEADS_FILE, heads.state_dict(), config)
-        if self.method.save_heads and heads is not None and self.args.should_save:
-            save_auxiliary_heads(self.model, self.args.output_dir if output_dir is None else output_dir)
+        heads, saves = heads_of(self.model), self.args.should_save
+        if heads is None:
+            return
+        if _internal_call and output_dir is not None and (saves or self.is_fsdp_enabled):
+            tensors, config = whole_state(self.model, heads, saves), {"config": json.dumps(heads.config.to_dict())}
+            if saves:
+                save_tensors(Path(output_dir) / STATE_FOLDER / HEADS_FILE, tensors, config)
+        if self.method.save_heads and (saves or self.is_fsdp_enabled):
+            folder = self.args.output_dir if output_dir is None else output_dir
+            save_auxiliary_heads(self.model, folder, saves)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         folder, distiller = Path(output_dir) / STATE_FOLDER, self.distiller
         if distiller is None:
             return
-        if self.args.should_save:
-            for name, (tensors, metadata) in distiller.states():
+        for name, (tensors, metadata) in distiller.states(self.args.should_save):
+            if self.args.should_save:
                 save_tensors(folder / f"{name}.safetensors", tensors, metadata | self._metadata())
         for name, journal in distiller.process_states():
             save_tensors(folder / _journal_file(name, self.args.process_index), journal, {})
@@ -95,10 +131,32 @@ class Checkpoints:
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ):
-        """As in [`~transformers.Trainer`]; `True` resumes from the newest checkpoint that was written to its end."""
+        """
+        As in [`~transformers.Trainer`]; `True` resumes from the newest checkpoint that was written to its end.
+
+        Raises:
+            ValueError: if there is no such checkpoint, or the one asked for is not whole.
+        """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir) or True
+            resume_from_checkpoint = self._last_whole_checkpoint()
+        if resume_from_checkpoint:
+            check_files(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _last_whole_checkpoint(self) -> str:
+        """The newest checkpoint that is whole for every process: machines may have folders of their own."""
+        steps = [whole_checkpoint(self.args.output_dir)]
+        while self.args.world_size > 1:
+            steps = self._gather(torch.tensor(steps)).tolist()
+            if len(set(steps)) == 1:
+                break
+            steps = [whole_checkpoint(self.args.output_dir, at_most=min(steps))]
+        if steps[0] < 0:
+            raise ValueError(
+                f"resume_from_checkpoint=True but {self.args.output_dir} has no whole checkpoint: leave it out to "
+                "train from the start."
+            )
+        return os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{steps[0]}")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -172,7 +230,7 @@ class Checkpoints:
                 f"the checkpoint's auxiliary heads have other settings ({', '.join(changed)}): {written}, this run "
                 f"{heads.config.to_dict()}: resume with the same auxiliary_heads."
             )
-        heads.load_state_dict(tensors)
+        load_whole_state(self.model, heads, tensors)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -186,6 +244,7 @@ class Checkpoints:
         super()._issue_warnings_after_load(type(load_result)(missing, load_result.unexpected_keys))
 
     def _load_best_model(self) -> None:
+        check_files(self.state.best_model_checkpoint)
         super()._load_best_model()
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             load_renamed_weights(self.model, self.state.best_model_checkpoint)
@@ -201,6 +260,14 @@ class Checkpoints:
             super()._push_from_checkpoint(folder)
         if self.is_world_process_zero():
             self._save_readable_args(self.args.output_dir)
+
+
+def _being_written(folder: Path, error: Exception) -> Path:
+    """The file of a checkpoint that an error stopped."""
+    if isinstance(error, SafetensorError):  # which takes away what it could not write
+        return folder / "*.safetensors"
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_mtime_ns, default=folder)
 
 
 def _journal_file(name: str, rank: int) -> str:

@@ -40,7 +40,7 @@ def check_launch(args: TrainingArguments, distils: bool) -> None:
 def sharded_by(trainer: Trainer) -> str | None:
     """What splits the weights or the batches of a model between devices, if anything does."""
     if trainer.is_fsdp_enabled:
-        return "FSDP"
+        return f"FSDP{getattr(trainer.accelerator.state.fsdp_plugin, 'fsdp_version', 1)}"
     if trainer.is_deepspeed_enabled:
         return "DeepSpeed"
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
@@ -60,15 +60,18 @@ def check_engine(trainer: Trainer, method: MethodArguments, kind: str) -> None:
             f"{sharded} splits samples between processes, whose rows self-distillation must see whole: turn it off, "
             "or set alpha=0 without auxiliary_heads."
         )
-    if sharded is not None and kind in ("snapshot", "ema"):
-        raise ValueError(f"teacher={kind!r} keeps whole weights, which {sharded} shards: use teacher='history'.")
+    in_parts = sharded not in (None, "FSDP2")  # whose shards are parts of single weights, in every process the same
+    if in_parts and kind in ("snapshot", "ema"):
+        raise ValueError(
+            f"teacher={kind!r} keeps whole weights, which {sharded} shards: use teacher='history', or FSDP2 "
+            "(fsdp=True)."
+        )
     if trainer.args.use_liger_kernel:
         raise ValueError("use_liger_kernel=True hides the logits that self-distillation needs: set it to False.")
-    heads = heads_of(trainer.model)
-    if heads is not None and sharded is not None:
+    if in_parts and heads_of(trainer.model) is not None:
         raise ValueError(
-            "auxiliary_heads do not work with weights sharded by FSDP or DeepSpeed: train with one or several "
-            "whole copies of the model (torchrun, accelerate launch)."
+            f"auxiliary_heads do not work with weights sharded by {sharded}: train with whole copies of the model "
+            "(torchrun, accelerate launch), or with FSDP2 (fsdp=True)."
         )
 
 
@@ -110,6 +113,20 @@ def check_detection(method: MethodArguments, task: Task, mixes: bool = False) ->
         raise ValueError(
             f"SelfKDDataCollator mixes images {told}, and not boxes: set mixup_alpha=0 and cutmix_alpha=0."
         )
+
+
+def check_task(method: MethodArguments, task: Task) -> None:
+    """
+    Raises:
+        ValueError: if a task is asked for what only other tasks have.
+    """
+    asked = (
+        ("alpha_schedule='calibrated'", method.alpha_schedule == "calibrated", task.uncalibrated, "'linear'"),
+        ("history_trace=True", method.history_trace, task.untraced, "False"),
+    )
+    for name, is_asked, reason, remedy in asked:
+        if is_asked and reason is not None:
+            raise ValueError(f"{name} with {task.name}: {reason}. Set it to {remedy}.")
 
 
 def check_heads(trainer: Trainer, method: MethodArguments, heads: AuxiliaryHeads | None) -> None:
@@ -183,6 +200,18 @@ def never_called(name: str) -> str:
         f"{name}.compute_loss does not call super().compute_loss, so nothing would be distilled: give its loss as "
         "compute_loss_func=..., call super().compute_loss, or set alpha=0 without auxiliary_heads."
     )
+
+
+def check_unsplit(dataset: Any, processes: int) -> None:
+    """
+    Raises:
+        ValueError: if a stream is split between processes twice, so that most of its samples would never be read.
+    """
+    if processes > 1 and getattr(dataset, "_distributed", None) is not None:
+        raise ValueError(
+            f"train_dataset ({type(dataset).__name__}) is split between processes already (split_dataset_by_node): "
+            f"each of the {processes} would read a part of its part. Give the whole stream, which is shared out here."
+        )
 
 
 def check_even(trainer: Trainer, model: nn.Module, dataset: Any) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, get_args
+from functools import lru_cache
+from numbers import Integral, Real
+from typing import Literal, get_args, get_type_hints
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
@@ -18,6 +20,13 @@ HistoryDtype = Literal["auto", "float32", "float16", "bfloat16"]
 HistoryTail = Literal["bucket", "label", "uniform", "renormalize"]
 HardLossKind = Literal["auto", "cross_entropy", "additive", "model"]
 HistoryDevice = Literal["auto", "accelerator", "cpu", "disk"]
+
+
+_KINDS = {  # types of fields: what to call a value, and whether something is one
+    float: ("a number", lambda value: isinstance(value, Real) and not isinstance(value, bool)),
+    int: ("a whole number", lambda value: isinstance(value, Integral) and not isinstance(value, bool)),
+    bool: ("true or false", lambda value: isinstance(value, (bool, Integral)) and value in (0, 1)),
+}
 
 
 @dataclass
@@ -245,6 +254,7 @@ class MethodArguments:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
+        self._check_types()
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha} is outside [0, 1]: it is the weight of the past prediction.")
         if not 0 <= self.calibration_fraction <= 0.5:
@@ -266,6 +276,16 @@ class MethodArguments:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1: leave it out for the default.")
         self._check_teacher()
+
+    def _check_types(self) -> None:
+        """A YAML file has `1e-3` and `no` in quotes as texts, which neither compare nor mean what they say."""
+        for name, kinds in _types().items():
+            value = getattr(self, name)
+            if kinds[0] not in _KINDS or (value is None and type(None) in kinds):
+                continue
+            told, is_one = _KINDS[kinds[0]]
+            if not is_one(value):
+                raise ValueError(f"{name}={value!r} is not {told}: give {told}, without quotes in a file.")
 
     def _check_teacher(self) -> None:
         if not isinstance(self.auxiliary_heads, (str, type(None))):
@@ -326,6 +346,13 @@ class MethodArguments:
                 f"metric_for_best_model={metric!r} is better when lower and greater_is_better=True would keep the "
                 "worst checkpoint: set greater_is_better=False."
             )
+
+
+@lru_cache
+def _types() -> dict[str, tuple[type, ...]]:
+    """The types that each field may have."""
+    hints = get_type_hints(MethodArguments)
+    return {spec.name: get_args(hints[spec.name]) or (hints[spec.name],) for spec in fields(MethodArguments)}
 
 
 @dataclass

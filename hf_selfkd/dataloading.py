@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSam
 from transformers import TrainingArguments
 from transformers.trainer_utils import TrainOutput, has_length
 
+from .checks import check_unsplit
 from .collator import SelfKDDataCollator, TrainingCollator
 from .config import MethodArguments
 from .fixes import EpochLengthGroupedSampler
@@ -44,6 +45,7 @@ class DataLoading:
                 raise ValueError(facts.no_ids or facts.no_rows)
         if not isinstance(dataset, IterableDataset):
             return
+        check_unsplit(dataset, self.args.world_size)
         by_epoch = ("cosine",) if method.teacher == "auto" else ("linear", "cosine")
         if method.distils and not has_length(dataset) and method.alpha_schedule in by_epoch:
             raise ValueError(
@@ -87,7 +89,7 @@ class DataLoading:
     def _add_data_facts(self, facts: Facts, method: MethodArguments, task: Task) -> None:
         """What decides whether samples have rows of their own; reads a few of them."""
         self._add_known_facts(facts, method)
-        facts.no_rows = facts.no_rows or task.no_history
+        facts.no_rows, facts.many_rows = facts.no_rows or task.no_history, task.many_rows
         if facts.no_ids or facts.no_rows or isinstance(self.train_dataset, IterableDataset):
             return
         if self._train_samples is None:
@@ -255,7 +257,8 @@ class DataLoading:
             lengths = source.with_format(None)[args.length_column_name][:]  # before unused columns are removed
         names = getattr(self.processing_class, "model_input_names", None)
         return EpochLengthGroupedSampler(
-            args.train_batch_size * args.gradient_accumulation_steps,
+            # Of all processes, which the stock Trainer leaves out: the order is then that of one process.
+            args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             dataset=train_dataset,
             lengths=lengths,
             model_input_name=names[0] if names else None,

@@ -15,6 +15,14 @@ def copies_in_background(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def compiles_shapes(device: torch.device) -> bool:
+    """
+    Whether a step is compiled anew for every new shape and every new place of a slice: there, shapes must not depend
+    on the data, and places are told by tensors of indices.
+    """
+    return device.type == "xla"
+
+
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Move a tensor, without making the host wait where the device allows for that."""
     if tensor.device == device:

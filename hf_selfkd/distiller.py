@@ -181,9 +181,9 @@ class SelfDistiller:
 
     # What a checkpoint holds
 
-    def states(self) -> Iterator[tuple[str, State]]:
-        """Tensors and metadata, by name of a file, that all processes agree on."""
-        yield from self.teacher.states()
+    def states(self, keeps: bool = True) -> Iterator[tuple[str, State]]:
+        """Tensors and metadata, by name of a file, that all processes agree on; see [`Teacher.states`]."""
+        yield from self.teacher.states(keeps)
 
     def process_states(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """Tensors, by name of a file, that each process has for itself."""

@@ -72,17 +72,32 @@ def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: d
         path (`str` or `Path`): a `.safetensors` file; its folder is made if it is missing.
         tensors (`dict[str, torch.Tensor]`): on any device.
         metadata (`dict[str, str]`): kept beside them.
+
+    Raises:
+        OSError: if the disk is full or takes no files; a file of this name is as it was.
     """
     path = Path(path)
     missing = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={**metadata, "crc32": _checksum(tensors, metadata)})
-    sync(partial)
-    os.replace(partial, path)
-    for folder in (path, *missing):
-        sync(folder.parent)
+    try:
+        save_file(tensors, partial, metadata={**metadata, "crc32": _checksum(tensors, metadata)})
+        sync(partial)
+        os.replace(partial, path)
+        for folder in (path, *missing):
+            sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} could not be written ({error}): make room, or choose another folder.") from error
+
+
+def cause_of_writing(error: BaseException) -> str | None:
+    """What an error says of a file that could not be written, in one line; `None` for errors of another kind."""
+    text = " ".join(str(error).split())
+    # What the writer of torch raises when a file ends early is a `RuntimeError`, as is much else.
+    if isinstance(error, (OSError, SafetensorError)) or "inline_container" in text or "PytorchStreamWriter" in text:
+        return text.rstrip(".")
+    return None
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -2,9 +2,11 @@
 Corrections of the stock Trainer that a self-distillation run depends on, each with its upstream issue.
 
 What the other modules correct by being what they are: the loss inflated by accumulation steps and by processes for
-models that ignore `num_items_in_batch` (transformers#47688; here `SelfKDMixin.compute_loss` owns the scale), and
+models that ignore `num_items_in_batch` (transformers#47688; here `SelfKDMixin.compute_loss` owns the scale),
 random augmentation that does not resume because prefetched batches have used up random numbers by the time the
-generators are saved (accelerate#4191; here `seed_transforms`).
+generators are saved (accelerate#4191; here `seed_transforms`), resuming from a checkpoint that a crash cut short
+(transformers#35525; here `checkpoint_files`), and a step too many when a run that `max_steps` ended within an epoch is
+resumed (here `SelfKDMixin._init_training_state`).
 """
 
 from __future__ import annotations
@@ -162,29 +164,6 @@ def _copy_without(checkpoint: str | Path, parent: Path, private: str) -> Path:
 
     shutil.copytree(checkpoint, copy, copy_function=link, ignore=shutil.ignore_patterns(private))
     return copy
-
-
-def last_whole_checkpoint(output_dir: str | Path) -> str | None:
-    """
-    The newest checkpoint of a folder that was written to its end; newer ones that a crash cut short are named in a
-    warning. `Trainer` takes the newest folder, whole or not, and fails until somebody deletes it.
-    """
-    folders = sorted(Path(output_dir).glob("checkpoint-*"), key=_step_of, reverse=True)
-    for folder in folders:
-        if _step_of(folder) < 0 or not folder.is_dir():
-            continue
-        try:
-            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-        except (OSError, ValueError, TypeError):
-            logger.warning(f"{folder} was not written to its end ({TRAINER_STATE_NAME} is missing or cut): left out.")
-            continue
-        return str(folder)
-    return None
-
-
-def _step_of(folder: Path) -> int:
-    number = folder.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else -1
 
 
 def generation_gather(accelerator: Any) -> Callable:

@@ -66,7 +66,7 @@ class LoopDistiller:
         label_names (`Sequence[str]`, *optional*, defaults to `("labels",)`):
             names under which a batch may hold the labels.
         compute_loss_func (`Callable`, *optional*): a hard loss of your own, as for [`~transformers.Trainer`].
-        seed (`int`, *optional*, defaults to `42`): chooses the rotations of views, where auxiliary heads tell them.
+        seed (`int`, *optional*, defaults to 42): chooses the rotations of views, where auxiliary heads tell them.
         folder (`str` or `Path`, *optional*, defaults to `"selfkd_history"`): for a history that is kept on disk.
 
     Attributes:
@@ -126,6 +126,7 @@ class LoopDistiller:
         if heads_of(bare) is not None:
             check_headless(bare, task)
         found = task_for(bare, names) if task is None else task(bare, names)
+        found.bare_logits = True  # as modules of plain PyTorch return them
         if found.per_object:
             check_detection(method, found)
         function = compute_loss_func

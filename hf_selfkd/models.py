@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +39,11 @@ def base_model(model: nn.Module) -> nn.Module:
         model = model.get_base_model()
 
 
+def class_of(module: nn.Module) -> type:
+    """The class of a module, as it was before FSDP2 gave the object one of its own."""
+    return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.distributed.fsdp"))
+
+
 def forward_owner(model: nn.Module) -> type:
     """The class that defines the forward of a model."""
     return next(cls for cls in type(base_model(model)).__mro__ if "forward" in vars(cls))
@@ -68,10 +75,15 @@ def main_parameter(model: nn.Module) -> nn.Parameter:
     return next((parameter for parameter in floating if not parameter.is_meta), floating[0])  # meta: kept elsewhere
 
 
+def output_embeddings_of(model: nn.Module) -> nn.Module | None:
+    """The head of a language model, if the model tells of one."""
+    base = base_model(model)
+    return base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+
+
 def num_classes_of(model: nn.Module) -> int | None:
     """Classes of a model's rows, as far as the model tells before it has run."""
-    base = base_model(model)
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    base, head = base_model(model), output_embeddings_of(model)
     if head is not None:
         weight = getattr(head, "weight", None)
         known = weight is not None and weight.dim() == 2 and weight.numel()  # no elements: they are elsewhere (ZeRO-3)
@@ -110,6 +122,8 @@ def decoder_input_ids(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
     model = base_model(model)
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         return model.prepare_decoder_input_ids_from_labels(labels=labels)
+    if hasattr(model, "_shift_right"):  # T5's kin
+        return model._shift_right(labels)
     # M2M100 and NLLB have no such method, but a function beside the class that their forward calls.
     modules = [sys.modules[cls.__module__] for cls in type(model).__mro__]
     shift = next((module.shift_tokens_right for module in modules if hasattr(module, "shift_tokens_right")), None)
@@ -118,7 +132,10 @@ def decoder_input_ids(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
             f"the batch has no decoder_input_ids, and {type(model).__name__} cannot make them from the labels: add "
             "them in your data collator."
         )
-    return shift(labels, model.config.pad_token_id, model.config.decoder_start_token_id)
+    config = model.config
+    if getattr(config, "decoder_start_token_id", None) is None:  # of models for several modalities
+        config = config.get_text_config(decoder=True)
+    return shift(labels, config.pad_token_id, config.decoder_start_token_id)
 
 
 def logits_of(outputs: Any, has_loss: bool) -> torch.Tensor:
@@ -126,15 +143,13 @@ def logits_of(outputs: Any, has_loss: bool) -> torch.Tensor:
     Take the logits out of a model's outputs.
 
     Args:
-        outputs: a `ModelOutput`, a dictionary, a tuple, or the logits themselves, as models of plain PyTorch return.
+        outputs: a `ModelOutput`, a dictionary or a tuple.
         has_loss (`bool`): whether a tuple starts with the loss.
 
     Raises:
         ValueError: if there are none.
     """
-    if isinstance(outputs, torch.Tensor):
-        logits = outputs
-    elif isinstance(outputs, dict):
+    if isinstance(outputs, dict):
         logits = outputs.get("logits")
     elif isinstance(outputs, (tuple, list)):
         logits = outputs[int(has_loss)] if len(outputs) > int(has_loss) else None
@@ -154,3 +169,16 @@ def loss_of(outputs: Any) -> torch.Tensor | None:
     if isinstance(outputs, dict):
         return outputs.get("loss")
     return outputs[0] if isinstance(outputs, (tuple, list)) and outputs else None
+
+
+@contextmanager
+def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
+    """Evaluation mode, without gradients by default; every module is put back into its own mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.set_grad_enabled(gradients):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

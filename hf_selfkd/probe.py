@@ -71,7 +71,7 @@ def probe_data(
         return probe
     probe.labels_stay = checksum(kept) == checksum(seen)
     probe.rows_fit = sum(map(len, labels)) == len(places)
-    if probe.rows_fit and all(part.dim() > 1 and not part.is_floating_point() for part in labels):
+    if probe.rows_fit and all(part.dim() == 2 and not part.is_floating_point() for part in labels):
         probe.rows_per_sample = sum(int((task.row_labels(part) != IGNORE_INDEX).sum()) for part in labels) / len(
             places
         )

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 SAMPLE_ID = "sample_id"
 IGNORE_INDEX = -100
+TOO_LARGE = "ids must fit into 63 bits. Number the samples, or take such an id modulo 2**63 - 1 if ids stay unique."
 
 
 @dataclass
@@ -35,6 +36,7 @@ class SampleIndex:
             where the labelled rows stand among the flattened rows of the batch; `None` when sample `b` is row `b`.
         extremes (`tuple`): the smallest and the largest label, each with the id of its sample; empty without labels.
         items (`int`, *optional*): what the loss is a mean over, where that is not the labelled rows.
+        num_rows (`int`, *optional*): rows of the batch, where these are not as many as its labels.
     """
 
     ids: np.ndarray
@@ -44,6 +46,7 @@ class SampleIndex:
     rows: np.ndarray | None = None
     extremes: tuple[tuple[int, int], ...] = ()
     items: int | None = None
+    num_rows: int | None = None
 
     @property
     def num_items(self) -> int:
@@ -262,9 +265,12 @@ def with_sample_ids(dataset: Any, id_column: str | None = None) -> SampleIdDatas
 
 def _as_id(value: Any, name: str) -> int:
     try:
-        return operator.index(value)
+        sample_id = operator.index(value)
     except TypeError:
         raise ValueError(f"sample_id_column={name!r} holds {value!r}: ids must be integers.") from None
+    if not -(2**63) <= sample_id < 2**63:
+        raise ValueError(f"sample_id_column={name!r} holds {sample_id}: {TOO_LARGE}")
+    return sample_id
 
 
 def has_key(item: Any, name: str) -> bool:
@@ -297,6 +303,8 @@ def checked_ids(values: Any, name: str) -> np.ndarray:
         raise ValueError(f"sample_id_column={name!r} holds {ids.dtype}: ids must be integers without gaps in type.")
     if len(ids) and ids.min() < 0:
         raise ValueError(f"sample_id_column={name!r} holds {ids.min()}: ids must not be negative.")
+    if len(ids) and ids.max() >= 2**63:
+        raise ValueError(f"sample_id_column={name!r} holds {ids.max()}: {TOO_LARGE}")
     unique, counts = np.unique(ids, return_counts=True)
     if len(unique) != len(ids):
         raise ValueError(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 
 class PairClassifier(nn.Module):
@@ -20,14 +20,14 @@ class PairClassifier(nn.Module):
         super().__init__()
         self.loss = loss
 
-    def forward(self, labels: Any = None, **inputs: Any) -> torch.Tensor:
+    def forward(self, labels: Any = None, **inputs: Any) -> SequenceClassifierOutput:
         """
         Args:
             labels (`Any`, *optional*): left alone.
             **inputs: as `SentenceTransformerDataCollator` names them, `FIRST_input_ids`, `SECOND_input_ids` and so on.
 
         Returns:
-            `torch.FloatTensor` of shape `[B, num_labels]`.
+            [`~transformers.modeling_outputs.SequenceClassifierOutput`]: with logits of shape `[B, num_labels]`.
 
         Raises:
             ValueError: if the inputs are not those of two sentences.
@@ -42,7 +42,7 @@ class PairClassifier(nn.Module):
             {name.removeprefix(f"{column}_"): value for name, value in inputs.items() if name.startswith(f"{column}_")}
             for column in columns
         ]
-        return self.loss(sentences, None)[1]
+        return SequenceClassifierOutput(logits=self.loss(sentences, None)[1])
 
 
 class HeadedBody(nn.Module):
@@ -59,19 +59,19 @@ class HeadedBody(nn.Module):
         super().__init__()
         self.body, self.head, self.normalize = body, head, normalize
 
-    def forward(self, labels: Any = None, **inputs: Any) -> torch.Tensor:
+    def forward(self, labels: Any = None, **inputs: Any) -> SequenceClassifierOutput:
         """
         Args:
             labels (`Any`, *optional*): left alone.
             **inputs: of the body, as `body.preprocess(texts)` makes them.
 
         Returns:
-            `torch.FloatTensor` of shape `[B, classes]`.
+            [`~transformers.modeling_outputs.SequenceClassifierOutput`]: with logits of shape `[B, classes]`.
         """
         embeddings = self.body(inputs)["sentence_embedding"]
         if self.normalize:
             embeddings = nn.functional.normalize(embeddings, p=2, dim=1)
-        return self.head(embeddings)[0]
+        return SequenceClassifierOutput(logits=self.head(embeddings)[0])
 
 
 def as_classifier(model: Any) -> nn.Module:

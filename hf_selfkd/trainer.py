@@ -36,6 +36,7 @@ from .checks import (
     check_headless,
     check_heads,
     check_launch,
+    check_task,
     never_called,
 )
 from .config import MethodArguments, SelfKDConfig
@@ -196,6 +197,7 @@ class SelfKDMixin(Building, DataLoading, Calibration, Sharing, Checkpoints, Eval
             return
         check_compute_loss(self, SelfKDMixin)
         check_engine(self, method, method.teacher)
+        check_task(method, task)
         if task.per_object:
             check_detection(method, task, self._mixer() is not None and self._mixer().mixes)
         self._hard_loss(method, task)
@@ -215,6 +217,8 @@ class SelfKDMixin(Building, DataLoading, Calibration, Sharing, Checkpoints, Eval
         if resume_from_checkpoint is not None and not sized:
             epochs, batches = stream_position(resume_from_checkpoint, self.args.gradient_accumulation_steps)
             batches = 0 if self.args.ignore_data_skip else batches
+        if resume_from_checkpoint is not None and self.state.global_step >= max_steps:
+            epochs, batches = num_train_epochs, 0  # nothing is left to do: the stock class would train one step more
         half = not sized or self.state.global_step % num_update_steps_per_epoch != 0
         self._resumed = None if resume_from_checkpoint is None else (epochs, half)
         if self.distiller is not None:
@@ -378,8 +382,8 @@ class SelfKDTrainer(SelfKDMixin, Trainer):
     Args:
         model ([`~transformers.PreTrainedModel`] or `nn.Module`, *optional*):
             A model for sequence, image, audio or video classification (one label or several), token classification,
-            extractive question answering or multiple choice, an object detector, or a language model, PEFT-wrapped or
-            not.
+            extractive question answering, multiple choice or semantic segmentation, an object detector, a model of
+            speech (CTC), or a language model, PEFT-wrapped or not.
         args ([`SelfKDConfig`] or [`~transformers.TrainingArguments`], *optional*): the arguments.
         data_collator (`Callable`, *optional*): as for [`~transformers.Trainer`], or a [`SelfKDDataCollator`].
         train_dataset, eval_dataset, processing_class, model_init, compute_loss_func, compute_metrics, callbacks,

@@ -2,11 +2,17 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
+import datasets
 import numpy as np
+import test_ctc as frames
 import test_multi_label as multi_label
+import test_next_sentence as pairs
 import test_question_answering as question_answering
+import test_segmentation as segments
+import test_speech_seq2seq as transcripts
 import torch
 from detectors import Scenes, collate_scenes, drop_and_permute, make_detector
 from helpers import (
@@ -19,6 +25,7 @@ from helpers import (
     with_decoder_inputs,
     words_of,
 )
+from processes import fork
 from torch.utils.data import IterableDataset
 from transformers import Seq2SeqTrainer
 
@@ -64,6 +71,28 @@ def answers(out, world):
 def several_labels(out, world):
     samples = multi_label.samples_for("plain_vit", 16)
     return {"weights": state_of(multi_label.run(out, "plain_vit", samples, **options(world)))}
+
+
+def segmentation(out, world, **more):
+    """Images with another number of labelled pixels each, one of them without any."""
+    trainer = segments.run(out, "plain_segformer", segments.maps_for("", 16), **options(world, **more))
+    result = {"weights": state_of(trainer)}
+    return result | ({"stored": trainer.teacher.stored(range(16))} if trainer.teacher.kind == "history" else {})
+
+
+def ctc(out, world, name, **more):
+    """Sounds padded to one length, which two processes would not agree on."""
+    more |= {"data_collator": lambda items: frames.pad_sounds(items, 240), "learning_rate": 0.001}
+    return {"weights": state_of(frames.run(out, name, frames.Spoken(16), **options(world) | more))}
+
+
+def speech(out, world, **more):
+    samples = transcripts.spoken("plain_whisper", 16)
+    return {"weights": state_of(transcripts.run(out, "plain_whisper", samples, **options(world, **more)))}
+
+
+def next_sentence(out, world, **more):
+    return {"weights": state_of(pairs.run(out, "plain_bert", pairs.pairs(16), **options(world, **more)))}
 
 
 def options(world, **more):
@@ -139,12 +168,37 @@ def stream(out, world, **more):
     return {"weights": state_of(trainer), "stored": trainer.teacher.stored(np.arange(32))}
 
 
-def with_processes_changed(out, world):
-    """A checkpoint of these processes in the middle of an epoch, for another number of processes to resume."""
-    more = options(world, save_strategy="steps", save_steps=6)
-    trainer = make_trainer(out, "plain_vit", make_samples("plain_vit", 32), **more)
+def stream_of_datasets(out, world):
+    """A stream of the library `datasets`, which does not tell its length."""
+    dataset = datasets.Dataset.from_list(make_samples("plain_bert", 32).items).to_iterable_dataset()
+    more = {"teacher": "snapshot", "accelerator_config": {"dispatch_batches": False}, "max_steps": 12}
+    trainer = make_trainer(out, "plain_bert", dataset, **options(world, alpha_schedule="linear_step", **more))
     trainer.train()
-    return {"weights": state_of(trainer), "stored": trainer.teacher.stored(np.arange(32))}
+    return {"weights": state_of(trainer)}
+
+
+# Checkpoints of some processes in the middle of an epoch, for another number of processes to resume.
+CHANGED = {
+    "changed": {},
+    "changed_disk": {"history_device": "disk", "history_trace": True},
+    "changed_snapshot": {"teacher": "snapshot"},
+    "changed_ema": {"teacher": "ema"},
+    "changed_heads": {"teacher": "history", "auxiliary_heads": "lsskd_full"},
+}
+
+
+def with_processes_changed(name, out, world, resume=None):
+    """A run that saves, or one that resumes what another number of processes saved."""
+    more = options(world, save_strategy="steps" if resume is None else "no", save_steps=6, **CHANGED[name])
+    trainer = make_trainer(out, "plain_vit", make_samples("plain_vit", 32), **more)
+    trainer.train(resume_from_checkpoint=resume)
+    result = {"weights": state_of(trainer)}
+    if trainer.teacher.kind == "history":
+        result["stored"] = trainer.teacher.stored(np.arange(32))
+        result["heads"] = [teacher.stored(torch.arange(128)) for teacher in trainer.teacher.head_stores]
+    if more.get("history_trace"):
+        result["trace"] = trainer.teacher.trace.clone()
+    return result
 
 
 def translation(out, world, accumulation=1, **more):
@@ -230,6 +284,12 @@ SCENARIOS = {
     "ragged": lambda out, world: ragged(out, world, history_trace=True),
     "ragged_disk": lambda out, world: ragged(out, world, history_device="disk", history_top_k=CLASSES),
     "answers": lambda out, world: answers(out, world),
+    "segmentation": lambda out, world: segmentation(out, world),
+    "segmentation_history": lambda out, world: segmentation(out, world, teacher="history"),
+    "ctc": lambda out, world: ctc(out, world, "plain_wav2vec2"),
+    "ctc_mean": lambda out, world: ctc(out, world, "plain_wav2vec2_mean"),
+    "speech": lambda out, world: speech(out, world, teacher="history"),
+    "next_sentence": lambda out, world: next_sentence(out, world),
     "several_labels": lambda out, world: several_labels(out, world),
     "resume_history": lambda out, world: resumed(out, world, "vit"),
     "resume_snapshot": lambda out, world: resumed(out, world, "resnet", teacher="snapshot"),
@@ -239,7 +299,29 @@ SCENARIOS = {
     "detection": lambda out, world: detection(out, world, "detr"),
     "detection_denoising": lambda out, world: detection(out, world, "rt_detr", history_device="disk"),
     "stream": lambda out, world: stream(out, world),
-    "processes_changed": with_processes_changed,
+    **{name: partial(with_processes_changed, name) for name in CHANGED},
+    "dropped_ends": lambda out, world: equal(
+        out, world, size=22, dataloader_drop_last=True, accelerator_config={"even_batches": False}
+    ),
+    "dropped_ends_snapshot": lambda out, world: equal(
+        out, world, size=22, teacher="snapshot", dataloader_drop_last=True
+    ),
+    "ends_inside_a_step": lambda out, world: equal(
+        out, world, size=20, per_device_train_batch_size=4 // world, gradient_accumulation_steps=2
+    ),
+    "by_length": lambda out, world: equal(
+        out, world, "plain_bert_tokens", 32, train_sampling_strategy="group_by_length"
+    ),
+    "rebalanced": lambda out, world: equal(
+        out, world, "plain_bert_tokens", 32, train_sampling_strategy="batch_rebalance"
+    ),
+    "workers": lambda out, world: equal(out, world, size=16, teacher="ema", dataloader_num_workers=1),
+    "dispatched": lambda out, world: equal(out, world, accelerator_config={"dispatch_batches": True}),
+    "split_batches": lambda out, world: equal(
+        out, world, per_device_train_batch_size=8, accelerator_config={"split_batches": True}
+    ),
+    "stream_by_itself": lambda out, world: stream(out, world, accelerator_config={"dispatch_batches": False}),
+    "stream_of_datasets": stream_of_datasets,
     "translation": lambda out, world: translation(out, world),
     "translation_accumulation": lambda out, world: translation(out, world, accumulation=2),
     "translation_top_k": lambda out, world: translation(out, world, history_top_k=4, history_device="disk"),
@@ -275,13 +357,22 @@ SCENARIOS = {
 }
 
 
-def main(out, *names):
-    """Run every scenario, or those named; the first process writes what came out."""
+def of_four(checkpoints):
+    """What four processes do: some of the above, and go on from the checkpoints of two."""
+    names = ["history", "snapshot", "ema", "rank", "accumulation", "tokens", "dropped_ends", "heads_history"]
+    resumed = {
+        name: partial(with_processes_changed, name, resume=f"{checkpoints}/{name}/checkpoint-6") for name in CHANGED
+    }
+    return {name: SCENARIOS[name] for name in names} | resumed
+
+
+def main(scenarios, out):
+    """Run scenarios; the first process writes what came out."""
     import torch.distributed as dist
     from accelerate import PartialState
 
     rank, world = PartialState(cpu=True).process_index, PartialState().num_processes
-    results = {name: SCENARIOS[name](Path(out) / name, world) for name in names or SCENARIOS}
+    results = {name: run(Path(out) / name, world) for name, run in scenarios.items()}
     if rank == 0:
         torch.save(results, Path(out) / "results.pt")
     dist.barrier()
@@ -289,4 +380,8 @@ def main(out, *names):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    out, *checkpoints = sys.argv[1:]
+    if checkpoints:
+        fork(4, lambda: main(of_four(*checkpoints), out))
+    else:
+        main(SCENARIOS, out)

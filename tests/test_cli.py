@@ -23,7 +23,7 @@ from hf_selfkd.scripts.arguments import SCRIPTS
 from hf_selfkd.scripts.common import parse_arguments
 
 
-TASKS = ("image-classification", "text-classification", "translation", "language-modeling")
+TASKS = ("image-classification", "object-detection", "text-classification", "translation", "language-modeling")
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "datasets", "numpy")
 

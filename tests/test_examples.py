@@ -340,7 +340,18 @@ def test_ready_runs_are_valid(name, monkeypatch):
 def test_accelerate_configs_are_valid():
     files = sorted((EXAMPLES / "accelerate_configs").glob("*.yaml"))
     kinds = {file.stem: str(load_config_from_file(str(file)).distributed_type.value) for file in files}
-    assert kinds == {"cpu": "NO", "fsdp2": "FSDP", "multi_gpu": "MULTI_GPU", "single_gpu": "NO"}
+    assert kinds == {
+        "cpu": "NO",
+        "deepspeed_zero2": "DEEPSPEED",
+        "deepspeed_zero3": "DEEPSPEED",
+        "fsdp2": "FSDP",
+        "multi_gpu": "MULTI_GPU",
+        "single_gpu": "NO",
+        "tpu": "XLA",
+    }
+    for stage in (2, 3):
+        settings = load_config_from_file(str(EXAMPLES / "accelerate_configs" / f"deepspeed_zero{stage}.yaml"))
+        assert settings.deepspeed_config["zero_stage"] == stage
 
 
 def test_processes_that_would_each_train_alone_are_refused(tmp_path, monkeypatch):

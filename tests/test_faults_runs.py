@@ -5,9 +5,12 @@ import inspect
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
+from datasets.distributed import split_dataset_by_node
 from helpers import (
     Samples,
     collate,
@@ -19,6 +22,7 @@ from helpers import (
     train,
 )
 from PIL import Image
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HPSearchBackend
 
@@ -237,8 +241,14 @@ def spread(**facts):
     return SimpleNamespace(**({"is_fsdp_enabled": False, "is_deepspeed_enabled": False} | sizes | facts))
 
 
+def plugged(**facts):
+    """An accelerator with a plugin for FSDP."""
+    return SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(**facts)))
+
+
 SHARDED = {
-    "FSDP": {"is_fsdp_enabled": True},
+    "FSDP1": {"is_fsdp_enabled": True, "accelerator": plugged(fsdp_version=1)},
+    "FSDP2": {"is_fsdp_enabled": True, "accelerator": plugged(fsdp_version=2)},
     "DeepSpeed": {"is_deepspeed_enabled": True},
     "sharding at load time": {"is_distributed_loading_by_transformers": True},
     "tensor parallelism": {"tp": 2},
@@ -252,7 +262,7 @@ def test_what_shards_a_model_is_found():
     assert {name: sharded_by(spread(**facts)) for name, facts in SHARDED.items()} == {name: name for name in SHARDED}
 
 
-@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed", "sharding at load time"])
+@pytest.mark.parametrize("name", ["FSDP1", "DeepSpeed", "sharding at load time"])
 @pytest.mark.parametrize("teacher", ["snapshot", "ema"])
 def test_teachers_that_copy_weights_are_refused_where_weights_are_sharded(tmp_path, monkeypatch, name, teacher):
     """And at their first word by name, where `teacher="auto"` would have chosen one."""
@@ -263,6 +273,24 @@ def test_teachers_that_copy_weights_are_refused_where_weights_are_sharded(tmp_pa
     refused(auto.train, name, "teacher='snapshot'")
     assert auto.state.global_step == 0
     assert train(tmp_path, "gpt2", samples, teacher="history", num_train_epochs=2).state.global_step == 12
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_streams_that_are_split_already_are_refused(tmp_path, monkeypatch, files):
+    """Accelerate would split them once more: of 32 samples the two processes would read 16 or fewer together."""
+    stream = datasets.Dataset.from_list(make_samples("plain_bert", 32).items).to_iterable_dataset(num_shards=files)
+    parts = [split_dataset_by_node(stream, rank, 2) for rank in range(2)]
+    loaders = [prepare_data_loader(DataLoader(parts[n], 2), num_processes=2, process_index=n) for n in range(2)]
+    read = [inputs for loader in loaders for inputs in loader.dataset]
+    assert len(read) <= 16
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    options = {"teacher": "snapshot", "max_steps": 8, "alpha_schedule": "linear_step"}
+    refused(
+        lambda: make_trainer(tmp_path, "plain_bert", parts[0], **options),
+        "is split between processes already",
+        "whole",
+    )
+    make_trainer(tmp_path, "plain_bert", stream, **options)
 
 
 # What one trainer leaves to the next

@@ -24,7 +24,6 @@ from transformers.utils import PushInProgress
 from hf_selfkd import SelfKDTrainer
 from hf_selfkd.fixes import (
     EpochLengthGroupedSampler,
-    last_whole_checkpoint,
     load_renamed_weights,
     pushed_folder,
     stream_position,
@@ -436,27 +435,6 @@ def test_no_copy_where_no_folder_is_uploaded(tmp_path, strategy, private, zero):
     with pushed_folder(Pushing(tmp_path, strategy, zero=zero), checkpoint, private) as seen:
         assert Path(seen) == checkpoint
     assert list(tmp_path.iterdir()) == [checkpoint]
-
-
-# Checkpoints that a crash cut short
-
-
-def test_the_last_whole_checkpoint(tmp_path, caplog):
-    """By number and not by name; newer ones without a readable state are named; other names are no checkpoints."""
-    assert last_whole_checkpoint(tmp_path / "nowhere") is None
-    for step, text in ((8, "{}"), (9, "{}"), (10, "{}"), (90, '{"epoch": 1.0, "glo'), (100, None)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if text is not None:
-            (folder / "trainer_state.json").write_text(text)
-    (tmp_path / "checkpoint-best").mkdir()
-    (tmp_path / "checkpoint-1000").write_text("no folder")
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    named = [record.getMessage() for record in caplog.records]
-    assert len(named) == 2 and "checkpoint-100 " in named[0] and "checkpoint-90 " in named[1]
-    for step in (8, 9, 10):
-        (tmp_path / f"checkpoint-{step}/trainer_state.json").unlink()
-    assert last_whole_checkpoint(tmp_path) is None
 
 
 # Tied weights

@@ -14,7 +14,8 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
-LAZY = {"cldr_corpus.py"}  # modules that a function imports, for users of an extra
+# Modules of an extra: what imports them does so in a function, or says which extra is missing.
+LAZY = {"cldr_corpus.py", "detection_data.py", "detection_predictions.py", "detection_transforms.py"}
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}  # where the name is not the module's
 
 # Canaries

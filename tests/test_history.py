@@ -712,6 +712,26 @@ def test_when_rows_are_encoded_does_not_matter(tmp_path, monkeypatch, codec, tar
         assert torch.equal(table.trace.nan_to_num(), tables[0].trace.nan_to_num())
 
 
+@pytest.mark.parametrize("target", [None, "right"])
+@pytest.mark.parametrize("codec", CODECS)
+def test_shapes_that_do_not_depend_on_the_data_keep_the_same_rows(tmp_path, monkeypatch, codec, target):
+    """As where shapes are compiled anew (XLA): the dictionary's rows, the same bytes, whatever the size of buffers."""
+    arguments, atol = CODECS[codec]
+    plan = draw_plan(2, epochs=3)
+    tables = simulate(tmp_path / "any", 2, plan, target, trace_epochs=3, **arguments)
+    for module in ("journal", "table"):
+        monkeypatch.setattr(f"hf_selfkd.history.{module}.compiles_shapes", lambda device: True)
+    for buffer in (journal.BUFFER_BYTES, 90):
+        monkeypatch.setattr(journal, "BUFFER_BYTES", buffer)
+        tables += simulate(tmp_path / str(buffer), 2, plan, target, trace_epochs=3, **arguments)
+        assert tables[-1].journal.fixed_shapes
+    assert tables[-1].journal.buffer_rows < 8 < tables[-3].journal.buffer_rows
+    for one in tables:
+        check(one, reference(plan, target), list(range(10)), target, atol)
+        assert all(torch.equal(part, tables[0].table[name]) for name, part in one.table.items())
+        assert torch.equal(one.trace.nan_to_num(), tables[0].trace.nan_to_num())
+
+
 def test_processes_and_one_process_with_the_same_batches(tmp_path):
     """The ranks of a step as micro-batches of one process: the same table, byte for byte."""
     plan = draw_plan(2, epochs=2)

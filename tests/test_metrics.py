@@ -404,10 +404,10 @@ def test_an_evaluation_without_metrics_has_nan_and_one_warning(logits, labels, t
 
 @pytest.mark.parametrize("before", ["", "eval_", "test_", "eval_my-set_", "eval_head0_", "head11_", "eval_a_b_"])
 def test_which_metrics_are_better_when_lower(before):
-    lower = {"nll", "bce", "brier", "ece", "ece_15", "aurc", "eaurc"}
-    tokens = {"token_nll", "token_ece", "perplexity"}
-    assert set(LOWER_IS_BETTER) == lower | tokens
-    for name in lower | tokens:
+    lower = {"nll", "bce", "brier", "ece", "ece_15", "aurc", "eaurc", "d_ece"}
+    texts = {"token_nll", "token_ece", "perplexity", "wer", "cer"}
+    assert set(LOWER_IS_BETTER) == lower | texts
+    for name in lower | texts:
         assert is_lower_better(before + name)
     for name in (set(KEYS) - lower) | {"token_accuracy", "bleu", "chrf", "gen_len", "piece", "f1", "recce"}:
         assert not is_lower_better(before + name)

@@ -361,21 +361,31 @@ def test_layers_can_be_all_or_chosen():
     assert heads_of(attach_auxiliary_heads(model, AuxiliaryHeadsConfig(layers="all", head="mlp"))).exits == [1, 2]
 
 
-def test_heads_are_weighed_by_their_depth(tmp_path):
-    """The sum of the losses of the heads, each times its share of the layers."""
+@pytest.mark.parametrize("weights, shares", [("linear", (1 / 3, 2 / 3)), ([4.0, 0.5], (4.0, 0.5))])
+def test_heads_are_weighed(tmp_path, weights, shares):
+    """The sum of the losses of the heads, each times its weight: its share of the layers, or a number of its own."""
     losses = {}
-    for weights in ("uniform", "linear"):
-        heads = AuxiliaryHeadsConfig(head="native", layers="all", layer_weights=weights)
+    for name, chosen in (("uniform", "uniform"), ("weighed", weights)):
+        heads = AuxiliaryHeadsConfig(head="native", layers=[0, 1], layer_weights=chosen)
         options = {"alpha": 0.0, "learning_rate": 0.0, "num_train_epochs": 1, "max_steps": 1}
         trainer = make_trainer(tmp_path, make("bert").train(), make_samples("texts"), auxiliary_heads=heads, **options)
         for module in trainer.model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         trainer.train()
-        first, second = logged(trainer, "head0_loss")[0], logged(trainer, "head1_loss")[0]
-        losses[weights] = (logged(trainer, "loss")[0], first, second)
+        found = [logged(trainer, f"head{index}_loss")[0] for index in (0, 1)]
+        losses[name] = (logged(trainer, "loss")[0], *found)
     whole, first, second = losses["uniform"]
-    assert losses["linear"][0] == pytest.approx(whole - (1 - 1 / 3) * first - (1 - 2 / 3) * second, rel=1e-4)
+    expected = whole + (shares[0] - 1) * first + (shares[1] - 1) * second
+    assert losses["weighed"][0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_weights_of_layers_that_do_not_fit_are_refused():
+    for layers, weights in (([0, 1], [1.0]), ("all", []), ("all", [1.0, -1.0]), ("all", [1.0, 0.0]), ("all", "deep")):
+        with pytest.raises(ValueError, match="layer_weights="):
+            AuxiliaryHeadsConfig(head="native", layers=layers, layer_weights=weights)
+    with pytest.raises(ValueError, match=r"layer_weights=\[1.0\] for heads on .*: give 2 numbers"):
+        attach_auxiliary_heads(make("bert"), AuxiliaryHeadsConfig(head="native", layers="all", layer_weights=[1.0]))
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "swin"])

@@ -247,9 +247,12 @@ EXAMPLES = {  # what each runs on, as the sections of other pages do
     "SelfKDConfig": "images",
     "SelfKDTrainer": "images",
     "calibration_metrics": "images",
+    "compute_speech_metrics": "speech",
     "compute_translation_metrics": "pairs",
+    "error_rates": "images",
     "multi_label_metrics": "images",
     "reliability_diagram": "images",
+    "segmentation_metrics": "images",
 }
 
 

@@ -305,6 +305,7 @@ def test_weights_of_another_model_are_refused(tmp_path, teacher):
     own = tmp_path / "other"
     other = checkpoint(own, name="resnet", teacher=teacher)
     shutil.copy(other / "_selfkd/teacher.safetensors", folder / "_selfkd/teacher.safetensors")
+    (folder / "_selfkd/files.json").unlink()
     refused_resume(folder, teacher, "resume with the model that made", teacher=teacher)
 
 
@@ -315,6 +316,7 @@ def test_history_of_a_model_with_other_classes_is_refused(tmp_path):
     other = type(make_model("vit"))(config)
     other.save_pretrained(folder)
     torch.save(make_trainer(tmp_path, other, samples).create_optimizer().state_dict(), folder / "optimizer.pt")
+    (folder / "_selfkd/files.json").unlink()
     refused_resume(folder, "7 classes", "5", "resume with the model that made", name=other, samples=samples)
 
 

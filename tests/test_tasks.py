@@ -14,8 +14,10 @@ from hf_selfkd.samples import sample_index
 from hf_selfkd.tasks import SUPPORTED, TASKS, Task, task_for
 from hf_selfkd.tasks.by_shape import ByShape
 from hf_selfkd.tasks.causal_lm import CausalLM
+from hf_selfkd.tasks.ctc import CTC
 from hf_selfkd.tasks.masked_lm import MaskedLM
 from hf_selfkd.tasks.sample_classification import SampleClassification
+from hf_selfkd.tasks.segmentation import SemanticSegmentation
 from hf_selfkd.tasks.seq2seq_lm import Seq2SeqLM
 from hf_selfkd.tasks.token_classification import TokenClassification
 
@@ -277,23 +279,10 @@ def segmenter():
 
 UNSUPPORTED = {
     "GPT2DoubleHeadsModel": gpt2,
-    "BertForNextSentencePrediction": bert,
     "BertForPreTraining": bert,
     "BertModel": bert,
     "ViTForMaskedImageModeling": lambda: tf.ViTConfig(**IMAGE, encoder_stride=4),
-    "Wav2Vec2ForCTC": wav2vec2,
     "DetrForSegmentation": segmenter,
-    "SegformerForSemanticSegmentation": lambda: tf.SegformerConfig(
-        num_encoder_blocks=1,
-        depths=[1],
-        sr_ratios=[1],
-        hidden_sizes=[8],
-        patch_sizes=[3],
-        strides=[2],
-        num_attention_heads=[1],
-        mlp_ratios=[1],
-        decoder_hidden_size=8,
-    ),
 }
 
 
@@ -463,8 +452,9 @@ def test_labels_that_are_no_classes(labels, bad, sample_id):
 def test_labels_that_are_accepted(dtype):
     """Batches have them as `int64`, whatever the collator made."""
     for task in OF_LABELS:
-        batch = task.split({"labels": torch.tensor([0, 2, 1]).to(dtype)})
-        assert batch.labels.dtype == torch.int64 and batch.labels.tolist() == [0, 2, 1]
+        shape = {CTC: (1, 3), SemanticSegmentation: (1, 1, 3)}.get(type(task), (3,))
+        batch = task.split({"labels": torch.tensor([0, 2, 1]).to(dtype).view(shape)})
+        assert batch.labels.dtype == torch.int64 and batch.labels.flatten().tolist() == [0, 2, 1]
     for labels in ([0, 2, 1], [[0, 2], [-100, -100]], [-100]):
         assert sample_index(np.arange(len(labels)), torch.tensor(labels)).fits(3)
     assert sample_index(np.arange(1), torch.tensor([7])).fits(8)

@@ -18,7 +18,7 @@ from transformers.trainer_utils import has_length
 from .._version import __version__
 from ..heads import head_names, heads_of
 from ..heads.config import PRESETS
-from ..models import base_model, classes_of, uncompiled
+from ..models import base_model, class_of, classes_of, uncompiled
 from .facts import CardFacts
 from .names import GROUPS, HUB_ID
 
@@ -94,7 +94,7 @@ def collect(trainer: SelfKDMixin, **given: Any) -> CardFacts:
     return CardFacts(
         model_name=name.split("/")[-1],
         repo_id=repo,
-        model_class=type(model).__name__,
+        model_class=class_of(model).__name__,
         parameters=_count_parameters(trainer.model),
         classes=_classes(trainer),
         input_length=_input_length(trainer, model),

@@ -38,6 +38,9 @@ METRICS = {
     "error": Metric("Error (%)", 2, 1, True),
     "f1": Metric("F1", 3),
     "map": Metric("mAP", 3),
+    "map_50": Metric("mAP50", 3, 1, False, "mean average precision at an IoU of 0.5"),
+    "map_75": Metric("mAP75", 3, 1, False, "mean average precision at an IoU of 0.75"),
+    "d_ece": Metric("D-ECE (%)", 2, 1, True, "detection calibration error: how far scores are from precision"),
     "bleu": Metric("BLEU", 1),
     "chrf": Metric("chrF", 1),
     "perplexity": Metric("Perplexity", 2, 1, True),
@@ -58,7 +61,8 @@ NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "samples", "
 
 def metric(name: str) -> Metric:
     """How a metric of this name is shown; one that is not known is shown as it is."""
-    return METRICS.get(name, Metric(name, 4))
+    of_class = name.removeprefix("map_")
+    return METRICS.get(name, Metric(name, 4) if of_class == name else Metric(f"AP of {of_class}", 3))
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def evaluate(
         if not found:
             raise ValueError(f"the data have no labels to evaluate on: use `hf-selfkd predict {task}`.")
     show(found)
-    for name in ("reliability.png", "risk_coverage.png", "predictions.csv"):
+    for name in ("reliability.png", "risk_coverage.png", "predictions.csv", "predictions.jsonl"):
         if (output_dir / name).is_file() and (output_dir / name).stat().st_mtime >= begin - 1:
             typer.echo(f"Wrote {output_dir / name}")
 

@@ -20,7 +20,8 @@ def predict(
     ),
 ) -> None:
     """
-    Write what a model says of every sample: its class and probability, or its translation. No labels are needed.
+    Write what a model says of every sample: its class and probability, its objects, or its translation. No labels are
+    needed.
 
     Flags that follow say which data, as for `hf-selfkd train TASK`:
 
@@ -35,6 +36,6 @@ def predict(
         check_output(output_dir)
         words = ["--model_name_or_path", model, "--do_predict", "--do_train", "False", "--report_to", "none"]
         script_of(task).main([*ctx.args, *words, "--output_dir", str(output_dir)])
-    for name in ("predictions.csv", "predictions.txt"):
+    for name in ("predictions.csv", "predictions.jsonl", "predictions.txt"):
         if (output_dir / name).is_file():
             typer.echo(f"Wrote {output_dir / name}")

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..exits.costs import counted
 from ..heads.auxiliary import heads_of
-from ..heads.layout import evaluating
+from ..models import evaluating
 from .passing import ExitPass
 
 

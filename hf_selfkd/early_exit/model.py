@@ -19,9 +19,8 @@ from transformers.utils import ModelOutput
 from .._version import __version__
 from ..heads.auxiliary import arguments_of, heads_of, trained_heads
 from ..heads.inputs import varied_inputs
-from ..heads.layout import evaluating
 from ..heads.saving import load_auxiliary_heads, save_auxiliary_heads
-from ..models import base_model, forward_owner, main_parameter, uncompiled
+from ..models import base_model, evaluating, forward_owner, main_parameter, uncompiled
 from ..tasks import task_for
 from ..tasks.by_shape import ByShape
 from ..tasks.sample_classification import SampleClassification

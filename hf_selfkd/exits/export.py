@@ -11,9 +11,8 @@ from transformers import PreTrainedModel
 from ..heads import AuxiliaryHeads, heads_of
 from ..heads.auxiliary import trained_heads
 from ..heads.inputs import example_inputs
-from ..heads.layout import evaluating
 from ..heads.native import NativeHead, check_equal
-from ..models import base_model, logits_of, uncompiled
+from ..models import base_model, evaluating, logits_of, uncompiled
 
 
 def native_head(model: nn.Module, exit: int) -> NativeHead:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models import base_model, logits_of, main_parameter
+from ..models import base_model, evaluating, logits_of, main_parameter
 from ..samples import seeded
 from ..tasks.detection import ObjectDetection
 from .auxiliary import ATTRIBUTE, AuxiliaryHeads, head_names, heads_of, output_embedding_of
@@ -18,7 +18,7 @@ from .factory import HeadFactory
 from .inputs import example_inputs
 from .kinds import grid_of
 from .layers import named
-from .layout import Layout, choose_layers, evaluating, measure
+from .layout import Layout, choose_layers, measure
 from .native import NativeHeads, check_equal
 from .reach import NO_GRADIENT
 from .taps import Recorder, remove_taps
@@ -72,8 +72,7 @@ def attach_auxiliary_heads(
             _check_run(model, heads, inputs)
             if heads.config.head == "native":
                 _check_exits(model, heads, inputs)
-            if heads.config.layer_weights == "linear":
-                _ = heads.depths  # an error, if a head is on no layer
+            _ = heads.layer_weights  # an error, if they do not fit the heads
             heads.requires_grad_(config.trains)  # else optimizers and process groups wait for gradients without end
             _save_without_heads(model, heads)
         except BaseException:

@@ -113,13 +113,23 @@ class AuxiliaryHeads(nn.Module):
         return [getattr(head, "exit", place) for head, place in zip(self.heads, places, strict=True)]
 
     @property
-    def depths(self) -> list[float]:
+    def layer_weights(self) -> list[float]:
         """
-        `list[float]`: the share of the layers that are run up to each head, in (0, 1].
+        `list[float]`: how much the loss of each head counts; for `"linear"` the share of the layers that are run up to
+        it, in (0, 1].
 
         Raises:
-            ValueError: if a head is on a module that is no layer.
+            ValueError: if a head is on a module that is no layer, or weights are given for another number of heads.
         """
+        weights = self.config.layer_weights
+        if weights == "uniform":
+            return [1.0] * len(self.heads)
+        if weights != "linear":
+            if len(weights) != len(self.heads):
+                raise ValueError(
+                    f"layer_weights={weights!r} for heads on {', '.join(self.names)}: give {len(self.heads)} numbers."
+                )
+            return weights
         places = self.places
         if None in places:
             raise ValueError(

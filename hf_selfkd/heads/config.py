@@ -81,9 +81,9 @@ class AuxiliaryHeadsConfig:
             Weight of the divergence of the model itself from the aggregate of its heads (SLA+SD, Lee et al., ICML
             2020, has it of one head and all views). The heads must learn from labels.
         temperature (`float`, *optional*, defaults to 3.0): of the divergences, which are multiplied by its square.
-        layer_weights (`str`, *optional*, defaults to `"uniform"`):
-            How much the loss of each head counts: `"uniform"` (1) or `"linear"` (the share of the layers that come
-            before the head, so that deep heads count more).
+        layer_weights (`str` or `list[float]`, *optional*, defaults to `"uniform"`):
+            How much the loss of each head counts: `"uniform"` (1), `"linear"` (the share of the layers that come
+            before the head, so that deep heads count more) or a positive number for each head, the shallowest first.
 
     Raises:
         ValueError: if a field is out of range.
@@ -99,15 +99,16 @@ class AuxiliaryHeadsConfig:
     feature_weight: float = 0.0
     heads_to_model_weight: float = 0.0
     temperature: float = 3.0
-    layer_weights: LayerWeights = "uniform"
+    layer_weights: LayerWeights | list[float] = "uniform"
 
     def __post_init__(self):
-        choices = {"head": HeadKind, "views": Views, "layer_weights": LayerWeights}
+        choices = {"head": HeadKind, "views": Views}
         for name, allowed in ((name, get_args(kind)) for name, kind in choices.items()):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
         if isinstance(self.layers, (list, tuple)):
             self.layers = list(self.layers)
+        self._check_layer_weights()
         known = isinstance(self.layers, list) and all(_is_a(layer, (int, str)) for layer in self.layers)
         if self.layers not in ("auto", "all") and not (known and self.layers):
             raise ValueError(
@@ -131,6 +132,22 @@ class AuxiliaryHeadsConfig:
         value = self.temperature
         if not (_is_a(value, (int, float)) and value > 0 and math.isfinite(value)):
             raise ValueError(f"temperature={value!r} must be positive and finite: 3.0 is HSAKD's value.")
+
+    def _check_layer_weights(self) -> None:
+        weights = self.layer_weights
+        if isinstance(weights, str) and weights in get_args(LayerWeights):
+            return
+        numbers = isinstance(weights, (list, tuple)) and all(_is_a(weight, (int, float)) for weight in weights)
+        if not numbers or not weights or not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(
+                f"layer_weights={weights!r} is unknown: choose one of {', '.join(get_args(LayerWeights))}, or give a "
+                "list with a positive number for each head."
+            )
+        self.layer_weights = list(weights)
+        if isinstance(self.layers, list) and len(self.layers) != len(weights):
+            raise ValueError(
+                f"layer_weights={weights!r} for {len(self.layers)} layers: give a number for each of {self.layers}."
+            )
 
     @property
     def trains(self) -> bool:
@@ -275,5 +292,5 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sla": {"heads_to_model_weight": 1.0},
     "byot": {"views": "none", "hard_weight": 0.9, "deep_to_shallow_weight": 0.1, "feature_weight": 0.03},
     "deep_supervision": {"head": "linear", "views": "none"},
-    "exits": {"head": "native", "views": "none", "past_weight": 1.0, "deep_to_shallow_weight": 0.1},
+    "exits": {"head": "native", "views": "none", "past_weight": 1.0, "deep_to_shallow_weight": 2.0},
 }

@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
-from ..models import base_model, is_encoder_decoder, main_parameter
+from ..models import base_model, evaluating, is_encoder_decoder, main_parameter
 from ..tasks.causal_lm import CausalLM
 from .config import ROTATIONS, AuxiliaryHeadsConfig
 from .kinds import Blocks, Context, EncoderLayer, Head, RemainingLayers, SeparableConvolution, UnchangedFeatures
 from .layers import lists_of_blocks
-from .layout import Layout, evaluating
+from .layout import Layout
 
 
 class HeadFactory:

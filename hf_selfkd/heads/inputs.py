@@ -25,7 +25,7 @@ def example_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     config, name = getattr(base, "config", None), getattr(base, "main_input_name", None)
     parameter = main_parameter(model)
     if name == "pixel_values":
-        samples = {name: _images(base, config)}
+        samples = {name: _images(base, config)} | _decoder_inputs(base, config)
     elif name == "input_ids":
         samples = _sentences(base, config)
     else:
@@ -73,7 +73,8 @@ def _varied_words(model: nn.Module, shape: torch.Size, generator: torch.Generato
 
 def _images(base: nn.Module, config: Any) -> torch.Tensor:
     timm = getattr(base, "timm_model", None)
-    config = getattr(config, "vision_config", None) or config  # of models for images and texts
+    # Of models for images and texts.
+    config = getattr(config, "vision_config", None) or getattr(config, "encoder", None) or config
     size = getattr(config, "image_size", None) or 64
     height, width = (size, size) if isinstance(size, int) else size
     shape = (getattr(config, "num_channels", 3), height, width)
@@ -122,10 +123,14 @@ def _sounds(base: nn.Module, config: Any, name: str | None) -> dict[str, torch.T
     shape = _sound(name, config)
     if shape is None:
         return {}
-    samples = {name: torch.zeros(2, *shape)}
-    if is_encoder_decoder(base) and "decoder_input_ids" in _parameters(base):
-        samples["decoder_input_ids"] = _words(base, config)[:1].expand(2, -1)
-    return samples
+    return {name: torch.zeros(2, *shape)} | _decoder_inputs(base, config)
+
+
+def _decoder_inputs(base: nn.Module, config: Any) -> dict[str, torch.Tensor]:
+    """What a decoder behind an encoder of sounds or images starts from."""
+    if not is_encoder_decoder(base) or "decoder_input_ids" not in _parameters(base):
+        return {}
+    return {"decoder_input_ids": _words(base, config)[:1].expand(2, -1)}
 
 
 def _sound(name: str | None, config: Any) -> tuple[int, ...] | None:

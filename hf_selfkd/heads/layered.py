@@ -265,7 +265,7 @@ class Layered(NoHeads):
             `tuple`: a scalar `torch.FloatTensor`, and sums with their weights, by name.
         """
         config, total, terms = self.config, 0.0, {}
-        depths = self.heads.depths if config.layer_weights == "linear" else None
+        layer_weights = self.heads.layer_weights
         teacher = rows[-1].logits if self.rotates else logits
         mask = labelled(rows[0].labels)
         weight = mask.sum()
@@ -278,7 +278,7 @@ class Layered(NoHeads):
                 loss = loss + config.deep_to_shallow_weight * where_mask(away, mask).sum()
             if results.features[index] is not None:
                 loss = loss + config.feature_weight * self._feature_loss(results, index, mask)
-            total = total + (loss if depths is None else depths[index] * loss)
+            total = total + layer_weights[index] * loss
             right = ((part.logits.detach().argmax(dim=-1) == part.labels) & mask).sum()
             terms |= {f"head{index}_loss": (loss.detach(), weight), f"head{index}_accuracy": (right, weight)}
         return total / self.views, terms

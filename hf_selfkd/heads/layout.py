@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..models import base_model, logits_of
+from ..models import base_model, evaluating, logits_of
 from .layers import beside, lists_of_blocks, lists_of_layers, named
 from .taps import Recorder
 
@@ -126,19 +124,6 @@ def _channels_last(shapes: dict[str, tuple[int, ...]], ratio: float) -> set[str]
             away_last, away_first = abs(shape[1] / shape[2] - ratio), abs(shape[2] / shape[3] - ratio)
             (unclear if away_last == away_first else last if away_last < away_first else first).add(name)
     return last | unclear if len(last) > len(first) else last
-
-
-@contextmanager
-def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
-    """Evaluation mode, without gradients by default; every module is put back into its own mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.set_grad_enabled(gradients):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _watch(model: nn.Module, names: list[str], others: list[str], inputs: dict[str, Any]) -> tuple[Any, Recorder]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..devices import to_device
+from ..devices import compiles_shapes, to_device
 from .config import ROTATIONS
 
 
@@ -55,7 +55,7 @@ def rotate(images: torch.Tensor, rotations: np.ndarray | torch.Tensor) -> torch.
             f"views='rotation' needs square images, and these are {list(images.shape)}: resize or crop them to "
             "squares, or set views='none'."
         )
-    if isinstance(rotations, torch.Tensor) or images.device.type == "xla":
+    if isinstance(rotations, torch.Tensor) or compiles_shapes(images.device):
         return _rotate_everything(images, torch.as_tensor(rotations))
     return _rotate_chosen(images, rotations)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..files import load_tensors, save_tensors
 from ..models import base_model
+from ..sharded import whole_state
 from .attach import attach_auxiliary_heads, strip_auxiliary_heads
 from .auxiliary import AuxiliaryHeads, heads_of
 from .config import AuxiliaryHeadsConfig
@@ -20,7 +21,7 @@ FOLDER = "auxiliary_heads"
 WEIGHTS_NAME = "auxiliary_heads.safetensors"
 
 
-def save_auxiliary_heads(model: nn.Module, save_directory: str | Path) -> Path:
+def save_auxiliary_heads(model: nn.Module, save_directory: str | Path, is_main_process: bool = True) -> Path:
     """
     Save the auxiliary heads of a model, to train them further or to make smaller models with them later.
 
@@ -30,6 +31,8 @@ def save_auxiliary_heads(model: nn.Module, save_directory: str | Path) -> Path:
     Args:
         model (`nn.Module`): a model with heads.
         save_directory (`str` or `Path`): the directory; usually the model is saved there, too.
+        is_main_process (`bool`, *optional*, defaults to `True`):
+            whether this process writes. Of weights that FSDP2 shards, every process must call this, and one writes.
 
     Returns:
         `Path`: the folder of the heads.
@@ -44,8 +47,10 @@ def save_auxiliary_heads(model: nn.Module, save_directory: str | Path) -> Path:
             "config) first."
         )
     folder = Path(save_directory) / FOLDER
-    heads.config.save_pretrained(folder)
-    save_tensors(folder / WEIGHTS_NAME, heads.state_dict(), {"layers": json.dumps(heads.names)})
+    tensors = whole_state(model, heads, is_main_process)
+    if is_main_process:
+        heads.config.save_pretrained(folder)
+        save_tensors(folder / WEIGHTS_NAME, tensors, {"layers": json.dumps(heads.names)})
     return folder
 
 

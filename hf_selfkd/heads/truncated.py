@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..models import is_encoder_decoder
-from .layout import evaluating
+from ..models import evaluating, is_encoder_decoder
 from .taps import tensor_of
 
 

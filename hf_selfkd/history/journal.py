@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from ..devices import copies_in_background, synchronize
+from ..devices import compiles_shapes, copies_in_background, synchronize, to_device
 from ..losses.soft_targets import MAX_HELD
 from .addresses import ranges
 from .codec import Codec
@@ -66,11 +66,13 @@ class Journal:
             self.buffer_rows = min(self.buffer_rows, max(expected_rows, least))
         self.buffer_rows = max(1, self.buffer_rows)
         self.in_background = device.type == "cpu" and copies_in_background(source)
+        self.fixed_shapes = compiles_shapes(source)
         # (slots, order, label hashes, rows of each) of batches, once an epoch put into one array.
         self.samples: list[tuple[np.ndarray | int, ...]] = []
         self.visits = 0  # micro-batches of this epoch so far, the order in which predictions were made
         # Rows of small batches, not encoded yet (see `add`), and how many entries they have.
         self.waiting: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]] = []
+        self.places: list[np.ndarray | None] = []  # which rows of these count
         self.held = 0
         # Made once: tensors that outlive a step would scatter the memory that the next step needs in one piece.
         self.buffers: list[dict[str, torch.Tensor]] = []
@@ -87,6 +89,7 @@ class Journal:
         label_hash: np.ndarray,
         counts: np.ndarray | int,
         rows: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+        places: np.ndarray | None = None,
     ) -> None:
         """
         Note a batch.
@@ -96,9 +99,14 @@ class Journal:
             label_hash (`np.ndarray` of shape `[B]`): of their labels.
             counts (`np.ndarray` of shape `[B]`, or `int`): rows of each sample.
             rows (`tuple`): log-probabilities of the rows, the classes of entries and the probability of the label.
+            places (`np.ndarray`, *optional*): which of these rows are those of the samples; all by default.
         """
+        if places is not None and not self.fixed_shapes:
+            index = to_device(torch.from_numpy(places), rows[0].device)
+            rows = tuple(None if part is None else part.index_select(0, index) for part in rows)
         self.samples.append((slots, self.visits, label_hash, counts))
         self.waiting.append(rows)
+        self.places.append(places)
         self.held += rows[0].numel()
         self.visits += 1
         # Small batches are encoded several at a time: fetching code that has not just run into the processor's cache
@@ -114,11 +122,39 @@ class Journal:
             None if parts[0] is None else parts[0] if len(parts) == 1 else torch.cat(parts)
             for parts in zip(*self.waiting, strict=True)
         )
-        self.waiting, self.held = [], 0
+        places = self._places() if self.fixed_shapes else None
+        self.waiting, self.places, self.held = [], [], 0
         parts = self.codec.encode(log_probs, index)
         if true is not None:
             parts["true_probs"] = true.to(torch.float16).unsqueeze(-1)
-        self._append(parts)
+        self._append(parts) if places is None else self._scatter(parts, places)
+
+    def _places(self) -> np.ndarray:
+        """Which of the rows that wait count, one batch after the other."""
+        ends = np.cumsum([len(rows[0]) for rows in self.waiting])
+        found = [
+            end - len(rows[0]) + (np.arange(len(rows[0])) if places is None else places)
+            for end, rows, places in zip(ends, self.waiting, self.places, strict=True)
+        ]
+        return np.concatenate(found)
+
+    def _scatter(self, parts: dict[str, torch.Tensor], places: np.ndarray) -> None:
+        """
+        As `_append`, of the rows at these places; shapes depend on nothing but the number of all rows. The others go
+        to a row behind the buffer, which nobody reads.
+        """
+        start = 0
+        while start < len(places):
+            number, place = divmod(self.filled, self.buffer_rows)
+            buffer = self._buffer(number)
+            rows = min(self.buffer_rows - place, len(places) - start)
+            target = np.full(len(parts["log_probs"]), self.buffer_rows)
+            target[places[start : start + rows]] = place + np.arange(rows)
+            index = to_device(torch.from_numpy(target), self.device)
+            for name, part in parts.items():
+                buffer[name].index_copy_(0, index, part.to(self.device))
+            self.filled += rows
+            start += rows
 
     def _append(self, parts: dict[str, torch.Tensor]) -> None:
         start, total = 0, len(parts["log_probs"])
@@ -147,7 +183,11 @@ class Journal:
             self.buffers.append(
                 {
                     name: torch.empty(
-                        self.buffer_rows, width, dtype=dtype, device=self.device, pin_memory=self.in_background
+                        self.buffer_rows + int(self.fixed_shapes),
+                        width,
+                        dtype=dtype,
+                        device=self.device,
+                        pin_memory=self.in_background,
                     )
                     for name, (width, dtype) in self.columns.items()
                 }

@@ -60,6 +60,9 @@ class ObjectHistory(PredictionHistory):
     def _noted(self, samples: SampleIndex, slots: np.ndarray) -> np.ndarray:
         return samples.ids
 
+    def _name_of_noted(self, noted: int) -> str:
+        return names_of(noted)
+
     def _settled(self, everyone: np.ndarray) -> np.ndarray:
         """Give new objects a slot; the others move to theirs."""
         ids = np.union1d(self.ids, everyone[:, 0])

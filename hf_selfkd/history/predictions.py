@@ -9,13 +9,13 @@ replayed to fill a batch changes nothing, and a sample that was not visited keep
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..devices import to_device
 from ..losses.soft_targets import label_entries
 from ..samples import SampleIndex
 from . import saving
@@ -26,6 +26,11 @@ from .journal import Journal
 from .plan import too_many_rows
 from .storage import Gather, TableStorage
 from .table import PredictionTable
+
+
+logger = logging.getLogger(__name__)
+
+NAMED = 5  # samples that a warning names
 
 
 class PredictionHistory(PredictionTable):
@@ -105,15 +110,30 @@ class PredictionHistory(PredictionTable):
         if self.trace is not None:
             true = label_entries(log_probs, labels) if true_log_probs is None else true_log_probs
             true = true.exp().masked_fill_(labels < 0, math.nan)
-        rows = (log_probs, index, true)
+        noted, rows = self._noted(samples, slots), (log_probs, index, true)
         if self.ragged:
-            places = to_device(torch.from_numpy(samples.rows), log_probs.device)
-            rows = tuple(None if part is None else part.index_select(0, places) for part in rows)
-        self.journal.add(self._noted(samples, slots), samples.label_hash, samples.counts if self.ragged else 1, rows)
+            self.journal.add(noted, samples.label_hash, samples.counts, rows, samples.rows)
+        else:
+            self.journal.add(noted, samples.label_hash, 1, rows)
 
     def _noted(self, samples: SampleIndex, slots: np.ndarray) -> np.ndarray:
         """What the journal notes of each sample, to know it by: where it is kept."""
         return slots
+
+    def _name_of_noted(self, noted: int) -> str:
+        """The sample that the journal noted so, for messages."""
+        return self.name_of(noted)
+
+    def _warn_of_lost(self, noted: np.ndarray, finite: np.ndarray) -> None:
+        """Name samples whose predictions are not kept. In other steps of the epoch they may have been finite."""
+        lost = np.setdiff1d(noted, finite)
+        if len(lost):
+            names = ", ".join(self._name_of_noted(int(one)) for one in lost[:NAMED])
+            logger.warning(
+                f"The predictions of {len(lost)} samples in this epoch were not finite ({names}"
+                f"{', ...' if len(lost) > NAMED else ''}): they keep the past predictions that they had. Look at "
+                "these samples, and at the steps whose hard_loss is NaN."
+            )
 
     def _settled(self, everyone: np.ndarray) -> np.ndarray:
         """The samples `[n, 4]` of all journals, with their slots in the first column."""
@@ -129,8 +149,9 @@ class PredictionHistory(PredictionTable):
                 concatenates a tensor of the same shape from all processes; `None` for one process.
             rank (`int`, *optional*, defaults to 0): of this process.
         """
-        finite = self.journal.finite()
-        samples, rows = only_finite(self.journal.sample_table(), finite)
+        noted = self.journal.sample_table()
+        samples, rows = only_finite(noted, self.journal.finite())
+        self._warn_of_lost(noted[:, 0], samples[:, 0])
         everyone, owners, local = gather_samples(samples, gather)
         everyone = self._settled(everyone)
         first = first_of_each(everyone, self.size)

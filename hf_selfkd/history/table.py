@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from ..devices import to_device
+from ..devices import compiles_shapes, to_device
 from ..losses.soft_targets import SoftTargets
 from ..samples import SampleIndex
 from .addresses import NEVER, WARM_START, find_slots, ranges
@@ -88,7 +88,8 @@ class PredictionTable:
             ValueError: if an id is unknown, or a sample's labels are not those of the stored prediction.
         """
         slots, known = self.look_up(samples)
-        if known is None and samples.total == num_rows and not self.ragged:
+        fixed = compiles_shapes(device)  # then one way serves batches with and without samples that have no past
+        if known is None and samples.total == num_rows and not self.ragged and not fixed:
             if self._every is None or len(self._every) != num_rows or self._every.device != device:
                 self._every = torch.ones(num_rows, dtype=torch.bool, device=device)
             soft_targets = self._past(slots, self._every, device)
@@ -102,6 +103,10 @@ class PredictionTable:
             source = ranges(self.starts[source], self.counts[source])
             mask = np.zeros(num_rows, dtype=bool)
             mask[samples.rows[np.repeat(known, samples.counts)]] = True
+        if fixed:  # rows without a past read the first row of the table
+            spread = np.zeros(num_rows, dtype=np.int64)
+            spread[mask] = source
+            return self._past(spread, to_device(torch.from_numpy(mask), device), device)
         soft_targets = self._past(source, to_device(torch.from_numpy(mask), device), device)
         if len(source) == num_rows:
             soft_targets.all_valid = samples.total == num_rows

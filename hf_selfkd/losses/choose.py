@@ -8,11 +8,15 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..models import base_model, forward_owner, is_stock, takes
+from ..models import base_model, class_of, forward_owner, is_stock, takes
 from ..tasks.base import Task
+from ..tasks.ctc import CTC
+from ..tasks.segmentation import SemanticSegmentation
 from .chunked_cross_entropy import ChunkedCrossEntropy
+from .ctc import CTCLoss
 from .detection import choose_detection_loss
 from .hard import CrossEntropy, ModelLoss, SmoothedLoss, UserLoss
+from .segmentation import choose_segmentation_loss
 
 
 # Classes of transformers whose loss is not (only) the mean cross-entropy of their rows, though their names say so.
@@ -53,6 +57,10 @@ def choose_hard_loss(
         )
     if function is None and smoother is not None and task.unsmoothed is not None:
         raise ValueError(f"label_smoothing_factor with {task.name}: {task.unsmoothed}. Set it to 0.")
+    if isinstance(task, CTC):
+        return _ctc_loss(task, asked, temperature, chunked, function)
+    if isinstance(task, SemanticSegmentation):
+        return _segmentation_loss(task, asked, temperature, chunked, function)
     if function is not None or smoother is not None:
         if chunked:
             raise ValueError(
@@ -78,6 +86,30 @@ def choose_hard_loss(
     return ModelLoss(task, temperature, additive=kind == "additive")
 
 
+def _ctc_loss(
+    task: CTC, asked: str, temperature: float, chunked: bool, function: Callable[..., torch.Tensor] | None
+) -> CTCLoss:
+    if asked not in ("auto", "model") or chunked or function is not None:
+        told = f"hard_loss={asked!r}" if asked not in ("auto", "model") else "chunked_logits=True"
+        told = "compute_loss_func" if function is not None else told
+        raise ValueError(f"{told} with {task.name}: the hard loss is the model's own, leave {told} out.")
+    return CTCLoss(task, temperature)
+
+
+def _segmentation_loss(
+    task: SemanticSegmentation,
+    asked: str,
+    temperature: float,
+    chunked: bool,
+    function: Callable[..., torch.Tensor] | None,
+) -> CrossEntropy:
+    if chunked:
+        raise ValueError(f"chunked_logits=True with {task.name}: it is for language models, set it to False.")
+    kinds = {"cross_entropy": "stock", "unchecked": "cross_entropy"}
+    kind = hard_loss_kind(task)
+    return choose_segmentation_loss(task, kinds.get(kind, kind) if asked == "auto" else asked, temperature, function)
+
+
 def hard_loss_kind(task: Task) -> str:
     """
     What the class of a model tells of its loss: `"cross_entropy"` (a class of transformers for this task),
@@ -88,13 +120,15 @@ def hard_loss_kind(task: Task) -> str:
     model = task.model
     if task.per_object:
         return "additive"
+    if isinstance(task, CTC):
+        return "model"
     if not any(takes(model, name) for name in task.label_names):
         return "unchecked"
     if not is_stock(model) or hasattr(model, "_loss_function") or _patched(model):
         return "model"
     if not task.has_known_rows:
         return "unchecked"
-    if type(model).__name__.startswith(OTHER_LOSSES):
+    if class_of(model).__name__.startswith(OTHER_LOSSES):
         return "model"
     if type(task).shifts_labels and not _shifts(model):
         return "unshifted"
@@ -123,5 +157,5 @@ def _balances_experts(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     weights = [getattr(text, name, None) for name in ("router_aux_loss_coef", "router_z_loss_coef", "aux_loss_alpha")]
-    always = "SwitchTransformers" in type(model).__name__ or "NllbMoe" in type(model).__name__
+    always = any(kind in class_of(model).__name__ for kind in ("SwitchTransformers", "NllbMoe"))
     return any(weights) and (always or bool(getattr(text, "output_router_logits", False)))

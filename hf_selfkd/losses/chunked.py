@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..models import base_model
+from ..models import base_model, class_of
 from .cross_entropy import cross_entropy_sum
 from .progressive import progressive_cross_entropy
 from .soft_targets import RowLosses, SoftTargets, distilled_rows, label_entries
@@ -49,7 +49,7 @@ class ChunkedHead:
     def __init__(self, model: nn.Module):
         base = base_model(model)
         self.head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-        if type(self.head) is not nn.Linear:
+        if self.head is None or class_of(self.head) is not nn.Linear:
             raise ValueError(
                 f"chunked_logits=True needs a language model whose head is an nn.Linear, not "
                 f"{type(self.head).__name__} ({type(base).__name__}): set it to False."

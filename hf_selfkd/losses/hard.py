@@ -24,6 +24,9 @@ from .soft import soft_cross_entropy
 from .soft_targets import RowLosses, SoftTargets, Target, labelled, weighted, where_mask
 
 
+_SMALL = 1e-30  # stands for no rows where something is divided by their count
+
+
 @dataclass
 class Losses:
     """
@@ -94,7 +97,7 @@ class CrossEntropy:
 
     def num_items(self, rows: Rows, batch: Batch) -> torch.Tensor:
         """What the loss of a batch that is a step by itself is a mean over."""
-        return labelled(rows.labels).sum().clamp_min(1)
+        return rows.count(labelled(rows.labels)).clamp_min(1)
 
     def __call__(self, outputs: Any, rows: Rows, targets: list[Target], alpha: float, num_items: Any) -> Losses:
         """The loss of a batch."""
@@ -161,10 +164,10 @@ class ModelLoss(CrossEntropy):
         rows.storage = batch.storage
         return rows
 
-    def hard(self, outputs: Any, labels: torch.Tensor, num_items: Any) -> torch.Tensor | None:
-        """The hard loss over the rows of the whole step, for the labels `[R]`; `None` if the model computed none."""
+    def hard(self, outputs: Any, rows: Rows, num_items: Any) -> torch.Tensor | None:
+        """The hard loss over the rows of the whole step; `None` if the model computed none."""
         mean = loss_of(outputs)
-        return None if mean is None else mean * (labelled(labels).sum() / num_items)
+        return None if mean is None else mean * (rows.count(labelled(rows.labels)) / num_items)
 
     def __call__(self, outputs: Any, rows: Rows, targets: list[Target], alpha: float, num_items: Any) -> Losses:
         if loss_of(outputs) is None:  # as all of its outputs will: the model leaves the loss to others
@@ -174,12 +177,15 @@ class ModelLoss(CrossEntropy):
                 f"mixed images need a loss for two labels, and {type(self.task.model).__name__} has one of its own: "
                 "pass it as compute_loss_func, set hard_loss='cross_entropy', or turn mixing off."
             )
-        return self.joined(self.hard(outputs, targets[0].labels, num_items), rows, targets, alpha, num_items)
+        return self.joined(self.hard(outputs, rows, num_items), rows, targets, alpha, num_items)
 
     def joined(self, hard: torch.Tensor, rows: Rows, targets: list[Target], alpha: float, num_items: Any) -> Losses:
         """The hard loss and the soft part as one."""
         parts = [row_losses(rows, target, alpha, self.temperature) for target in targets if target.soft_targets]
         hard_sum = hard.detach() * num_items
+        if rows.weights is not None:  # the log has a mean over rows
+            own = labelled(targets[0].labels)
+            hard_sum = hard_sum * (own.sum() / rows.count(own).clamp_min(_SMALL))
         if not parts:
             return Losses(hard, parts, hard_sum)
         masks = [labelled(target.labels) for target in targets]
@@ -194,12 +200,13 @@ class ModelLoss(CrossEntropy):
             plain = weighted([rows.hard_sum(labels) for labels in plain], targets)
             return Losses(hard + (alpha / num_items) * (soft - plain), parts, hard_sum)
         # One number for all rows cannot be weighted row by row: the loss gives way by the share of distilled rows.
-        share = weighted([mask.sum() for mask in distilled], targets) / masks[0].sum().clamp_min(1)
+        share = weighted([rows.count(mask) for mask in distilled], targets) / rows.count(masks[0]).clamp_min(_SMALL)
         return Losses((1 - alpha * share) * hard + (alpha / num_items) * soft, parts, hard_sum)
 
     def _soft_sum(self, rows: Rows, target: Target, distilled: torch.Tensor) -> torch.Tensor:
         soft = soft_cross_entropy(rows.logits, target.soft_targets, self.temperature, target.labels)
-        return where_mask(soft, distilled).sum()
+        soft = where_mask(soft, distilled)
+        return (soft if rows.weights is None else rows.weights * soft).sum()
 
 
 class UserLoss(ModelLoss):

@@ -193,6 +193,92 @@ class ImageDataArguments(PredictedDataArguments):
             raise ValueError(f"--few_shot_fraction {self.few_shot_fraction} is outside (0, 1].")
 
 
+# Object detection
+
+
+@dataclass
+class DetectorArguments(ImageModelArguments):
+    """Which detector to train."""
+
+    backbone_from: str | None = field(
+        default=None,
+        metadata={"help": "Image classifier, of the Hub or a local folder, whose weights become the backbone's."},
+    )
+
+
+@dataclass
+class DetectionDataArguments(PredictedDataArguments):
+    """Which images to train on, where their objects stand, and what to do to them."""
+
+    SOURCES = (*DataArguments.SOURCES, "train_dir")
+    FILE_KINDS = {"jsonl": "json", "parquet": "parquet"}
+
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "COCO file (.json), or Parquet or JSON lines file or glob pattern with images and objects; image "
+            "paths in it are relative to --train_dir, or else to its own folder."
+        },
+    )
+    train_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of images with a COCO file, or of Pascal VOC: Annotations, JPEGImages and, for the split, "
+            "ImageSets/Main/SPLIT.txt."
+        },
+    )
+    validation_dir: str | None = field(default=None, metadata={"help": "The same, for evaluation."})
+    test_dir: str | None = field(default=None, metadata={"help": "The same, for prediction."})
+    image_column_name: str = field(default="image", metadata={"help": "Column of the images."})
+    objects_column_name: str = field(
+        default="objects", metadata={"help": "Column of the objects: a box and a category each."}
+    )
+    box_field: str = field(default="bbox", metadata={"help": "Where an object has its box."})
+    category_field: str = field(default="category", metadata={"help": "Where an object has its category."})
+    box_format: Literal["coco", "voc", "yolo"] = field(
+        default="coco",
+        metadata={
+            "help": "Boxes of a table: coco (left, top, width, height) or voc (left, top, right, bottom) in pixels, "
+            "or yolo (center, width, height as shares of the image)."
+        },
+    )
+    clip_boxes: bool = field(
+        default=False, metadata={"help": "Cut boxes off at the edge of their image instead of refusing them."}
+    )
+    augmentation: Literal["scale_jitter", "iou_crop", "none"] = field(
+        default="scale_jitter",
+        metadata={
+            "help": "Of training images: scale_jitter (a random crop, or a random place on a larger canvas), iou_crop "
+            "(the crops of SSD) or none."
+        },
+    )
+    scale_range: list[float] = field(
+        default_factory=lambda: [0.8, 1.25], metadata={"help": "Smallest and largest factor of scale_jitter."}
+    )
+    min_visibility: float = field(
+        default=0.3, metadata={"help": "An object of which a crop leaves less than this share is not there."}
+    )
+    horizontal_flip: bool = field(default=True, metadata={"help": "Flip half of the training images."})
+    vertical_flip: bool = field(
+        default=False, metadata={"help": "Turn half of the training images upside down, for images without an above."}
+    )
+    score_threshold: float = field(
+        default=0.3, metadata={"help": "Detections of lower scores are not predicted, drawn, or counted by D-ECE."}
+    )
+    class_metrics: bool = field(default=False, metadata={"help": "Average precision of each class, too."})
+    max_drawn_images: int = field(default=8, metadata={"help": "Draw the predictions of so many test images."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        low, high = self.scale_range if len(self.scale_range) == 2 else (0, 0)
+        if not 0 < low <= high:
+            given = " ".join(map(str, self.scale_range))
+            raise ValueError(f"--scale_range {given}: give two factors above 0, the smaller one first.")
+        for name in ("min_visibility", "score_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} {getattr(self, name)} is outside [0, 1].")
+
+
 # Text classification
 
 
@@ -334,6 +420,11 @@ SCRIPTS = {
         "image_classification",
         "Train any AutoModelForImageClassification, timm models included.",
         (ImageModelArguments, ImageDataArguments),
+    ),
+    "object-detection": Script(
+        "object_detection",
+        "Train any AutoModelForObjectDetection: DETR and its relatives, RT-DETR, D-FINE, YOLOS.",
+        (DetectorArguments, DetectionDataArguments),
     ),
     "text-classification": Script(
         "text_classification",

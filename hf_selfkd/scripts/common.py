@@ -20,10 +20,10 @@ import transformers
 import yaml
 from datasets import Dataset
 from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 import hf_selfkd
 from hf_selfkd import SelfKDConfig, SelfKDTrainer
+from hf_selfkd.checkpoint_files import last_whole_checkpoint
 from hf_selfkd.metrics.temperature import TemperatureFit
 from hf_selfkd.plots import reliability_diagram, risk_coverage_plot
 from hf_selfkd.report.saving import save_samples
@@ -116,7 +116,7 @@ def set_up_logging(training_args: SelfKDConfig) -> None:
 
 
 def make_config(
-    model_args: ModelArguments, names: list[str] | None = None, image_size: int | None = None
+    model_args: ModelArguments, names: list[str] | None = None, image_size: int | list[int] | None = None
 ) -> PreTrainedConfig:
     """
     The configuration of the model, with the overrides.
@@ -208,10 +208,10 @@ def carry_out(run: Run) -> None:
 
 
 def find_checkpoint(training_args: SelfKDConfig) -> str | None:
-    """The checkpoint to resume from: the one asked for, or the last one in the output folder."""
+    """The checkpoint to resume from: the one asked for, or the last whole one in the output folder."""
     if training_args.resume_from_checkpoint is not None or not os.path.isdir(training_args.output_dir):
         return training_args.resume_from_checkpoint
-    checkpoint = get_last_checkpoint(training_args.output_dir)
+    checkpoint = last_whole_checkpoint(training_args.output_dir)
     if checkpoint is not None:
         logger.info(f"Resuming from {checkpoint}. To train from the start, choose another --output_dir.")
     return checkpoint

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, Value, load_dataset
+from datasets import ClassLabel, Dataset, Image, Value, load_dataset
 
 from hf_selfkd import SelfKDConfig
 
@@ -26,12 +26,23 @@ NO_LABEL = -100
 # Splits
 
 
-def load_splits(data_args: DataArguments, model_args: ModelArguments) -> dict[str, Dataset]:
-    """The splits that there are, by their names in `data_args.SPLITS`."""
+def load_splits(
+    data_args: DataArguments,
+    model_args: ModelArguments,
+    read: Callable[[str, DataArguments, str | None], Dataset | None] | None = None,
+) -> dict[str, Dataset]:
+    """
+    The splits that there are, by their names in `data_args.SPLITS`.
+
+    Args:
+        data_args ([`DataArguments`]): say which data.
+        model_args ([`ModelArguments`]): say where to keep downloads, and the token.
+        read (`Callable`, *optional*): reads a split from files or folders; [`load_local`] by default.
+    """
     if data_args.local:
         if data_args.dataset_name is not None:
             logger.info(f"Local data are given: --dataset_name {data_args.dataset_name} is not used.")
-        splits = {split: load_local(split, data_args, model_args.cache_dir) for split in data_args.SPLITS}
+        splits = {split: (read or load_local)(split, data_args, model_args.cache_dir) for split in data_args.SPLITS}
         return {split: dataset for split, dataset in splits.items() if dataset is not None}
     if data_args.dataset_name is None:
         raise ValueError(f"No data: give {_either(data_args.SOURCES)}.")
@@ -49,8 +60,12 @@ def load_local(split: str, data_args: DataArguments, cache_dir: str | None) -> D
     if folder is not None:
         files = {"train": os.path.join(folder, "**")}
         return load_dataset(data_args.FOLDER_KIND, data_files=files, split="train", cache_dir=cache_dir)
-    if file is None:
-        return None
+    return None if file is None else load_file(split, data_args, cache_dir)
+
+
+def load_file(split: str, data_args: DataArguments, cache_dir: str | None) -> Dataset:
+    """A split from the file, or the files of the pattern, that is given for it."""
+    file = getattr(data_args, f"{split}_file")
     kind = Path(file).suffix.lstrip(".")
     if kind not in data_args.FILE_KINDS:
         kinds = [f".{kind}" for kind in data_args.FILE_KINDS]
@@ -154,6 +169,17 @@ def check_text(dataset: Dataset, column: str) -> None:
     feature = dataset.features[column]
     if not isinstance(feature, Value) or feature.dtype not in ("string", "large_string"):
         raise ValueError(f"Column {column} holds {feature}: it must be text.")
+
+
+def with_images(dataset: Dataset, column: str, folder: Path | None) -> Dataset:
+    """Decode the image column; paths in a file are relative to `folder`."""
+    feature = dataset.features[column]
+    if isinstance(feature, Image):
+        return dataset
+    if isinstance(feature, Value) and folder is not None:
+        folder = Path(folder).resolve()
+        dataset = dataset.map(lambda path: {column: str(folder / path)}, input_columns=column)
+    return dataset.cast_column(column, Image())
 
 
 def class_names(dataset: Dataset, column: str, item: str = "sample") -> list[str]:

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Image, Value
+from datasets import Dataset
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -45,7 +45,17 @@ from hf_selfkd.metrics import compute_classification_metrics
 
 from . import common
 from .arguments import ImageDataArguments, ImageModelArguments
-from .data import check_columns, class_names, cut, datasets_of, hold_out, load_splits, needed_splits, with_labels
+from .data import (
+    check_columns,
+    class_names,
+    cut,
+    datasets_of,
+    hold_out,
+    load_splits,
+    needed_splits,
+    with_images,
+    with_labels,
+)
 
 
 TASK = "image-classification"
@@ -57,17 +67,6 @@ def make_parser() -> HfArgumentParser:
 
 
 # Data
-
-
-def with_images(dataset: Dataset, column: str, file: str | None) -> Dataset:
-    """Decode the image column; paths in a file are relative to its folder."""
-    feature = dataset.features[column]
-    if isinstance(feature, Image):
-        return dataset
-    if isinstance(feature, Value) and file is not None:
-        folder = Path(file).resolve().parent
-        dataset = dataset.map(lambda path: {column: str(folder / path)}, input_columns=column)
-    return dataset.cast_column(column, Image())
 
 
 def few_shot(dataset: Dataset, fraction: float) -> Dataset:
@@ -86,7 +85,8 @@ def prepare_splits(
     """The splits of the run, with decoded images and `labels`, cut to the size that was asked for."""
     with training_args.main_process_first(desc="reading the images"):
         for split, dataset in splits.items():
-            dataset = with_images(dataset, data_args.image_column_name, getattr(data_args, f"{split}_file"))
+            file = getattr(data_args, f"{split}_file")
+            dataset = with_images(dataset, data_args.image_column_name, file and Path(file).parent)
             splits[split] = with_labels(dataset, data_args.label_column_name, names, split)
     splits = hold_out(splits, data_args, training_args)
     if "train" in splits:

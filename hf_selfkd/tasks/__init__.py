@@ -8,21 +8,30 @@ from ..models import base_model
 from .base import SUPPORTED, Task
 from .by_shape import ByShape
 from .causal_lm import CausalLM
+from .ctc import CTC
 from .detection import ObjectDetection
+from .image_prefix_lm import ImagePrefixLM
+from .image_to_text import ImageToText
 from .masked_lm import MaskedLM
 from .multi_label import MULTI_LABEL, MultiLabelClassification
 from .multiple_choice import MultipleChoice
+from .next_sentence import NextSentence
 from .question_answering import QuestionAnswering
 from .rows import Rows
 from .sample_classification import SampleClassification
+from .segmentation import SemanticSegmentation
 from .seq2seq_lm import Seq2SeqLM
+from .speech_seq2seq import SpeechSeq2Seq
 from .token_classification import TokenClassification
 
 
 __all__ = ["SUPPORTED", "TASKS", "Rows", "Task", "task_for"]
 
 TASKS: tuple[type[Task], ...] = (
+    SpeechSeq2Seq,
+    ImageToText,
     Seq2SeqLM,
+    ImagePrefixLM,
     CausalLM,
     MaskedLM,
     TokenClassification,
@@ -31,6 +40,9 @@ TASKS: tuple[type[Task], ...] = (
     MultiLabelClassification,
     SampleClassification,
     ObjectDetection,
+    SemanticSegmentation,
+    CTC,
+    NextSentence,
 )
 
 

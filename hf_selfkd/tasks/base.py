@@ -11,7 +11,7 @@ from torch import nn
 
 from ..batch import Batch, BatchRecord, Mixing
 from ..devices import to_device
-from ..models import base_model, logits_of, num_classes_of
+from ..models import base_model, logits_of, num_classes_of, output_embeddings_of
 from ..samples import IGNORE_INDEX, SampleIndex, sample_index
 from .rows import Rows
 
@@ -44,7 +44,11 @@ class Task:
         no_history (`str`, *optional*): why rows cannot be stored, if they cannot.
         per_object (`bool`): whether rows are objects, of which a sample may show some today and others tomorrow.
         independent (`bool`): whether each class of a row has a probability of its own, which do not add up to 1.
+        bare_logits (`bool`): whether a model may return its logits alone, which a trainer would take for a loss.
         labels_move (`str`): what to say where the labels of a sample change from one reading to the next.
+        many_rows (`str`, *optional*): why `teacher="auto"` stores no rows, though they can be stored.
+        uncalibrated (`str`, *optional*): why held-out data tell no temperature, if they do not.
+        untraced (`str`, *optional*): why there is no probability of the true class of a sample, if there is not.
     """
 
     name = "a task"
@@ -60,6 +64,10 @@ class Task:
     no_history: str | None = None
     per_object = False
     independent = False
+    many_rows: str | None = None
+    uncalibrated: str | None = None
+    untraced: str | None = None
+    bare_logits = False
     labels_move = (
         "the labels of a sample change from one reading to the next, as with random masking: teacher='history' would "
         "compare predictions of other words. Use teacher='snapshot', or mask when the dataset is made"
@@ -81,6 +89,8 @@ class Task:
     @property
     def num_classes(self) -> int | None:
         """`int`: classes of a row, as far as the model tells before it has run."""
+        if self.language_model and output_embeddings_of(self.wrapped) is None:
+            return None  # `num_labels` of the configuration says nothing of words
         return num_classes_of(self.wrapped)
 
     def classes_in(self, batch: Batch) -> int | None:
@@ -270,6 +280,8 @@ class Task:
             outputs (`dict` or `tuple`): of the model.
             has_loss (`bool`): whether a tuple starts with the loss.
         """
+        if self.bare_logits and isinstance(outputs, torch.Tensor):
+            return outputs
         return logits_of(outputs, has_loss)
 
     def predict(self, run: Callable[[dict[str, Any]], Any], batch: Batch) -> Rows:
@@ -354,6 +366,7 @@ class Task:
 
 SUPPORTED = (
     "single- and multi-label sequence, image, audio and video classification, token classification, extractive "
-    "question answering, multiple choice, causal, masked and encoder-decoder language models, and object detection "
-    "(detectors of the DETR family and YOLOS)"
+    "question answering, multiple choice, next sentence prediction, causal, masked and encoder-decoder language "
+    "models (of texts, sounds and images), CTC, object detection (detectors of the DETR family and YOLOS) and "
+    "semantic segmentation"
 )

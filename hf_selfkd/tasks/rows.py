@@ -43,7 +43,10 @@ class Rows:
         allowed (`torch.BoolTensor` of shape `[R, C]`, *optional*):
             classes that a teacher may believe in; the others, such as padding, get no mass of a target.
         width (`int`, *optional*): classes of the rows of every batch, where C differs from batch to batch.
-        independent (`bool`, *optional*): whether each class has a probability of its own, which do not add up to 1.
+        independent (`bool`, *optional*, defaults to `False`):
+            whether each class has a probability of its own, which do not add up to 1.
+        weights (`torch.Tensor` of shape `[R]`, *optional*):
+            how much each row counts, in what the loss is a mean over; 1 by default.
     """
 
     logits: torch.Tensor
@@ -52,6 +55,16 @@ class Rows:
     allowed: torch.Tensor | None = None
     width: int | None = None
     independent: bool = False
+    weights: torch.Tensor | None = None
+
+    def count(self, mask: torch.Tensor) -> torch.Tensor:
+        """
+        How much some rows count together.
+
+        Args:
+            mask (`torch.BoolTensor` of shape `[R]`): which rows.
+        """
+        return mask.sum() if self.weights is None else (mask * self.weights).sum()
 
     @property
     def top_k(self) -> int | None:

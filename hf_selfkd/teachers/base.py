@@ -93,8 +93,13 @@ class Teacher:
         """
         raise ValueError(f"teacher={self.kind!r} stores no rows: use teacher='history'.")
 
-    def states(self) -> Iterator[tuple[str, State]]:
-        """The files of a checkpoint, by name, that all processes agree on."""
+    def states(self, keeps: bool = True) -> Iterator[tuple[str, State]]:
+        """
+        The files of a checkpoint, by name, that all processes agree on. Every process must call this.
+
+        Args:
+            keeps (`bool`, *optional*, defaults to `True`): whether this process has a use for their tensors.
+        """
         yield "teacher", ({}, {})
 
     def process_states(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:

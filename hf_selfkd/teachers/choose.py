@@ -17,12 +17,14 @@ class Facts:
         past_of_heads (`bool`): whether auxiliary heads learn from past predictions.
         no_ids (`str`, *optional*): why samples cannot be told apart from one epoch to the next.
         no_rows (`str`, *optional*): why a sample has no row of its own that stays the same.
+        many_rows (`str`, *optional*): why rows are stored only where that is asked for by name.
     """
 
     num_epochs: int
     past_of_heads: bool = False
     no_ids: str | None = None
     no_rows: str | None = None
+    many_rows: str | None = None
 
 
 def choose_teacher(method: MethodArguments, facts: Facts) -> tuple[str, str]:
@@ -68,8 +70,7 @@ def choose_teacher(method: MethodArguments, facts: Facts) -> tuple[str, str]:
         raise ValueError(reason)  # which need the history
     if reason:
         return "snapshot", reason
-    if facts.past_of_heads:
-        if method.history_trace or method.chunked_logits:
-            return "history", ""
-        return "snapshot", "a history of auxiliary heads would be many times larger"
+    many_rows = "a history of auxiliary heads would be many times larger" if facts.past_of_heads else facts.many_rows
+    if many_rows:
+        return ("history", "") if method.history_trace or method.chunked_logits else ("snapshot", many_rows)
     return ("snapshot", "teacher_dropout needs a copy of the weights") if method.teacher_dropout else ("history", "")

@@ -137,7 +137,7 @@ class HistoryStore:
             return self.size
         if self.rows_per_sample is not None:
             return max(1, round(self.size * self.rows_per_sample))
-        counted = torch.tensor([len(samples.ids), samples.total])
+        counted = torch.tensor([len(samples.ids), int(samples.counts.sum())])
         if self.gather is not None:
             counted = self.gather(counted).view(-1, 2).sum(dim=0)
         of_samples, num_rows = counted.tolist()
@@ -290,7 +290,8 @@ class HistoryTeacher(Teacher):
         labels = batch.labels
         if batch.samples is None:
             return Taught()
-        taught = Taught(self.store.read(batch.samples, labels.numel(), labels.device))
+        rows = labels.numel() if batch.samples.num_rows is None else batch.samples.num_rows
+        taught = Taught(self.store.read(batch.samples, rows, labels.device))
         if self.head_stores:
             samples = self.head_samples(batch)
             rows = labels.numel() if batch.rotations is None else batch.rotations.size
@@ -312,7 +313,7 @@ class HistoryTeacher(Teacher):
     def stored(self, sample_ids: Any) -> torch.Tensor:
         return self.store.stored(sample_ids)
 
-    def states(self) -> Iterator[tuple[str, State]]:
+    def states(self, keeps: bool = True) -> Iterator[tuple[str, State]]:
         for name, store in self.stores.items():
             yield name, ({}, {}) if store.history is None else store.history.state()
 

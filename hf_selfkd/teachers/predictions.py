@@ -143,7 +143,7 @@ class PredictionsTeacher(Teacher):
         log_probs, known = self.predictions.log_probs(np.asarray(torch.as_tensor(sample_ids).cpu()))
         return torch.where(known[:, None], log_probs.exp(), torch.nan)
 
-    def states(self) -> Iterator[tuple[str, State]]:
+    def states(self, keeps: bool = True) -> Iterator[tuple[str, State]]:
         yield "teacher", ({}, {"predictions": self.predictions.checksum()})
 
     def load(self, name: str, state: State, journals: list[dict[str, torch.Tensor]]) -> None:

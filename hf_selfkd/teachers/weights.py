@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..batch import Batch
 from ..losses.soft_targets import SoftTargets
+from ..sharded import exchanged, reshard, shard, shard_of, whole
 from ..tasks.rows import Rows
 from .base import State, Taught, Teacher
 
@@ -22,7 +23,8 @@ class SnapshotTeacher(Teacher):
     """
     The weights at the end of the previous epoch, in evaluation mode, on the very view that is trained on.
 
-    Only what training changes is copied (trainable parameters and buffers), so a PEFT model costs its adapters.
+    Only what training changes is copied (trainable parameters and buffers), so a PEFT model costs its adapters. Of
+    weights that FSDP2 shards, each process copies its own shard, and runs the model with these shards in it.
 
     Args:
         model (`nn.Module`): the model that is trained, unwrapped.
@@ -55,9 +57,13 @@ class SnapshotTeacher(Teacher):
         self.buffers = [name for name, _ in model.named_buffers() if name in persistent]
         self.weights: dict[str, torch.Tensor] = {}
 
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        reshard(self.model)
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
     def _live(self) -> dict[str, torch.Tensor]:
-        """The trainable weights of the model, which processes share, and the buffers of the first process."""
-        live = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        """This process's part of the trainable weights of the model, and the buffers of the first process."""
+        live = {name: shard(parameter) for name, parameter in self._parameters().items()}
         buffers = {name: self.model.get_buffer(name).detach() for name in self.buffers}
         return live | (buffers if self.broadcast is None else _broadcast_together(buffers, self.broadcast))
 
@@ -89,13 +95,20 @@ class SnapshotTeacher(Teacher):
         return Taught(model, heads if self.epoch > 0 else [])  # before, even a warm start has untrained heads
 
     def _run(self, inputs: dict[str, Any]) -> Any:
-        return torch.func.functional_call(self.model, self.weights, kwargs=inputs)
+        if not reshard(self.model):
+            return torch.func.functional_call(self.model, self.weights, kwargs=inputs)
+        live = {name: shard(parameter) for name, parameter in self._parameters().items()}
+        live |= {name: self.model.get_buffer(name) for name in self.buffers}
+        with exchanged(self.model, live, self.weights):
+            return self.model(**inputs)
 
-    def states(self) -> Iterator[tuple[str, State]]:
-        yield "teacher", (self._tensors(), {})
+    def states(self, keeps: bool = True) -> Iterator[tuple[str, State]]:
+        yield "teacher", (self._whole(self.weights, keeps), {})
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        return {f"weights.{name}": tensor for name, tensor in self.weights.items()}
+    def _whole(self, weights: dict[str, torch.Tensor], keeps: bool) -> dict[str, torch.Tensor]:
+        """Weights in one piece, under the names that a checkpoint has for them."""
+        like = self._parameters() if weights else {}
+        return {f"weights.{name}": whole(tensor, like.get(name), keeps) for name, tensor in weights.items()}
 
     def load(self, name: str, state: State, journals: list[dict[str, torch.Tensor]]) -> None:
         tensors, _ = state
@@ -103,12 +116,14 @@ class SnapshotTeacher(Teacher):
         stored = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
         if not stored:
             return  # saved before the teacher had acted
-        for name, tensor in live.items():
+        like = live | self._parameters()
+        for name, tensor in like.items():
             if name not in stored or stored[name].shape != tensor.shape:
                 raise ValueError(
                     f"the checkpoint's {self.kind} has no {name} of shape {list(tensor.shape)}: resume with the model "
                     "that made it."
                 )
+        stored = {name: shard_of(stored[name], tensor) for name, tensor in like.items()}
         # Into memory of its own, laid out as the live weights are: what is read from a file is not aligned, and some
         # kernels then round otherwise.
         self.weights = {name: torch.empty_like(tensor).copy_(stored[name]) for name, tensor in live.items()}
@@ -198,14 +213,16 @@ class EMATeacher(SnapshotTeacher):
     def targets(self, batch: Batch) -> Taught:
         return super().targets(batch) if self.epoch > 0 else Taught()
 
-    def states(self) -> Iterator[tuple[str, State]]:
-        averages = {f"weights.{name}": tensor for name, tensor in self.masters.items()}
-        yield "teacher", (self._tensors() | averages, {"updates": str(self.updates)})
+    def states(self, keeps: bool = True) -> Iterator[tuple[str, State]]:
+        yield "teacher", (self._whole(self.weights | self.masters, keeps), {"updates": str(self.updates)})
 
     def load(self, name: str, state: State, journals: list[dict[str, torch.Tensor]]) -> None:
         super().load(name, state, journals)
+        like = self._parameters()
         self.masters = {
-            key: torch.empty_like(self.weights[key], dtype=torch.float32).copy_(state[0][f"weights.{key}"])
+            key: torch.empty_like(self.weights[key], dtype=torch.float32).copy_(
+                shard_of(state[0][f"weights.{key}"], like[key])
+            )
             for key in self._half_precision()
         }
         self.updates = int(state[1]["updates"])
