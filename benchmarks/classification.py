@@ -10,9 +10,10 @@ can be stopped and started again. `--table` prints the Markdown table of what is
     python benchmarks/classification.py ag_news --pretrained MODEL --max_train_samples 400 --label_noise 0.3 ...
     python benchmarks/classification.py digits --layered --few_shot_fraction 0.1 --batch_size 32 --learning_rate 0.05
 
-`--layered` compares auxiliary heads instead of teachers; `--few_shot_fraction` keeps a part of each class. What looks
-at held-out data (`PS-KD calibrated`) sees `--validation_files` or, of CIFAR-100, the ten images a class after the
-`--images_per_class` that are trained on; never the test set, which every figure is of.
+`--layered` compares auxiliary heads instead of teachers, `--history` what is stored of past predictions;
+`--few_shot_fraction` keeps a part of each class. What looks at held-out data (`PS-KD calibrated`) sees
+`--validation_files` or, of CIFAR-100, the ten images a class after the `--images_per_class` that are trained on; never
+the test set, which every figure is of.
 
 Without files the data come from the Hub (`uoft-cs/cifar100`, `fancyzhx/ag_news`); the digits are scikit-learn's.
 """
@@ -98,6 +99,19 @@ TERMS = {
 LAYERED |= {
     name: {"alpha": 0.0, "auxiliary_heads": AuxiliaryHeadsConfig(**({"views": "rotation"} | terms))}
     for name, terms in TERMS.items()
+}
+# What is kept of a past prediction, and where the mass goes that is not: `benchmarks/history_bytes.py` compares them.
+HALF = {"teacher": "history", "history_dtype": "float16"}
+HISTORY = {
+    "plain": METHODS["plain"],
+    "float32": {"teacher": "history", "history_dtype": "float32"},
+    "float16": HALF,
+    **{f"top {k}": HALF | {"history_top_k": k} for k in (32, 16, 8, 4, 2, 1)},
+    **{
+        f"top {k}, {tail}": HALF | {"history_top_k": k, "history_tail": tail}
+        for k in (16, 8, 4)
+        for tail in ("label", "uniform", "renormalize")
+    },
 }
 REPORTED = ("accuracy", "top5_accuracy", "nll", "brier", "ece", "ece_15", "aurc", "eaurc")
 MEAN, STD = torch.tensor((0.5071, 0.4865, 0.4409)), torch.tensor((0.2673, 0.2564, 0.2762))
@@ -330,7 +344,7 @@ def small_bert(args: argparse.Namespace, train: Dataset, test: Dataset) -> dict:
 
 def run(task: dict, method: str, seed: int, max_grad_norm: float = 1.0) -> dict:
     """Train once and evaluate the last epoch on the test set."""
-    task, settings = dict(task), dict((METHODS | LAYERED)[method])
+    task, settings = dict(task), dict((METHODS | LAYERED | HISTORY)[method])
     heads, held_out = settings.pop("auxiliary_heads", None), task.pop("validation_dataset", None)
     test = task.pop("eval_dataset")
     if settings.get("alpha_schedule") == "calibrated" and held_out is None:
@@ -365,6 +379,7 @@ def run(task: dict, method: str, seed: int, max_grad_norm: float = 1.0) -> dict:
         )
         start = time.perf_counter(), time.process_time()
         trainer.train()
+        history = getattr(trainer.teacher, "history", None)
         seconds, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
         metrics = trainer.evaluate(test)
     metrics = {key.removeprefix("eval_"): value for key, value in metrics.items()}
@@ -377,6 +392,7 @@ def run(task: dict, method: str, seed: int, max_grad_norm: float = 1.0) -> dict:
         "error": 100 * (1 - metrics["accuracy"]),
         **{key: metrics[key] for key in REPORTED},
         "train_seconds": seconds,
+        **({} if history is None else {"row_bytes": history.codec.row_bytes}),
         "cpu_ms_per_image": 1000 * cpu / len(task["train_dataset"]) / arguments["num_train_epochs"],
         "train_loss_by_epoch": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "alpha_by_epoch": [entry["alpha"] for entry in trainer.state.log_history if "alpha" in entry],
@@ -396,6 +412,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=128, help="images of a step")
     parser.add_argument("--learning_rate", type=float, default=0.1, help="of SGD, for images")
     parser.add_argument("--layered", action="store_true", help="compare auxiliary heads instead of teachers")
+    parser.add_argument("--history", action="store_true", help="compare what is stored of past predictions instead")
     parser.add_argument("--methods", nargs="+", help="all of the comparison by default")
     parser.add_argument("--few_shot_fraction", type=float, default=1.0, help="part of each class of images")
     parser.add_argument("--images_per_class", type=int, help="the first ones of each class, for training")
@@ -408,7 +425,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="JSON lines; results_TASK.jsonl by default")
     parser.add_argument("--table", action="store_true", help="print the table of the results and stop")
     args = parser.parse_args()
-    known = LAYERED if args.layered else METHODS
+    known = HISTORY if args.history else LAYERED if args.layered else METHODS
     methods = args.methods or list(known)
     if set(methods) - known.keys():
         parser.error(f"--methods: choose among {', '.join(known)}")

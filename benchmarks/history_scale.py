@@ -5,16 +5,19 @@ What a history of the size of ImageNet or of WMT14 takes: bytes, rows a second, 
     python benchmarks/history_scale.py wmt14 --top_k 8
 
 Rows are made up and as many as those data sets have, in random order; no model runs. Each figure is of the code that
-a training runs: note a batch, read a batch, the end of an epoch, save, load into a new history. Memory is what the
-process has for itself (`RssAnon` of Linux): pages of the mapped file are the cache's, and are given back when others
-need them.
+a training runs: note a batch, read a batch, the end of an epoch, save, load into a new history. Bytes on the disk are
+those of both generations, the table and the file of the running epoch. Memory is what the process has for itself
+(`RssAnon` of Linux), at its peak, above what it had before: pages of a mapped file are the cache's, and are given back
+when others need them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -78,32 +81,63 @@ class Pool:
         return self.log_probs[:count], self.index[:count]
 
 
-def own_memory(name: str = "RssAnon") -> int:
+def own_memory() -> int:
     """Bytes that this process has for itself, of Linux."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+class Watch:
+    """Seconds, and the peak of `own_memory` above its beginning, looked at every 5 ms."""
+
+    def __enter__(self):
+        self.before, self.peak, self.stop = own_memory(), 0, threading.Event()
+        self.watcher = threading.Thread(target=self._watch)
+        self.watcher.start()
+        self.start = time.perf_counter()
+        return self
+
+    def _watch(self) -> None:
+        while not self.stop.wait(5e-3):
+            self.peak = max(self.peak, own_memory() - self.before)
+
+    def __exit__(self, *_):
+        self.seconds = time.perf_counter() - self.start
+        self.stop.set()
+        self.watcher.join()
 
 
 def epoch(store: HistoryStore, shape: Shape, pool: Pool, number: int) -> dict[str, float]:
-    """Read and note every sample; seconds of both, and of the end of the epoch."""
+    """Read and note every sample; rows, seconds and memory, of the end of the epoch by itself."""
     reading = writing = rows = 0
-    for samples in batches(shape, number):
-        log_probs, index = pool.of(samples.total)
-        start = time.perf_counter()
-        if store.history is None:
-            store.prepare(samples, shape.classes)
-        store.read(samples, samples.total, torch.device("cpu"))
-        middle = time.perf_counter()
-        store.history.write(samples, log_probs, torch.empty(0, dtype=torch.int64), index)
-        reading, writing, rows = reading + middle - start, writing + time.perf_counter() - middle, rows + samples.total
-    start = time.perf_counter()
-    store.end_epoch(number)
-    return {"rows": rows, "read_s": reading, "write_s": writing, "end_s": time.perf_counter() - start}
+    with Watch() as steps:
+        for samples in batches(shape, number):
+            log_probs, index = pool.of(samples.total)
+            start = time.perf_counter()
+            if store.history is None:
+                store.prepare(samples, shape.classes)
+            store.read(samples, samples.total, torch.device("cpu"))
+            middle = time.perf_counter()
+            store.history.write(samples, log_probs, torch.empty(0, dtype=torch.int64), index)
+            reading, writing = reading + middle - start, writing + time.perf_counter() - middle
+            rows += samples.total
+    with Watch() as end:
+        store.end_epoch(number)
+    return {
+        "rows": rows,
+        "read_rows_per_s": rows / reading,
+        "write_rows_per_s": rows / writing,
+        "steps_memory_bytes": steps.peak,
+        "end_of_epoch_s": end.seconds,
+        "end_of_epoch_memory_bytes": end.peak,
+    }
 
 
-def size_of(folder: Path) -> int:
-    """Bytes that the files of a folder take on the disk."""
-    return sum(512 * path.stat().st_blocks for path in folder.rglob("*") if path.is_file())
+def bytes_on_disk(store: HistoryStore, folder: Path) -> int:
+    """Of the table and of the running epoch, whose files have no name."""
+    files = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    files += [os.fstat(file.fileno()) for file in store.history.journal.files.values()]
+    return sum(512 * file.st_blocks for file in files)
 
 
 def measure(name: str, shape: Shape, top_k: int, parent: str | None) -> dict:
@@ -120,30 +154,33 @@ def measure(name: str, shape: Shape, top_k: int, parent: str | None) -> dict:
                 config, shape.samples, None, torch.device("cpu"), folder / part, 3, rows_per_sample=tokens
             )
 
-        store, before = new("history"), own_memory()
-        pool = Pool(2 * shape.batch * shape.tokens, shape, top_k)
-        made = own_memory() - before
+        store, pool = new("history"), Pool(2 * shape.batch * shape.tokens, shape, top_k)
         first, second = epoch(store, shape, pool, 0), epoch(store, shape, pool, 1)
         figures = {
             "shape": name,
             "top_k": top_k,
-            "rows": first["rows"],
-            "dense_fp32_bytes": 4 * first["rows"] * shape.classes,
+            "samples": shape.samples,
+            "dense_fp32_bytes": 4 * second["rows"] * shape.classes,
             "row_bytes": store.history.codec.row_bytes,
-            "disk_bytes": size_of(folder / "history"),
-            "memory_bytes": own_memory() - before - made,
-            "write_rows_per_s": first["rows"] / first["write_s"],
-            "read_rows_per_s": second["rows"] / second["read_s"],
-            "end_of_epoch_s": second["end_s"],
+            "disk_bytes": bytes_on_disk(store, folder / "history"),
+            **second,
+            "first_end_of_epoch_s": first["end_of_epoch_s"],
         }
-        checkpoint, start = folder / "teacher.safetensors", time.perf_counter()
-        save_tensors(checkpoint, *store.history.state())
-        figures |= {"save_s": time.perf_counter() - start, "checkpoint_bytes": checkpoint.stat().st_size}
+        checkpoint = folder / "teacher.safetensors"
+        with Watch() as save:
+            save_tensors(checkpoint, *store.history.state())
         expected = store.stored([0, shape.samples - 1])
         del store
-        loaded, start = new("again"), time.perf_counter()
-        loaded.load(load_tensors(checkpoint), [])
-        figures |= {"load_s": time.perf_counter() - start, "peak_memory_bytes": own_memory("VmHWM")}
+        loaded = new("again")
+        with Watch() as load:
+            loaded.load(load_tensors(checkpoint), [])
+        figures |= {
+            "checkpoint_bytes": checkpoint.stat().st_size,
+            "save_s": save.seconds,
+            "save_memory_bytes": save.peak,
+            "load_s": load.seconds,
+            "load_memory_bytes": load.peak,
+        }
         if not torch.equal(loaded.stored([0, shape.samples - 1]), expected):
             raise RuntimeError("what was loaded is not what was saved.")
     return figures

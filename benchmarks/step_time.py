@@ -58,22 +58,24 @@ from hf_selfkd.teachers.base import Teacher
 
 
 MODELS = {
+    "tiny": {"embedding_size": 8, "hidden_sizes": [8], "depths": [1]},
     "resnet18": {"embedding_size": 64, "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]},
     "small": {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]},
 }
 
 
 class InMemory(torch.utils.data.Dataset):
-    """Random images of 32 x 32 pixels."""
+    """Random square images; of a large data set every 4096th is the same."""
 
-    def __init__(self, size: int, num_classes: int):
-        self.pixels, self.labels = torch.randn(size, 3, 32, 32), torch.randint(0, num_classes, (size,)).tolist()
+    def __init__(self, size: int, num_classes: int, pixels: int = 32):
+        self.pixels = torch.randn(min(size, 4096), 3, pixels, pixels)
+        self.labels = torch.randint(0, num_classes, (size,)).tolist()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict:
-        return {"pixel_values": self.pixels[index], "labels": self.labels[index]}
+        return {"pixel_values": self.pixels[index % 4096], "labels": self.labels[index]}
 
 
 class Sentences(torch.utils.data.Dataset):
@@ -220,14 +222,33 @@ def new_trainer(self_distils: bool, args: argparse.Namespace, epochs: int, data:
         if not self_distils:
             config = Seq2SeqTrainingArguments(label_smoothing_factor=0.1, **common)
             return Seq2SeqTrainer(marian(args), config, train_dataset=data)
-        own = {"teacher": args.teacher, "history_top_k": args.top_k, "chunked_logits": args.chunked_logits}
+        own = {"teacher": args.teacher, "history_top_k": args.top_k or 16, "chunked_logits": args.chunked_logits}
         config = Seq2SeqSelfKDConfig(**own, **common)
         return Seq2SeqSelfKDTrainer(marian(args), config, train_dataset=data)
     config = ResNetConfig(layer_type="basic", num_labels=args.classes, **MODELS[args.model])
     model = ResNetForImageClassification(config)
     if not self_distils:
         return Trainer(model, TrainingArguments(**common), train_dataset=data)
-    return SelfKDTrainer(model, SelfKDConfig(teacher=args.teacher, **common), train_dataset=data)
+    own = {"teacher": args.teacher, "history_top_k": args.top_k}
+    return SelfKDTrainer(model, SelfKDConfig(**own, **common), train_dataset=data)
+
+
+def in_both_orders(
+    args: argparse.Namespace, data: torch.utils.data.Dataset, folder: str, clock: Callable[[], float]
+) -> tuple[list[float], float, float]:
+    """Ratios, one of an epoch in both orders, and the median milliseconds of a step of either side."""
+    steps = args.steps_per_epoch
+    targets = (False, args.teacher != "control")
+    epochs: list[list[list[float]]] = []  # of each order: seconds of the epochs of either side
+    for order in (1, -1):
+        trainers = [make_trainer(target, args, args.rounds + 2, data, folder) for target in targets[::order]]
+        seconds = train_in_turns(trainers, clock)[::order]
+        # The first epoch has no history, the last one no end.
+        starts = range(steps, steps * (args.rounds + 1), steps)
+        epochs.append([[sum(target[start : start + steps]) for start in starts] for target in seconds])
+    ratios = [math.sqrt(b / a * d / c) for a, b, c, d in zip(*epochs[0], *epochs[1], strict=True)]
+    plain, ours = (1000 / steps * statistics.median(one + other) for one, other in zip(*epochs, strict=True))
+    return ratios, plain, ours
 
 
 def history_share(trainer: Trainer, clock: Callable[[], float]) -> float:
@@ -257,7 +278,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--length", type=int, default=24, help="tokens of a sentence")
-    parser.add_argument("--top_k", type=int, default=16, help="stored entries of a token")
+    parser.add_argument("--top_k", type=int, help="stored entries of a row; 16 of a token by default")
     parser.add_argument("--chunked_logits", action="store_true", help="never hold the logits of all tokens")
     parser.add_argument("--keep_freed_memory", action="store_true", help="for marian too: see benchmarks/loss.py")
     args = parser.parse_args()
@@ -266,21 +287,13 @@ def main() -> None:
     data = Sentences(size, args.classes, args.length) if args.model == "marian" else InMemory(size, args.classes)
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     targets = (False, args.teacher != "control")
-    epochs: list[list[list[float]]] = []  # of each order: seconds of the epochs of either side
     with tempfile.TemporaryDirectory() as folder:
         # Of a short step, fetching memory again is a part that depends on what the step before left, on both sides.
         keep_freed_memory(args.keep_freed_memory or args.model != "marian")
-        for order in (1, -1):
-            trainers = [make_trainer(target, args, args.rounds + 2, data, folder) for target in targets[::order]]
-            seconds = train_in_turns(trainers, clock)[::order]
-            # The first epoch has no history, the last one no end.
-            starts = range(steps, steps * (args.rounds + 1), steps)
-            epochs.append([[sum(target[start : start + steps]) for start in starts] for target in seconds])
+        ratios, plain, ours = in_both_orders(args, data, folder, clock)
         share = history_share(make_trainer(True, args, 6, data, folder), clock) if targets[1] else 0.0
         keep_freed_memory(False)
         peaks = [peak_of_steps(make_trainer(target, args, 2, data, folder)) for target in targets]
-    ratios = [math.sqrt(b / a * d / c) for a, b, c, d in zip(*epochs[0], *epochs[1], strict=True)]
-    plain, ours = (1000 / steps * statistics.median(one + other) for one, other in zip(*epochs, strict=True))
     print(
         json.dumps(
             {

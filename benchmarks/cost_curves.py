@@ -1,0 +1,79 @@
+"""
+What `history` costs over `Trainer` as classes, samples and words grow, one line of JSON a point.
+
+    export OMP_NUM_THREADS=1
+    python benchmarks/cost_curves.py --curves classes samples words
+
+Each point is a pair of trainings that take turns in one process, in both orders (benchmarks/step_time.py), by the
+processor's clock. What counts for your own model are the milliseconds that a step takes more, which hardly depend on
+the model: the models here are so small that the ratio is about the worst that there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from comparison import machine, read_results
+from loss import keep_freed_memory
+from step_time import InMemory, Sentences, in_both_orders, interval
+
+
+IMAGES = {"model": "small", "pixels": 32, "batch_size": 128, "steps_per_epoch": 10, "rounds": 6}
+TOKENS = {"model": "marian", "batch_size": 16, "length": 24, "steps_per_epoch": 3, "rounds": 2, "top_k": 16}
+CURVES = {
+    "classes": [IMAGES | {"classes": count, "top_k": None} for count in (10, 100, 1000)]
+    + [IMAGES | {"classes": count, "top_k": 32} for count in (100, 1000, 10_000)],
+    "samples": [
+        IMAGES
+        | {"model": "tiny", "pixels": 8, "batch_size": 500, "classes": 100, "top_k": 32}
+        | {"steps_per_epoch": steps, "rounds": rounds}
+        for steps, rounds in ((20, 8), (200, 2), (2000, 1))
+    ],
+    "words": [TOKENS | {"classes": count} for count in (1000, 32_000, 128_000)],
+}
+
+
+def measure(curve: str, point: dict) -> dict:
+    """One point: milliseconds of a step of either side, and their ratio."""
+    args = argparse.Namespace(teacher="history", chunked_logits=False, **point)
+    size = args.batch_size * args.steps_per_epoch
+    tokens = args.model == "marian"
+    data = Sentences(size, args.classes, args.length) if tokens else InMemory(size, args.classes, args.pixels)
+    keep_freed_memory(True)
+    with tempfile.TemporaryDirectory() as folder:
+        ratios, plain, ours = in_both_orders(args, data, folder, time.process_time)
+    keep_freed_memory(False)
+    return {
+        "curve": curve,
+        **point,
+        "samples": size,
+        "plain_ms": round(plain, 2),
+        "selfkd_ms": round(ours, 2),
+        "ratio": round(statistics.median(ratios), 4),
+        "ratio_interval": [round(end, 4) for end in interval(ratios)],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--curves", nargs="+", choices=list(CURVES), default=list(CURVES))
+    parser.add_argument("--results", type=Path, default=Path("cost_curves.jsonl"))
+    args = parser.parse_args()
+    done = read_results(args.results)
+    for curve in args.curves:
+        for point in CURVES[curve]:
+            if any(row["curve"] == curve and point.items() <= row.items() for row in done):
+                continue
+            line = measure(curve, point) | machine()
+            with args.results.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
