@@ -31,6 +31,9 @@ from hf_selfkd.checks import sharded_by
 from hf_selfkd.heads import heads_of
 
 
+pytestmark = pytest.mark.trains
+
+
 # Which checkpoint is the best
 
 LOWER = ["nll", "brier", "ece", "ece_15", "aurc", "eaurc", "token_nll", "token_ece", "perplexity"]

@@ -43,6 +43,9 @@ from hf_selfkd.heads.rotation import choose_rotations, rotate
 from hf_selfkd.losses.soft import divergence
 
 
+pytestmark = pytest.mark.trains
+
+
 MODELS = "resnet vit convnext swin mobilenet timm bert bert_tokens wav2vec2 marian gpt2".split()
 SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 ZERO = AuxiliaryHeadsConfig(hard_weight=0.0)

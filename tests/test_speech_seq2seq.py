@@ -21,6 +21,9 @@ from hf_selfkd.tasks.image_to_text import ImageToText
 from hf_selfkd.tasks.speech_seq2seq import SpeechSeq2Seq
 
 
+pytestmark = pytest.mark.trains
+
+
 TOKENS = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 2, "decoder_start_token_id": 2}
 BART = TOKENS | {
     "vocab_size": 30,
