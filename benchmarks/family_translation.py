@@ -20,9 +20,9 @@ from pathlib import Path
 
 from comparison import machine, read_results, table
 from transformers import DataCollatorForSeq2Seq, MarianMTModel, set_seed
-from translation import make_task
+from translation import make_task, recipe
 
-from hf_selfkd import AuxiliaryHeadsConfig, Seq2SeqSelfKDConfig, Seq2SeqSelfKDTrainer, exit_model
+from hf_selfkd import AuxiliaryHeadsConfig, Seq2SeqSelfKDTrainer, exit_model
 from hf_selfkd.metrics import compute_translation_metrics
 
 
@@ -49,25 +49,7 @@ def make_trainer(
     task: dict, model: MarianMTModel, exits: list[int], seed: int, folder: str, args: argparse.Namespace
 ) -> Seq2SeqSelfKDTrainer:
     """The trainer of all members: the recipe of `benchmarks/translation.py`."""
-    config = Seq2SeqSelfKDConfig(
-        folder,
-        alpha=0.0,
-        seed=seed,
-        num_train_epochs=args.epochs,
-        per_device_train_batch_size=64,
-        per_device_eval_batch_size=100,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type="inverse_sqrt",
-        warmup_steps=300,
-        train_sampling_strategy="group_by_length",
-        predict_with_generate=True,
-        generation_max_length=64,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        log_level="error",
-        logging_strategy="epoch",
-    )
+    config = recipe(folder, seed, args, alpha=0.0)
     heads = AuxiliaryHeadsConfig.preset("exits", layers=[exit - 1 for exit in exits]) if exits else None
     return Seq2SeqSelfKDTrainer(
         model,
