@@ -780,7 +780,7 @@ def test_contradictions_are_refused(tmp_path):
     refused(lambda: make_trainer(tmp_path, "gpt2", make_samples("gpt2"), **heads), "chunked_logits=True")
 
 
-@pytest.mark.parametrize("kind", ["FSDP1", "DeepSpeed"])
+@pytest.mark.parametrize("kind", ["FSDP1", "DeepSpeed ZeRO-3"])
 def test_sharded_weights_are_refused(tmp_path, kind, monkeypatch):
     heads = make_trainer(tmp_path, "vit", make_samples("vit"), auxiliary_heads="joint")
     teacher = make_trainer(tmp_path, "vit", make_samples("vit"), teacher="snapshot")
