@@ -84,6 +84,29 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
+def small_marian(words: int, width: int, layers: int, dropout: float = 0.1) -> MarianConfig:
+    """A Marian from scratch; 0 pads and starts, 1 ends a sentence."""
+    return MarianConfig(
+        vocab_size=words,
+        d_model=width,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=4 * width,
+        decoder_ffn_dim=4 * width,
+        max_position_embeddings=128,
+        dropout=dropout,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+        forced_eos_token_id=None,
+        scale_embedding=True,
+        init_std=width**-0.5,  # 0.02 is for wide models: a narrow one takes long to find what to attend to
+    )
+
+
 def make_task(args: argparse.Namespace) -> dict:
     """What the trainer needs."""
     train, test = (
@@ -95,31 +118,35 @@ def make_task(args: argparse.Namespace) -> dict:
     def encode(batch: dict) -> dict:
         return tokenizer(batch[args.source], text_target=batch[args.target], truncation=True, max_length=64)
 
-    config = MarianConfig(
-        vocab_size=len(tokenizer),
-        d_model=args.width,
-        encoder_layers=args.layers,
-        decoder_layers=args.layers,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=4 * args.width,
-        decoder_ffn_dim=4 * args.width,
-        max_position_embeddings=128,
-        dropout=0.1,
-        pad_token_id=0,
-        bos_token_id=0,
-        eos_token_id=1,
-        decoder_start_token_id=0,
-        forced_eos_token_id=None,
-        scale_embedding=True,
-        init_std=args.width**-0.5,  # 0.02 is for wide models: a narrow one takes long to find what to attend to
-    )
     return {
-        "config": config,
+        "config": small_marian(len(tokenizer), args.width, args.layers),
         "tokenizer": tokenizer,
         "train": train.map(encode, batched=True, remove_columns=train.column_names),
         "test": test.map(encode, batched=True, remove_columns=test.column_names),
     }
+
+
+def recipe(folder: str, seed: int, args: argparse.Namespace, **settings) -> Seq2SeqSelfKDConfig:
+    """What all methods are trained with, and `settings` of one."""
+    return Seq2SeqSelfKDConfig(
+        folder,
+        seed=seed,
+        num_train_epochs=args.epochs,
+        per_device_train_batch_size=64,
+        per_device_eval_batch_size=100,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="inverse_sqrt",
+        warmup_steps=300,
+        train_sampling_strategy="group_by_length",
+        predict_with_generate=True,
+        generation_max_length=64,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        logging_strategy="epoch",
+        **settings,
+    )
 
 
 def run(task: dict, method: str, seed: int, args: argparse.Namespace) -> dict:
@@ -129,25 +156,7 @@ def run(task: dict, method: str, seed: int, args: argparse.Namespace) -> dict:
     model.generation_config.update(max_length=64, num_beams=1, bad_words_ids=None)
     compute_metrics = compute_translation_metrics(task["tokenizer"])
     with tempfile.TemporaryDirectory() as folder:
-        config = Seq2SeqSelfKDConfig(
-            folder,
-            seed=seed,
-            num_train_epochs=args.epochs,
-            per_device_train_batch_size=64,
-            per_device_eval_batch_size=100,
-            learning_rate=args.learning_rate,
-            lr_scheduler_type="inverse_sqrt",
-            warmup_steps=300,
-            train_sampling_strategy="group_by_length",
-            predict_with_generate=True,
-            generation_max_length=64,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            log_level="error",
-            logging_strategy="epoch",
-            **METHODS[method],
-        )
+        config = recipe(folder, seed, args, **METHODS[method])
         trainer = Variants(
             model,
             config,

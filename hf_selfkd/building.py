@@ -78,7 +78,7 @@ class Building:
 
     def _scales_correctly(self, task: Task | None) -> bool:
         """Whether plain training can be scaled by its rows, which the stock class does not do for many models."""
-        if task is None or sharded_by(self) not in (None, "FSDP2") or self.args.n_gpu > 1:
+        if task is None or sharded_by(self) not in (None, "FSDP2", "DeepSpeed ZeRO-3") or self.args.n_gpu > 1:
             return False
         if self.compute_loss_func is not None:
             return False

@@ -41,8 +41,8 @@ def sharded_by(trainer: Trainer) -> str | None:
     """What splits the weights or the batches of a model between devices, if anything does."""
     if trainer.is_fsdp_enabled:
         return f"FSDP{getattr(trainer.accelerator.state.fsdp_plugin, 'fsdp_version', 1)}"
-    if trainer.is_deepspeed_enabled:
-        return "DeepSpeed"
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        return "DeepSpeed ZeRO-3"  # the other stages leave a whole model in every process
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
         return "sharding at load time"
     sizes = {"tensor": trainer.get_tp_size(), "context": trainer.get_cp_size(), "sequence": trainer.get_sp_size()}
@@ -63,15 +63,15 @@ def check_engine(trainer: Trainer, method: MethodArguments, kind: str) -> None:
     in_parts = sharded not in (None, "FSDP2")  # whose shards are parts of single weights, in every process the same
     if in_parts and kind in ("snapshot", "ema"):
         raise ValueError(
-            f"teacher={kind!r} keeps whole weights, which {sharded} shards: use teacher='history', or FSDP2 "
-            "(fsdp=True)."
+            f"teacher={kind!r} keeps whole weights, which {sharded} shards: use teacher='history', FSDP2 "
+            "(fsdp=True) or DeepSpeed ZeRO-2."
         )
     if trainer.args.use_liger_kernel:
         raise ValueError("use_liger_kernel=True hides the logits that self-distillation needs: set it to False.")
     if in_parts and heads_of(trainer.model) is not None:
         raise ValueError(
             f"auxiliary_heads do not work with weights sharded by {sharded}: train with whole copies of the model "
-            "(torchrun, accelerate launch), or with FSDP2 (fsdp=True)."
+            "(torchrun, accelerate launch, DeepSpeed ZeRO-2), or with FSDP2 (fsdp=True)."
         )
 
 

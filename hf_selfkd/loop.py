@@ -383,7 +383,9 @@ def _check_whole(model: nn.Module, kind: str, with_heads: bool) -> None:
         ValueError: if the weights are spread over devices and what is asked needs whole ones.
     """
     names = {cls.__name__ for cls in type(model).__mro__}
-    sharded = names & {"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
+    sharded = names & {"FullyShardedDataParallel", "FSDPModule"}
+    if "DeepSpeedEngine" in names and model.zero_optimization_stage() == 3:  # the other stages shard no weights
+        sharded.add("DeepSpeedEngine")
     asked = f"teacher={kind!r}" if kind in ("snapshot", "ema") else "auxiliary heads" if with_heads else None
     if sharded and asked is not None:
         raise ValueError(

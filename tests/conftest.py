@@ -1,10 +1,12 @@
 """
 One thread: the tests are small, and several run side by side. The call of an example, which several files make. Tests
-that are marked `gpu` are collected only where there is one.
+that are marked `gpu` are collected only where there is one. In files marked `trains` the quick suite runs the first
+and the last case of each test.
 """
 
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,19 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
 
 
+def mark_cases_between(items):
+    """Mark as slow what is between the first and the last case of a test that trains."""
+    cases = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("trains"):
+            cases[item.path, item.cls, item.originalname].append(item)
+    for case in (case for found in cases.values() for case in found[1:-1]):
+        case.add_marker("slow")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(config, items):
+    mark_cases_between(items)
     # Files with slow tests first: the last ones to begin should be short, or one process waits for the other.
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)

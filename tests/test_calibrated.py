@@ -30,6 +30,9 @@ from hf_selfkd.schedule import CalibratedAlpha
 from hf_selfkd.tasks.rows import Rows
 
 
+pytestmark = pytest.mark.trains
+
+
 CALIBRATED = {"alpha_schedule": "calibrated", "num_train_epochs": 3, "learning_rate": 0.02}
 
 

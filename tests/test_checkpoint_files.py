@@ -19,6 +19,9 @@ from hf_selfkd.checkpoint_files import check_files, forget_list, last_whole_chec
 from hf_selfkd.files import save_tensors
 
 
+pytestmark = pytest.mark.trains
+
+
 LISTED = ["_selfkd/journal_0.safetensors", "_selfkd/teacher.safetensors", "model.safetensors", "optimizer.pt"]
 LISTED += ["rng_state.pth", "scheduler.pt"]
 EVERY_FOUR = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, "teacher": "history"}

@@ -13,6 +13,9 @@ from hf_selfkd import SelfKDTrainer
 from hf_selfkd.losses.chunked import ChunkedHead
 
 
+pytestmark = pytest.mark.trains
+
+
 MODELS = "marian t5 bart mbart m2m100 llama qwen2 gpt2 bert_mlm".split()
 SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 FIGURES = ("loss", "hard_loss", "soft_loss", "past_agreement", "rows_with_history", "target_entropy")

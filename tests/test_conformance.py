@@ -11,6 +11,9 @@ from transformers import TrainerCallback, TrainingArguments, get_linear_schedule
 from transformers.utils import logging
 
 
+pytestmark = pytest.mark.trains
+
+
 def points(case, folder, **options):
     return case.train(folder, Linear(), Points(), **options)
 

@@ -15,6 +15,9 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HPSearchBackend
 
 
+pytestmark = pytest.mark.trains
+
+
 def texts(case, folder, model="bert", kind=None, **options):
     kind = kind or model
     model = make_model(model) if isinstance(model, str) else model

@@ -13,6 +13,9 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset, random_split
 from transformers import BatchEncoding, default_data_collator
 
 
+pytestmark = pytest.mark.trains
+
+
 # Datasets
 
 

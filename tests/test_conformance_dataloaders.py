@@ -9,6 +9,9 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 
+pytestmark = pytest.mark.trains
+
+
 # Collators
 
 

@@ -18,6 +18,9 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 
+pytestmark = pytest.mark.trains
+
+
 NAMES = "bert bert_tokens vit resnet wav2vec2 gpt2 llama bert_mlm".split()
 TINY = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 TINY |= {"intermediate_size": 16, "max_position_embeddings": 16}

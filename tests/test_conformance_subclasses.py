@@ -10,6 +10,9 @@ from helpers import collate, make_model, make_samples, same_weights
 from transformers import Trainer, TrainerCallback, default_data_collator
 
 
+pytestmark = pytest.mark.trains
+
+
 def points(case, folder, **options):
     return case.train(folder, Linear(), Points(), **options)
 

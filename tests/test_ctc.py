@@ -18,6 +18,9 @@ from hf_selfkd.tasks import TASKS, task_for
 from hf_selfkd.tasks.ctc import CTC
 
 
+pytestmark = pytest.mark.trains
+
+
 SGD = {"optim": "sgd", "learning_rate": 0.001, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
 PLAIN = ("plain_wav2vec2", "plain_wav2vec2_mean")
 

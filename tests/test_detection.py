@@ -34,6 +34,9 @@ from hf_selfkd.tasks.detection import ObjectDetection
 from hf_selfkd.tasks.matching import watched_matching
 
 
+pytestmark = pytest.mark.trains
+
+
 OPTIONS = {"data_collator": collate_scenes, "remove_unused_columns": False, "learning_rate": 1e-3}
 
 

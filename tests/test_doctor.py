@@ -18,6 +18,9 @@ from hf_selfkd.runs import Run
 from hf_selfkd.teachers import HistoryTeacher
 
 
+pytestmark = pytest.mark.trains
+
+
 ROOT = Path(__file__).parents[1]
 
 

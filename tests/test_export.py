@@ -162,6 +162,7 @@ def logits_of_exit(model, exit, inputs):
 # What is exported
 
 
+@pytest.mark.slow
 def test_exits_load_where_this_package_is_not(images, texts, tmp_path):
     pixels = {"pixel_values": torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))}
     words = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
@@ -286,6 +287,7 @@ def test_latencies_take_turns():
     assert order == ["a", "b"] * 3 + ["a", "b", "b", "a"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell the peak of a fork")
 def test_memory_grows_with_the_weights(tmp_path, monkeypatch):
     from hf_selfkd.exits.memory import peak_memory

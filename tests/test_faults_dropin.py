@@ -31,6 +31,9 @@ from hf_selfkd.models import num_classes_of
 from hf_selfkd.tasks import task_for
 
 
+pytestmark = pytest.mark.trains
+
+
 def told(lines):
     """What was said of the choice of a teacher."""
     return [line for line in lines if "teacher='auto'" in line]

@@ -25,6 +25,9 @@ from hf_selfkd.losses.soft_targets import SoftTargets
 from hf_selfkd.teachers import SnapshotTeacher
 
 
+pytestmark = pytest.mark.trains
+
+
 # The Hub
 
 

@@ -31,6 +31,9 @@ from hf_selfkd.checks import sharded_by
 from hf_selfkd.heads import heads_of
 
 
+pytestmark = pytest.mark.trains
+
+
 # Which checkpoint is the best
 
 LOWER = ["nll", "brier", "ece", "ece_15", "aurc", "eaurc", "token_nll", "token_ece", "perplexity"]
@@ -241,15 +244,15 @@ def spread(**facts):
     return SimpleNamespace(**({"is_fsdp_enabled": False, "is_deepspeed_enabled": False} | sizes | facts))
 
 
-def plugged(**facts):
-    """An accelerator with a plugin for FSDP."""
-    return SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(**facts)))
+def plugged(engine, **facts):
+    """An accelerator with a plugin for an engine."""
+    return SimpleNamespace(state=SimpleNamespace(**{f"{engine}_plugin": SimpleNamespace(**facts)}))
 
 
 SHARDED = {
-    "FSDP1": {"is_fsdp_enabled": True, "accelerator": plugged(fsdp_version=1)},
-    "FSDP2": {"is_fsdp_enabled": True, "accelerator": plugged(fsdp_version=2)},
-    "DeepSpeed": {"is_deepspeed_enabled": True},
+    "FSDP1": {"is_fsdp_enabled": True, "accelerator": plugged("fsdp", fsdp_version=1)},
+    "FSDP2": {"is_fsdp_enabled": True, "accelerator": plugged("fsdp", fsdp_version=2)},
+    "DeepSpeed ZeRO-3": {"is_deepspeed_enabled": True, "accelerator": plugged("deepspeed", zero_stage=3)},
     "sharding at load time": {"is_distributed_loading_by_transformers": True},
     "tensor parallelism": {"tp": 2},
     "context parallelism": {"cp": 2},
@@ -259,10 +262,13 @@ SHARDED = {
 
 def test_what_shards_a_model_is_found():
     assert sharded_by(spread()) is None
+    for stage in (1, 2):  # which leave the weights whole
+        facts = {"is_deepspeed_enabled": True, "accelerator": plugged("deepspeed", zero_stage=stage)}
+        assert sharded_by(spread(**facts)) is None
     assert {name: sharded_by(spread(**facts)) for name, facts in SHARDED.items()} == {name: name for name in SHARDED}
 
 
-@pytest.mark.parametrize("name", ["FSDP1", "DeepSpeed", "sharding at load time"])
+@pytest.mark.parametrize("name", ["FSDP1", "DeepSpeed ZeRO-3", "sharding at load time"])
 @pytest.mark.parametrize("teacher", ["snapshot", "ema"])
 def test_teachers_that_copy_weights_are_refused_where_weights_are_sharded(tmp_path, monkeypatch, name, teacher):
     """And at their first word by name, where `teacher="auto"` would have chosen one."""

@@ -22,6 +22,9 @@ from hf_selfkd.checks import check_even
 from hf_selfkd.trainer import SelfKDMixin
 
 
+pytestmark = pytest.mark.trains
+
+
 SAVED = {"save_strategy": "steps", "save_steps": 2}
 
 

@@ -29,6 +29,9 @@ from hf_selfkd.metrics import compute_classification_metrics
 from hf_selfkd.tasks import task_for
 
 
+pytestmark = pytest.mark.trains
+
+
 WORDS = {
     "vocab_size": 30,
     "hidden_size": 16,
@@ -161,6 +164,7 @@ def test_encoder_decoder_models_of_speech_do_not_shift():
     assert not task_for(model).shifts_labels
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(torch.compiler, "is_exporting"), reason="transformers asks for what torch has from 2.7 on"
 )

@@ -30,6 +30,9 @@ from hf_selfkd.fixes import (
 )
 
 
+pytestmark = pytest.mark.trains
+
+
 def resumed_difference(folder, trainer, name, samples, step, **options):
     """How far a resumed run (with other initial weights) ends from the run that was not interrupted."""
     options |= {"trainer": trainer, "save_strategy": "steps", "save_steps": step}

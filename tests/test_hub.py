@@ -46,6 +46,7 @@ def worked(scenario, folder, url, **options):
     return json.loads(done.stdout.split("RESULT")[1])
 
 
+@pytest.mark.slow
 def test_every_strategy_arrives_and_loads_elsewhere(tmp_path):
     """What was trained is what is loaded from the Hub, where this package is not installed."""
     with HubServer(slow=0.05) as server:
@@ -107,6 +108,7 @@ def found_early(said, *parts):
         assert "hub_model_id='me/early'" in text and "hf-selfkd push" in text
 
 
+@pytest.mark.slow
 def test_a_hub_that_will_not_take_the_model_is_found_before_training(tmp_path):
     with HubServer(refuse="create") as server:
         found_early(worked("early", tmp_path, server.url), "refuses the token (401)", "having a bad day")

@@ -29,6 +29,9 @@ from hf_selfkd import SelfKDTrainer
 from hf_selfkd.seq2seq import Seq2SeqSelfKDTrainer
 
 
+pytestmark = pytest.mark.trains
+
+
 SEQ2SEQ = "marian t5 bart mbart m2m100".split()
 CAUSAL = "llama qwen2 gpt2".split()
 MODELS = [*SEQ2SEQ, *CAUSAL, "bert_mlm"]

@@ -43,6 +43,9 @@ from hf_selfkd.heads.rotation import choose_rotations, rotate
 from hf_selfkd.losses.soft import divergence
 
 
+pytestmark = pytest.mark.trains
+
+
 MODELS = "resnet vit convnext swin mobilenet timm bert bert_tokens wav2vec2 marian gpt2".split()
 SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 ZERO = AuxiliaryHeadsConfig(hard_weight=0.0)
@@ -777,7 +780,7 @@ def test_contradictions_are_refused(tmp_path):
     refused(lambda: make_trainer(tmp_path, "gpt2", make_samples("gpt2"), **heads), "chunked_logits=True")
 
 
-@pytest.mark.parametrize("kind", ["FSDP1", "DeepSpeed"])
+@pytest.mark.parametrize("kind", ["FSDP1", "DeepSpeed ZeRO-3"])
 def test_sharded_weights_are_refused(tmp_path, kind, monkeypatch):
     heads = make_trainer(tmp_path, "vit", make_samples("vit"), auxiliary_heads="joint")
     teacher = make_trainer(tmp_path, "vit", make_samples("vit"), teacher="snapshot")

@@ -24,6 +24,9 @@ from transformers import Seq2SeqTrainer
 from hf_selfkd import AuxiliaryHeadsConfig, LoopDistiller, MethodArguments, SelfKDMixin, attach_auxiliary_heads
 
 
+pytestmark = pytest.mark.trains
+
+
 BYOT, ROTATED = (AuxiliaryHeadsConfig.preset(name) for name in ("byot", "lsskd"))
 
 # What is asked of both, the model, and the heads that it has.

@@ -32,6 +32,9 @@ from hf_selfkd.tasks import task_for
 from hf_selfkd.tasks.multi_label import MultiLabelClassification
 
 
+pytestmark = pytest.mark.trains
+
+
 CLASSES = 3
 SGD = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
 MODELS = ("plain_vit", "vit", "resnet", "bert", "plain_bert", "distilbert", "timm", "gpt2", "roberta")

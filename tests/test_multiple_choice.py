@@ -14,6 +14,9 @@ from hf_selfkd.tasks import task_for
 from hf_selfkd.tasks.multiple_choice import MultipleChoice
 
 
+pytestmark = pytest.mark.trains
+
+
 TEXT = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 PLAIN = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.3}
 MODELS = {

@@ -26,6 +26,9 @@ from hf_selfkd.heads.inputs import example_inputs
 from hf_selfkd.models import logits_of
 
 
+pytestmark = pytest.mark.trains
+
+
 DEEP = {"num_hidden_layers": 3, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
 WORDS = {"vocab_size": VOCABULARY, "pad_token_id": 0}
 IMAGES = {"image_size": 16, "patch_size": 8}
@@ -308,6 +311,7 @@ def auto_class(kind):
     return "AutoModelForAudioClassification" if sounds else found
 
 
+@pytest.mark.slow
 def test_every_exit_loads_in_plain_transformers(tmp_path):
     """In a process that cannot import this package, with the plain Auto class; logits are those of the exit."""
     from safetensors.torch import save_file

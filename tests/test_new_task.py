@@ -14,6 +14,9 @@ from hf_selfkd.heads import heads_of
 from hf_selfkd.tasks import Rows, Task
 
 
+pytestmark = pytest.mark.trains
+
+
 class OrdinalClassification(Task):
     """The model gives K - 1 scores, each of passing the threshold to the next class."""
 

@@ -7,6 +7,9 @@ from helpers import CLASSES, difference, logged, make_model, make_samples, state
 from transformers import Trainer
 
 
+pytestmark = pytest.mark.trains
+
+
 MODELS = "vit resnet convnext swin mobilenet timm bert distilbert bert_tokens wav2vec2".split()
 
 

@@ -27,6 +27,9 @@ from hf_selfkd import SelfKDConfig, SelfKDDataCollator
 from hf_selfkd.teachers import Predictions
 
 
+pytestmark = pytest.mark.trains
+
+
 SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 
 

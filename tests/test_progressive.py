@@ -13,6 +13,9 @@ from helpers import CLASSES, Recording, Samples, collate, difference, make_model
 from hf_selfkd import SelfKDDataCollator
 
 
+pytestmark = pytest.mark.trains
+
+
 SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 SCHEDULES = {
     "linear": lambda epoch, epochs, step, steps: (epoch + 1) / epochs,

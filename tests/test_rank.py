@@ -25,6 +25,9 @@ from hf_selfkd import SelfKDConfig, SelfKDDataCollator, SelfKDTrainer
 from hf_selfkd.losses.rank import label_offset, zipf_divergence
 
 
+pytestmark = pytest.mark.trains
+
+
 def naive_divergence(logits, labels, ranks=None):
     """Zipf's label smoothing, row by row and class by class, in float64."""
     values = []

@@ -30,6 +30,9 @@ from hf_selfkd.teachers.history import HistoryTeacher
 from hf_selfkd.teachers.weights import EMATeacher, SnapshotTeacher
 
 
+pytestmark = pytest.mark.trains
+
+
 TEACHERS = {"history": HistoryTeacher, "snapshot": SnapshotTeacher, "ema": EMATeacher}
 LOGGED = ("loss", "grad_norm", "learning_rate", "alpha", "hard_loss", "soft_loss", "target_entropy", "past_agreement")
 

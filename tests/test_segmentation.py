@@ -17,6 +17,9 @@ from hf_selfkd.tasks.maps import counts_of, labels_of_blocks
 from hf_selfkd.tasks.segmentation import SemanticSegmentation
 
 
+pytestmark = pytest.mark.trains
+
+
 SGD = {"optim": "sgd", "learning_rate": 0.2, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
 AUXILIARY = {"upernet": 0.4, "beit": 0.4, "data2vec": 0.4, "dpt": 0.4}
 

@@ -28,6 +28,9 @@ from hf_selfkd.metrics import calibration_metrics
 from hf_selfkd.seq2seq import Seq2SeqSelfKDTrainer
 
 
+pytestmark = pytest.mark.trains
+
+
 EVALUATED = make_samples("pairs", 11, seed=5)
 SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 

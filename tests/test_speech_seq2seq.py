@@ -11,7 +11,7 @@ import transformers as tf
 from helpers import EOS, PAD, Samples, difference, logged, make_trainer, refused, same_weights, train
 from transformers import set_seed
 
-from hf_selfkd import SelfKDTrainer, Seq2SeqSelfKDTrainer
+from hf_selfkd import SelfKDDataCollator, SelfKDTrainer, Seq2SeqSelfKDTrainer
 from hf_selfkd.metrics import compute_speech_metrics, error_rates
 from hf_selfkd.metrics.speech import edit_distance
 from hf_selfkd.models import decoder_input_ids
@@ -19,6 +19,9 @@ from hf_selfkd.tasks import TASKS, task_for
 from hf_selfkd.tasks.image_prefix_lm import ImagePrefixLM
 from hf_selfkd.tasks.image_to_text import ImageToText
 from hf_selfkd.tasks.speech_seq2seq import SpeechSeq2Seq
+
+
+pytestmark = pytest.mark.trains
 
 
 TOKENS = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 2, "decoder_start_token_id": 2}
@@ -398,6 +401,15 @@ def test_the_order_of_the_samples_does_not_matter(tmp_path):
     one = run(tmp_path, "plain_whisper", samples, **options)
     other = run(tmp_path, "plain_whisper", Samples([samples.items[n] for n in order]), **options)
     assert difference(one, other) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["captions", "git"])
+def test_mixed_images_have_no_words(tmp_path, name):
+    """A caption belongs to one image: mixing is refused before the first step."""
+    mixer = SelfKDDataCollator(collator_of(name), mixup_alpha=1.0)
+    refused(
+        lambda: run(tmp_path, name, data_collator=mixer, alpha=0.0), "mixup_alpha or cutmix_alpha", "Set both to 0"
+    )
 
 
 def test_empty_texts(tmp_path):

@@ -32,6 +32,9 @@ from hf_selfkd.metrics import running
 from hf_selfkd.metrics.running import RunningMeans
 
 
+pytestmark = pytest.mark.trains
+
+
 def hf_dataset(samples, **more):
     columns = {name: [np.asarray(item[name]) for item in samples.items] for name in samples.items[0]}
     return datasets.Dataset.from_dict(columns | more)

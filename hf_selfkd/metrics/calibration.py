@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .arrays import IGNORED_LABEL, classified_rows
+from .batched import BatchedMetrics
 
 
 logger = logging.getLogger(__name__)
@@ -163,7 +164,7 @@ def risk_coverage_curve(predictions: Any, labels: Any, from_logits: bool = True)
     return risk_coverage_of(scores.confidence, scores.correct)
 
 
-class ClassificationMetrics:
+class ClassificationMetrics(BatchedMetrics):
     """A `compute_metrics` callable for `Trainer` that returns [`calibration_metrics`], also batch by batch.
 
     An evaluation without a labelled row, or with predictions that are no numbers, does not end the run: all metrics
@@ -173,34 +174,11 @@ class ClassificationMetrics:
     one evaluation at a time; [`compute_classification_metrics`] is a ready one.
     """
 
-    def __init__(self) -> None:
-        self._batches: list[RowScores] = []
+    def _read(self, predictions: Any, labels: Any) -> list[RowScores]:
+        return [row_scores(predictions, labels)]
 
-    def __call__(self, eval_prediction: Any, compute_result: bool | None = None) -> dict[str, float]:
-        """
-        Metrics of an evaluation, or of its batches one by one.
-
-        Args:
-            eval_prediction (`EvalPrediction` or `(predictions, labels)`): One evaluation, or one batch of it.
-            compute_result (`bool`, *optional*):
-                What `batch_eval_metrics=True` passes: `False` remembers the batch and returns `{}`, `True` (the last
-                batch) returns the metrics over all batches. Left out, `eval_prediction` is a whole evaluation.
-
-        Raises:
-            `ValueError`: for shapes and labels as [`calibration_metrics`]; batches remembered so far are then dropped.
-        """
-        batches, self._batches = self._batches, []
-        if compute_result is None:
-            batches = []  # an evaluation interrupted half-way must not leak into this one
-        batches.append(row_scores(eval_prediction[0], eval_prediction[1]))
-        if compute_result is False:
-            self._batches = batches
-            return {}
-        return metrics_or_nan(join_scores(batches))
-
-    def reset(self) -> None:
-        """Forget remembered batches: call it after a `batch_eval_metrics` evaluation that was interrupted."""
-        self._batches = []
+    def _result(self, kept: list[RowScores]) -> dict[str, float]:
+        return metrics_or_nan(join_scores(kept))
 
 
 compute_classification_metrics = ClassificationMetrics()

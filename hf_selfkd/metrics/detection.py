@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .arrays import as_array, split_batches
+from .batched import BatchedMetrics
 from .calibration import reliability_of
 
 
@@ -118,7 +119,7 @@ def detections_that_are_right(
     return np.concatenate([np.empty(0), *scores]), np.concatenate([np.empty(0, bool), *right])
 
 
-class DetectionMetrics:
+class DetectionMetrics(BatchedMetrics):
     """A `compute_metrics` callable for `Trainer` that returns [`detection_metrics`], also batch by batch.
 
     Predictions are `[B, K, 6]`: left, top, right, bottom, score and class of a detection; labels `[B, L, 6]`: left,
@@ -136,36 +137,23 @@ class DetectionMetrics:
     def __init__(
         self, class_names: Sequence[str] | None = None, iou_threshold: float = 0.5, score_threshold: float = 0.3
     ) -> None:
+        super().__init__()
         check_detection_extra()
         self.options = (class_names, iou_threshold, score_threshold)
         self.signatures: dict[str, str] = {}
-        self._images: list[tuple[dict, dict]] = []
 
-    def __call__(self, eval_prediction: Any, compute_result: bool | None = None) -> dict[str, float]:
-        """
-        Metrics of an evaluation, or of its batches one by one.
-
-        Args:
-            eval_prediction (`EvalPrediction` or `(predictions, labels)`): One evaluation, or one batch of it.
-            compute_result (`bool`, *optional*): What `batch_eval_metrics=True` passes.
-        """
-        images, self._images = self._images, []
-        if compute_result is None:
-            images = []
-        for detections, objects in split_batches(eval_prediction[0], eval_prediction[1], label_dimensions=3):
+    def _read(self, predictions: Any, labels: Any) -> list[tuple[dict, dict]]:
+        images: list[tuple[dict, dict]] = []
+        for detections, objects in split_batches(predictions, labels, label_dimensions=3):
             images += zip(detections_of(detections), objects_of(objects), strict=True)
-        if compute_result is False:
-            self._images = images
-            return {}
-        predictions, targets = (list(part) for part in zip(*images, strict=True))
+        return images
+
+    def _result(self, kept: list[tuple[dict, dict]]) -> dict[str, float]:
+        predictions, targets = (list(part) for part in zip(*kept, strict=True))
         _, iou, score = self.options
         counted = len(detections_that_are_right(predictions, targets, iou, score)[0])
         self.signatures = {"d_ece": f"IoU {iou:g}, scores from {score:g}, {BINS} bins, {counted} detections"}
         return detection_metrics(predictions, targets, *self.options)
-
-    def reset(self) -> None:
-        """Forget remembered batches: call it after a `batch_eval_metrics` evaluation that was interrupted."""
-        self._images = []
 
 
 def detections_of(table: Any) -> list[dict[str, np.ndarray]]:

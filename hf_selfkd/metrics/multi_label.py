@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .arrays import as_array, first_output, split_batches
+from .batched import BatchedMetrics
 from .calibration import reliability_of
 
 
@@ -49,40 +50,22 @@ def multi_label_metrics(predictions: Any, labels: Any, from_logits: bool = True)
     return _metrics(*_joined(predictions, labels, from_logits))
 
 
-class MultiLabelMetrics:
+class MultiLabelMetrics(BatchedMetrics):
     """A `compute_metrics` callable for `Trainer` that returns [`multi_label_metrics`], also batch by batch.
 
     Predictions that are no numbers do not end the run: all metrics are then NaN, with a warning. One instance serves
     one evaluation at a time; [`compute_multi_label_metrics`] is a ready one.
     """
 
-    def __init__(self) -> None:
-        self._batches: list[tuple[np.ndarray, np.ndarray]] = []
+    def _read(self, predictions: Any, labels: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [_joined(predictions, labels, True, finite=False)]
 
-    def __call__(self, eval_prediction: Any, compute_result: bool | None = None) -> dict[str, float]:
-        """
-        Metrics of an evaluation, or of its batches one by one.
-
-        Args:
-            eval_prediction (`EvalPrediction` or `(predictions, labels)`): One evaluation, or one batch of it.
-            compute_result (`bool`, *optional*): What `batch_eval_metrics=True` passes; as [`ClassificationMetrics`].
-        """
-        batches, self._batches = self._batches, []
-        if compute_result is None:
-            batches = []
-        batches.append(_joined(eval_prediction[0], eval_prediction[1], True, finite=False))
-        if compute_result is False:
-            self._batches = batches
-            return {}
-        odds, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    def _result(self, kept: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+        odds, labels = (np.concatenate(parts) for parts in zip(*kept, strict=True))
         if np.isnan(odds).any():
             logger.warning("predictions: NaN; the metrics of this evaluation are NaN.")
             return dict.fromkeys(MULTI_LABEL_METRICS, math.nan)
         return _metrics(odds, labels)
-
-    def reset(self) -> None:
-        """Forget remembered batches: call it after a `batch_eval_metrics` evaluation that was interrupted."""
-        self._batches = []
 
 
 compute_multi_label_metrics = MultiLabelMetrics()

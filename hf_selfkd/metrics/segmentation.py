@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .arrays import IGNORED_LABEL, as_array, first_output, split_batches
+from .batched import BatchedMetrics
 
 
 logger = logging.getLogger(__name__)
@@ -76,7 +79,7 @@ def segmentation_metrics(predictions: Any, labels: Any, ignore_index: int = 255)
     return _metrics(sums)
 
 
-class SegmentationMetrics:
+class SegmentationMetrics(BatchedMetrics):
     """A `compute_metrics` callable for `Trainer` that returns [`segmentation_metrics`], also batch by batch.
 
     With `batch_eval_metrics=True` the logits of a batch are forgotten before the next one. Predictions that are no
@@ -88,32 +91,21 @@ class SegmentationMetrics:
     """
 
     def __init__(self, ignore_index: int = 255) -> None:
+        super().__init__()
         self.ignore_index = ignore_index
-        self._sums: PixelSums | None = None
 
-    def __call__(self, eval_prediction: Any, compute_result: bool | None = None) -> dict[str, float]:
-        """
-        Metrics of an evaluation, or of its batches one by one.
+    def _read(self, predictions: Any, labels: Any) -> list[PixelSums]:
+        return [_sums_of(predictions, labels, self.ignore_index)]
 
-        Args:
-            eval_prediction (`EvalPrediction` or `(predictions, labels)`): One evaluation, or one batch of it.
-            compute_result (`bool`, *optional*): What `batch_eval_metrics=True` passes; as [`ClassificationMetrics`].
-        """
-        before, self._sums = self._sums, None
-        sums = _sums_of(eval_prediction[0], eval_prediction[1], self.ignore_index)
-        if compute_result is not None and before is not None:
-            sums = before + sums
-        if compute_result is False:
-            self._sums = sums
-            return {}
+    def _add(self, kept: list[PixelSums], read: list[PixelSums]) -> list[PixelSums]:
+        return [functools.reduce(operator.add, kept + read)]  # of many classes the sums of a batch are large
+
+    def _result(self, kept: list[PixelSums]) -> dict[str, float]:
+        (sums,) = kept
         if not np.isfinite(sums.losses):
             logger.warning("predictions: NaN; the metrics of this evaluation are NaN.")
             return dict.fromkeys(SEGMENTATION_METRICS, math.nan)
         return _metrics(sums)
-
-    def reset(self) -> None:
-        """Forget remembered batches: call it after a `batch_eval_metrics` evaluation that was interrupted."""
-        self._sums = None
 
 
 compute_segmentation_metrics = SegmentationMetrics()

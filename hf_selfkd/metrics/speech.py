@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .arrays import IGNORED_LABEL, as_array, first_output, split_batches
+from .batched import BatchedMetrics
 
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def edit_distance(one: Sequence[Any], other: Sequence[Any]) -> int:
     return int(costs[-1])
 
 
-class SpeechMetrics:
+class SpeechMetrics(BatchedMetrics):
     """A `compute_metrics` callable for speech to text; [`compute_speech_metrics`] makes one.
 
     Args:
@@ -69,41 +70,26 @@ class SpeechMetrics:
     """
 
     def __init__(self, processing_class: Any) -> None:
+        super().__init__()
         if not hasattr(processing_class, "batch_decode"):
             raise ValueError(
                 f"processing_class: {type(processing_class).__name__} has no batch_decode; pass the tokenizer."
             )
         self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self._groups = "group_tokens" in inspect.signature(self._tokenizer.decode).parameters
-        self._batches: list[tuple[list[str], list[str]]] = []
 
-    def __call__(self, eval_prediction: Any, compute_result: bool | None = None) -> dict[str, float]:
-        """
-        Metrics of an evaluation, or of its batches one by one.
+    def _read(self, predictions: Any, labels: Any) -> list[tuple[list[str], list[str]]]:
+        parts = split_batches(predictions, labels, label_dimensions=2)
+        return [self._texts(first_output(part, labels), labels) for part, labels in parts]
 
-        Args:
-            eval_prediction (`EvalPrediction` or `(predictions, labels)`): One evaluation, or one batch of it.
-            compute_result (`bool`, *optional*): What `batch_eval_metrics=True` passes; as [`ClassificationMetrics`].
-        """
-        batches, self._batches = self._batches, []
-        if compute_result is None:
-            batches = []
-        for part, labels in split_batches(eval_prediction[0], eval_prediction[1], label_dimensions=2):
-            batches.append(self._read(first_output(part, labels), labels))
-        if compute_result is False:
-            self._batches = batches
-            return {}
-        transcripts, references = ([text for part in column for text in part] for column in zip(*batches, strict=True))
+    def _result(self, kept: list[tuple[list[str], list[str]]]) -> dict[str, float]:
+        transcripts, references = ([text for part in column for text in part] for column in zip(*kept, strict=True))
         rates = error_rates(transcripts, references)
         if math.isnan(rates["cer"]):
             logger.warning("labels: no transcript has a word; the metrics of this evaluation are NaN.")
         return rates
 
-    def reset(self) -> None:
-        """Forget remembered batches: call it after a `batch_eval_metrics` evaluation that was interrupted."""
-        self._batches = []
-
-    def _read(self, predictions: Any, labels: Any) -> tuple[list[str], list[str]]:
+    def _texts(self, predictions: Any, labels: Any) -> tuple[list[str], list[str]]:
         """Transcripts and references."""
         found, labels = as_array(predictions, "predictions"), as_array(labels, "labels")
         if found.ndim not in (2, 3) or labels.ndim != 2 or len(found) != len(labels):

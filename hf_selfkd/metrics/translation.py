@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from .arrays import IGNORED_LABEL, as_array, first_output, split_batches
+from .batched import BatchedMetrics
 from .calibration import RowScores, join_scores, metrics_or_nan, perplexity, row_scores
 
 
 logger = logging.getLogger(__name__)
 
 
-class TranslationMetrics:
+class TranslationMetrics(BatchedMetrics):
     """A `compute_metrics` callable for `Seq2SeqTrainer`; [`compute_translation_metrics`] makes one.
 
     Sentences whose labels are all -100 have no reference and are left out of BLEU and chrF. Metrics that cannot be
@@ -32,6 +33,7 @@ class TranslationMetrics:
     """
 
     def __init__(self, processing_class: Any, bleu_tokenizer: str = "13a") -> None:
+        super().__init__()
         if not hasattr(processing_class, "batch_decode"):
             raise ValueError(
                 f"processing_class: {type(processing_class).__name__} has no batch_decode; pass the tokenizer."
@@ -39,37 +41,25 @@ class TranslationMetrics:
         self.signatures: dict[str, str] = {}
         self._processing_class = processing_class
         self._bleu_tokenizer = bleu_tokenizer
-        self._batches: list[tuple] = []
 
-    def __call__(self, eval_prediction: Any, compute_result: bool | None = None) -> dict[str, float]:
-        """
-        Metrics of an evaluation, or of its batches one by one.
+    def _read(self, predictions: Any, labels: Any) -> list[RowScores] | list[tuple]:
+        parts = split_batches(predictions, labels, label_dimensions=2)
+        return [self._part(first_output(part, labels), labels) for part, labels in parts]
 
-        Args:
-            eval_prediction (`EvalPrediction` or `(predictions, labels)`): One evaluation, or one batch of it.
-            compute_result (`bool`, *optional*): What `batch_eval_metrics=True` passes; as [`ClassificationMetrics`].
-        """
-        batches, self._batches = self._batches, []
-        if compute_result is None:
-            batches = []
-        for predictions, labels in split_batches(eval_prediction[0], eval_prediction[1], label_dimensions=2):
-            batches.append(self._read(first_output(predictions, labels), labels))
-            if type(batches[0]) is not type(batches[-1]):
-                raise ValueError("predictions: token ids in one batch and logits in another; pass one kind.")
-        if compute_result is False:
-            self._batches = batches
-            return {}
-        if isinstance(batches[0], RowScores):
-            metrics = metrics_or_nan(join_scores(batches))
+    def _add(self, kept: list[Any], read: list[Any]) -> list[Any]:
+        kept = kept + read
+        if len({type(part) for part in kept}) > 1:
+            raise ValueError("predictions: token ids in one batch and logits in another; pass one kind.")
+        return kept
+
+    def _result(self, kept: list[RowScores] | list[tuple]) -> dict[str, float]:
+        if isinstance(kept[0], RowScores):
+            metrics = metrics_or_nan(join_scores(kept))
             tokens = {f"token_{name}": metrics[name] for name in ("nll", "ece", "accuracy")}
             return tokens | {"perplexity": perplexity(metrics["nll"])}
-        return self._scores(*([item for part in column for item in part] for column in zip(*batches, strict=True)))
+        return self._scores(*([item for part in column for item in part] for column in zip(*kept, strict=True)))
 
-    def reset(self) -> None:
-        """Forget remembered batches: call it after a `batch_eval_metrics` evaluation that was interrupted."""
-        self._batches = []
-
-    def _read(self, predictions: Any, labels: Any) -> RowScores | tuple[list[str], list[str | None], list[int]]:
+    def _part(self, predictions: Any, labels: Any) -> RowScores | tuple[list[str], list[str | None], list[int]]:
         """Scores of the tokens, or translations with references (`None` where there is none) and lengths."""
         array = as_array(predictions, "predictions")
         if array.ndim == 3:

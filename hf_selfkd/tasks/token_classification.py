@@ -20,6 +20,7 @@ class TokenClassification(Task):
 
     name = "token classification"
     per_token = True
+    unmixed = "the words of two samples do not stand at the same places"
     mappings: tuple[str, ...] = ("TOKEN_CLASSIFICATION",)
     suffixes: tuple[str, ...] = ("ForTokenClassification",)
 
