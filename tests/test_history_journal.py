@@ -269,21 +269,3 @@ def test_nothing_needs_float64(tmp_path, codec, target):
             table.end_epoch(epoch)
     with pytest.raises(AssertionError), NoFloat64():
         torch.ones(2).double()
-
-
-@pytest.mark.parametrize("on_disk", [False, True])
-@pytest.mark.parametrize("size", [1, 4, 20])
-def test_rows_in_any_order(tmp_path, on_disk, size):
-    """Out of buffers of three rows each, in memory or in a file."""
-    rows = torch.rand(13, 5).log()
-    kept = journal.Journal(Codec(5, torch.float32), CPU, CPU, folder=tmp_path if on_disk else None, expected_rows=3)
-    kept.add(np.arange(13), np.zeros(13, dtype=np.int64), 1, (rows, None, None))
-    kept.encode()
-    for order in (
-        np.arange(13),
-        np.arange(13)[::-1].copy(),
-        np.array([4, 11, 0, 12, 5, 6, 7]),
-        np.array([2, 1, 3, 5]),
-    ):
-        found = torch.cat([parts["log_probs"] for parts in kept.select(order, size)])
-        assert torch.equal(found, rows[torch.from_numpy(order)])

@@ -73,7 +73,7 @@ def exchange_rows(
 
     Args:
         journal ([`Journal`]): of this process.
-        rows (`np.ndarray`): which of its rows are to be stored, in the order in which `destination` has them.
+        rows (`np.ndarray`): which of its rows are to be stored, ascending.
         destination (`np.ndarray`): rows of the table for the rows of all processes, one process after the other.
         owners (`np.ndarray`): the process of each of them.
         table ([`TableStorage`]): long enough.

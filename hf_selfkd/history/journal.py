@@ -254,22 +254,18 @@ class Journal:
         return torch.cat(found).numpy() if found else np.ones(0, dtype=bool)
 
     def select(self, rows: np.ndarray, size: int) -> Iterator[dict[str, torch.Tensor]]:
-        """The rows of these numbers, in their order, at most `size` at a time."""
+        """The rows of these numbers, which ascend, at most `size` at a time."""
         pieces = list(self._parts())
         ends = np.cumsum([len(piece["log_probs"]) for piece in pieces])
         for start in range(0, len(rows), size):
-            wanted, order = rows[start : start + size], None
-            if (np.diff(wanted) < 0).any():
-                order = np.argsort(wanted)
-                wanted = wanted[order]
+            wanted = rows[start : start + size]
             found = []
             for piece, end in zip(pieces, ends, strict=True):
                 first = end - len(piece["log_probs"])
                 own = wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, end)] - first
                 if len(own):
                     found.append(_select(piece, own))
-            parts = found[0] if len(found) == 1 else _joined(found)
-            yield parts if order is None else _select(parts, np.argsort(order))
+            yield found[0] if len(found) == 1 else _joined(found)
 
     def empty(self) -> dict[str, torch.Tensor]:
         """No rows."""
@@ -313,8 +309,8 @@ class Journal:
 
 
 def _select(parts: dict[str, torch.Tensor], rows: np.ndarray) -> dict[str, torch.Tensor]:
-    """The rows of these numbers; without a copy where each follows the one before."""
-    if not len(rows) or (rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all()):
+    """The rows of these numbers, which ascend; without a copy where they follow one another."""
+    if not len(rows) or rows[-1] - rows[0] == len(rows) - 1:
         start = int(rows[0]) if len(rows) else 0
         return {name: part[start : start + len(rows)] for name, part in parts.items()}
     index = torch.from_numpy(rows)

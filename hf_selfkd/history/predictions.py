@@ -156,8 +156,6 @@ class PredictionHistory(PredictionTable):
         everyone = self._settled(everyone)
         first = first_of_each(everyone, self.size)
         check_labels_agree(everyone, first, self.size, self.name_of)
-        if self.storage.on_disk:  # else each page of the file would be written many times over
-            first = first[self.in_order(everyone[first, 0])]
         everyone, owners, local = everyone[first], owners[first], local[first]
         visited, counts = everyone[:, 0], everyone[:, 3]
         destination = self.place_rows(visited, counts)

@@ -184,13 +184,6 @@ class PredictionTable:
         """`int`: rows that the table must have; at least one, as a file cannot be mapped empty."""
         return max(int(self.counts.sum()), 1) if self.ragged else self.size
 
-    def in_order(self, slots: np.ndarray) -> np.ndarray:
-        """The order in which these samples lie in the table; those that have no rows yet come last."""
-        if not self.ragged:
-            return np.argsort(slots, kind="stable")
-        starts = self.starts[slots]
-        return np.lexsort((slots, np.where(starts < 0, np.iinfo(np.int64).max, starts)))
-
     def place_rows(self, slots: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Rows of the table for these samples, one sample after the other; new rows for samples that have none yet."""
         if not self.ragged:
