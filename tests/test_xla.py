@@ -89,9 +89,9 @@ class ShuffledTrainer(SelfKDTrainer):
 
 
 def run(out, model, trainer=ShuffledTrainer, device="xla", **more):
-    """Five epochs of four steps."""
+    """Six epochs of four steps."""
     counts = Counts()
-    options = {"use_cpu": device == "cpu", "optim": "sgd", "learning_rate": 0.1, "num_train_epochs": 5}
+    options = {"use_cpu": device == "cpu", "optim": "sgd", "learning_rate": 0.1, "num_train_epochs": 6}
     options |= {"logging_strategy": "epoch", "dataloader_drop_last": True, "data_collator": of_one_shape}
     size = SIZE if model.endswith("vit") else 16
     made = make_trainer(out, model, make_samples(model, size), trainer, [counts], **options | more)
@@ -114,7 +114,7 @@ def stock(tmp_path_factory):
     @cache
     def waits(model):
         _, counts = run(tmp_path_factory.mktemp("stock"), model, Trainer)
-        assert counts.compiles[0] > 0 and min(counts.waits[-1]) > 0
+        assert count("CompileTime") > 0 and count("TransferFromDeviceTime") > 0  # they do count
         return max(counts.waits[-1])
 
     return waits
@@ -168,7 +168,8 @@ def run_case(name, out, device):
 def test_nothing_is_compiled_again_and_nobody_waits(name, stock, on_cpu, tmp_path):
     """
     The first past prediction and the first exchange of tables come with the second and third epoch: these compile.
-    After them no step does. In a step the host waits as often as the stock trainer's.
+    After them no step does (the end of the training, in the sixth, may). In a step the host waits no more than in one
+    of the stock trainer.
     """
     made, counts = run_case(name, tmp_path, "xla")
     assert counts.compiles[3] <= 1 and counts.compiles[4] == 0, counts.compiles  # of four steps each
