@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import HubStrategy
@@ -164,6 +164,26 @@ def _copy_without(checkpoint: str | Path, parent: Path, private: str) -> Path:
 
     shutil.copytree(checkpoint, copy, copy_function=link, ignore=shutil.ignore_patterns(private))
     return copy
+
+
+@contextmanager
+def written_on_each_node(model: nn.Module, args: TrainingArguments) -> Iterator[None]:
+    """
+    Let `save_pretrained` write the weights on every machine that is to save: transformers 5.24 asks whether a process
+    is the first one of all, also with `save_on_each_node=True`, so that the other machines had nothing to resume from.
+
+    Args:
+        model (`nn.Module`): the model that will be saved.
+        args (`TrainingArguments`): who saves.
+    """
+    if not (args.save_on_each_node and args.should_save and hasattr(model, "should_save_on_this_rank")):
+        yield
+        return
+    model.should_save_on_this_rank = bool  # of what the trainer says about this process
+    try:
+        yield
+    finally:
+        del model.should_save_on_this_rank
 
 
 def generation_gather(accelerator: Any) -> Callable:
