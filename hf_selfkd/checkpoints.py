@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpoint_files import STATE_FOLDER, check_files, fault_of, forget_list, whole_checkpoint, write_list
 from .files import cause_of_writing, load_tensors, save_tensors
-from .fixes import load_renamed_weights, pushed_folder, written_on_each_node
+from .fixes import forget_copies, load_renamed_weights, pushed_folder, written_on_each_node
 from .heads import AuxiliaryHeadsConfig, head_names, heads_of, save_auxiliary_heads
 from .models import unwrapped
 from .sharded import load_whole_state, whole_state
@@ -143,6 +143,7 @@ class Checkpoints:
             resume_from_checkpoint = self._last_whole_checkpoint()
         if resume_from_checkpoint:
             check_files(resume_from_checkpoint)
+        forget_copies(self)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _last_whole_checkpoint(self) -> str:

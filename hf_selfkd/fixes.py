@@ -133,7 +133,7 @@ def pushed_folder(trainer: Trainer, checkpoint: str | Path, private: str) -> Ite
     if not (uploads and (Path(checkpoint) / private).is_dir() and trainer.is_world_process_zero()):
         yield str(checkpoint)
         return
-    copy = _copy_without(checkpoint, Path(trainer.args.output_dir) / "_hub", private)
+    copy = _copy_without(checkpoint, _copies(trainer), private)
     before = list(getattr(trainer.push_in_progress, "jobs", ()))
     try:
         yield str(copy)
@@ -143,6 +143,17 @@ def pushed_folder(trainer: Trainer, checkpoint: str | Path, private: str) -> Ite
             _remove(copy)
         for job in jobs[-1:]:  # the folder itself, after the model
             job.add_done_callback(lambda _: _remove(copy))
+
+
+def forget_copies(trainer: Trainer) -> None:
+    """Remove the copies of checkpoints that a process left which was killed during an upload."""
+    jobs = getattr(getattr(trainer, "push_in_progress", None), "jobs", ())
+    if trainer.is_world_process_zero() and all(job.done() for job in jobs):
+        shutil.rmtree(_copies(trainer), ignore_errors=True)
+
+
+def _copies(trainer: Trainer) -> Path:
+    return Path(trainer.args.output_dir) / "_hub"
 
 
 def _remove(copy: Path) -> None:
