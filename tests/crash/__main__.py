@@ -45,7 +45,8 @@ def table(results):
 def main():
     args = make_parser().parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    end_server = serve() if args.teacher == "uploads" else lambda: None
+    if args.teacher == "uploads":
+        serve()
     from .training import CASES, warm
     from .tries import attempt, undisturbed
 
@@ -70,7 +71,6 @@ def main():
             attempt(number, rng, folder / f"try-{args.processes}-{number}", case, references[case], args.pause)
         )
         tell(results[-1])
-    end_server()
     for line in table(results):
         print(json.dumps(line))
     losses = [result for result in results if result["lost"] is not None]

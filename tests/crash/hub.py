@@ -2,7 +2,7 @@
 
 import json
 import os
-import signal
+import time
 import urllib.request
 
 from hub_server import TOKEN, HubServer
@@ -13,24 +13,22 @@ SLOW = 0.1  # seconds that the upload of a large file takes at least
 
 def serve():
     """
-    Fork a server and point this process, and what it forks, to it. Call it before huggingface_hub is imported, which
-    reads the environment once.
-
-    Returns:
-        `Callable`: ends the server.
+    Fork a server, which ends with this process, and point this process, and what it forks, to it. Call it before
+    huggingface_hub is imported, which reads the environment once.
     """
     reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
+    parent = os.getpid()
+    if os.fork() == 0:
         with HubServer(slow=SLOW) as server:
             server.handle_error = lambda *where: None  # a client that was killed
             os.write(writing, server.url.encode())
-            signal.pause()
+            while os.getppid() == parent:
+                time.sleep(0.2)
+        os._exit(0)
     os.close(writing)
     url = os.read(reading, 100).decode()
     os.environ |= {"HF_ENDPOINT": url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    return lambda: os.kill(child, signal.SIGKILL)
 
 
 def uploaded(name):
