@@ -124,7 +124,7 @@ def tokenizer_of_symbols(folder: str) -> Wav2Vec2CTCTokenizer:
     path = Path(folder) / "vocab.json"
     names = ["<pad>", *SYMBOLS.replace(" ", "|")]
     path.write_text(json.dumps({name: number for number, name in enumerate(names)}))
-    return Wav2Vec2CTCTokenizer(str(path), bos_token=None, eos_token=None, unk_token="<pad>")
+    return Wav2Vec2CTCTokenizer(str(path), unk_token="<pad>", model_input_names=["input_features"])
 
 
 def small_conformer(width: int, layers: int) -> Wav2Vec2BertForCTC:
@@ -138,7 +138,7 @@ def small_conformer(width: int, layers: int) -> Wav2Vec2BertForCTC:
             num_hidden_layers=layers,
             num_attention_heads=4,
             intermediate_size=3 * width,
-            conv_depthwise_kernel_size=7,
+            conv_depthwise_kernel_size=9,
             position_embeddings_type="rotary",
             feat_proj_dropout=0.1,
             hidden_dropout=0.1,
@@ -160,11 +160,12 @@ def run(method: str, seed: int, data: dict[str, Prompts], args: argparse.Namespa
     set_seed(seed)
     model, start = small_conformer(args.width, args.layers), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
+        tokenizer = tokenizer_of_symbols(folder)
         config = SelfKDConfig(
             folder,
             seed=seed,
             num_train_epochs=args.epochs,
-            per_device_train_batch_size=16,
+            per_device_train_batch_size=8,
             per_device_eval_batch_size=32,
             train_sampling_strategy="group_by_length",
             learning_rate=args.learning_rate,
@@ -183,7 +184,8 @@ def run(method: str, seed: int, data: dict[str, Prompts], args: argparse.Namespa
             data_collator=padded,
             train_dataset=data["train"],
             eval_dataset=data["test"],
-            compute_metrics=compute_speech_metrics(tokenizer_of_symbols(folder)),
+            processing_class=tokenizer,
+            compute_metrics=compute_speech_metrics(tokenizer),
         )
         trainer.train()
         seconds = time.process_time() - start
@@ -203,7 +205,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--width", type=int, default=96)
-    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--results", type=Path, default=Path("outputs/speech.jsonl"))

@@ -96,7 +96,7 @@ class Table(tf.BertForMultipleChoice):
 
 @pytest.mark.parametrize("teacher", ["history", "snapshot"])
 def test_the_loss_worked_out_on_paper(tmp_path, teacher):
-    """Probabilities 1/2, 1/4, 1/4; right are the first and the third; at alpha 1/2: 3/4, 1/8, 1/8 and 1/4, 1/8, 5/8."""
+    """Probabilities 1/2, 1/4, 1/4; first and third are right; at alpha 1/2: 3/4, 1/8, 1/8 and 1/4, 1/8, 5/8."""
     options = {"alpha": 0.5, "alpha_schedule": "constant", "learning_rate": 0.0, "num_train_epochs": 2}
     samples = Samples([{"input_ids": np.full((3, 2), 5), "labels": label} for label in (0, 2)])
     trainer = train(tmp_path, Table(), samples, data_collator=stack, teacher=teacher, **options)

@@ -1,6 +1,7 @@
 """Speech and images to texts: encoder-decoder models whose rows are those of a language model."""
 
 import functools
+import json
 import math
 
 import numpy as np
@@ -489,6 +490,16 @@ def test_error_rates():
     assert found == pytest.approx({"wer": (2 + 1 + 2) / 5, "cer": (7 + 1 + 7) / 18})
     assert math.isnan(error_rates(["a"], [""])["wer"])
     refused(lambda: error_rates(["a"], []), "0 for 1")
+
+
+def test_tokenizers_of_ctc_do_not_merge_doubled_letters(tmp_path):
+    """They would make "all" and "al" the same: in transcripts the path was merged already, in references never."""
+    (tmp_path / "vocab.json").write_text(json.dumps({"<pad>": 0, "|": 1, "a": 2, "l": 3}))
+    tokenizer = tf.Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"), unk_token="<pad>")
+    logits = torch.nn.functional.one_hot(torch.tensor([[2, 2, 3, 0, 3, 1, 2], [2, 3, 3, 1, 2, 0, 0]]), 4) * 5.0
+    metrics = compute_speech_metrics(tokenizer)
+    labels = np.array([[2, 3, 3, 1, 2]] * 2)  # "all a", of which the second path lacks a letter
+    assert metrics((logits, labels)) == pytest.approx({"wer": 1 / 4, "cer": 1 / 10})
 
 
 def test_the_best_path_of_ctc():
