@@ -166,7 +166,7 @@ def run(method: str, seed: int, data: dict[str, Prompts], args: argparse.Namespa
             seed=seed,
             num_train_epochs=args.epochs,
             per_device_train_batch_size=8,
-            per_device_eval_batch_size=32,
+            per_device_eval_batch_size=1,  # what is said of padding would be read, too
             train_sampling_strategy="group_by_length",
             learning_rate=args.learning_rate,
             weight_decay=0.01,
@@ -175,6 +175,7 @@ def run(method: str, seed: int, data: dict[str, Prompts], args: argparse.Namespa
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            logging_steps=200,
             use_cpu=True,
             **METHODS[method],
         )
@@ -194,6 +195,7 @@ def run(method: str, seed: int, data: dict[str, Prompts], args: argparse.Namespa
     figures = {name: 100 * metrics[f"eval_{name}"] for name in ("cer", "wer")} | {"nll": metrics["eval_loss"]}
     figures |= {"train_cer": 100 * fitted["train_cer"], "train_nll": fitted["train_loss"]}
     size = {"train_samples": len(data["train"]), "test_samples": len(data["test"]), "epochs": args.epochs}
+    size["parameters"] = model.num_parameters()
     return {"method": method, "seed": seed} | size | figures | {"cpu_seconds": seconds}
 
 
@@ -202,9 +204,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sounds", type=Path, help="folder of the sounds")
     parser.add_argument("--transcripts", type=Path, help="their texts, a line each: 'name: text'")
     parser.add_argument("--max_seconds", type=float, default=5.0, help="longer prompts are left out")
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
