@@ -26,11 +26,12 @@ test-all: $(VENV)/.dev
 test-oldest: $(OLDEST)/.oldest
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-# Kills small trainings at random moments and compares how they end; TRIES=100 PROCESSES=2 and more in docs/reliability.md.
+# Kills small trainings at random moments and compares how they end; TRIES=100 PROCESSES=2 TEACHER=uploads and more in docs/reliability.md.
 TRIES ?= 100
 PROCESSES ?= 1
+TEACHER ?= all
 crash-test: $(VENV)/.dev
-	PYTHONPATH=tests $(BIN)/python -m crash --tries $(TRIES) --processes $(PROCESSES)
+	PYTHONPATH=tests $(BIN)/python -m crash --tries $(TRIES) --processes $(PROCESSES) --teacher "$(TEACHER)"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

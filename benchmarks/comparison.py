@@ -25,6 +25,20 @@ DETECTION = {
     "cpu_seconds": ("CPU seconds", 0),
 }
 PIXELS = {"mean_iou": ("mean IoU", 3), "pixel_accuracy": ("pixel accuracy", 3)}
+MULTI_LABEL = {
+    "map": ("mAP", 3),
+    "micro_f1": ("micro F1", 3),
+    "macro_f1": ("macro F1", 3),
+    "bce": ("NLL", 3),
+    "ece": ("ECE %", 2),
+    "cpu_seconds": ("CPU s", 0),
+}
+SPEECH = {
+    "cer": ("CER %", 1),
+    "wer": ("WER %", 1),
+    "nll": ("NLL a character", 3),
+    "cpu_seconds": ("CPU s", 0),
+}
 COST = {"cpu_ms_per_image": ("CPU ms an image", 2)}
 
 

@@ -31,10 +31,10 @@ from transformers import HGNetV2Config, HGNetV2ForImageClassification, set_seed
 from hf_selfkd import SelfKDConfig, SelfKDTrainer
 from hf_selfkd.metrics import compute_classification_metrics
 from hf_selfkd.metrics.detection import detection_metrics, detections_of, detections_that_are_right, objects_of
-from hf_selfkd.scripts import object_detection
 from hf_selfkd.scripts.arguments import DetectionDataArguments
-from hf_selfkd.scripts.detection_data import OBJECTS, box_format_of, category_names, read_split, with_objects
-from hf_selfkd.scripts.detection_predictions import draw
+from hf_selfkd.scripts.detection import object_detection
+from hf_selfkd.scripts.detection.data import OBJECTS, box_format_of, category_names, read_split, with_objects
+from hf_selfkd.scripts.detection.predictions import draw
 
 
 SETTINGS = Path(__file__).parents[1] / "examples" / "configs" / "bccd_dfine.yaml"

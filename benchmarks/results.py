@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from comparison import COST, DETECTION, FIGURES, PIXELS, read_results, table
+from comparison import COST, DETECTION, FIGURES, MULTI_LABEL, PIXELS, SPEECH, read_results, table
+
+
+KINDS = {"d_ece": DETECTION, "bce": MULTI_LABEL, "cer": SPEECH}  # by a figure that no other kind of run has
 
 
 def main() -> None:
@@ -20,7 +23,7 @@ def main() -> None:
             if "accuracy" in row:
                 row.setdefault("error", 100 * (1 - row["accuracy"]))
         methods = list(dict.fromkeys(row["method"] for row in rows))
-        known = DETECTION if all("map" in row for row in rows) else PIXELS | FIGURES | COST
+        known = next((shown for name, shown in KINDS.items() if name in rows[0]), PIXELS | FIGURES | COST)
         shown = {name: shape for name, shape in known.items() if all(name in row for row in rows)}
         print(f"{path.name}\n\n{table(rows, methods, shown)}\n")
 

@@ -4,7 +4,7 @@
 # ///
 """The same as `hf-selfkd train object-detection`, as a file for `accelerate launch`, `torchrun` and `uv run`."""
 
-from hf_selfkd.scripts.object_detection import main
+from hf_selfkd.scripts.detection.object_detection import main
 
 
 if __name__ == "__main__":

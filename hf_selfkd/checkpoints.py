@@ -16,8 +16,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpoint_files import STATE_FOLDER, check_files, fault_of, forget_list, whole_checkpoint, write_list
 from .files import cause_of_writing, load_tensors, save_tensors
-from .fixes import load_renamed_weights, pushed_folder
+from .fixes import forget_copies, load_renamed_weights, pushed_folder, written_on_each_node
 from .heads import AuxiliaryHeadsConfig, head_names, heads_of, save_auxiliary_heads
+from .models import unwrapped
 from .sharded import load_whole_state, whole_state
 
 
@@ -65,7 +66,8 @@ class Checkpoints:
             state_dict = self.model.state_dict() if state_dict is None else state_dict
             heads = head_names(self.model)
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in heads}
-        super()._save(output_dir, state_dict)
+        with written_on_each_node(unwrapped(self.model), self.args):
+            super()._save(output_dir, state_dict)
         if self.args.should_save:
             self._save_readable_args(self.args.output_dir if output_dir is None else output_dir)
 
@@ -141,6 +143,7 @@ class Checkpoints:
             resume_from_checkpoint = self._last_whole_checkpoint()
         if resume_from_checkpoint:
             check_files(resume_from_checkpoint)
+        forget_copies(self)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _last_whole_checkpoint(self) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import HubStrategy
@@ -133,7 +133,7 @@ def pushed_folder(trainer: Trainer, checkpoint: str | Path, private: str) -> Ite
     if not (uploads and (Path(checkpoint) / private).is_dir() and trainer.is_world_process_zero()):
         yield str(checkpoint)
         return
-    copy = _copy_without(checkpoint, Path(trainer.args.output_dir) / "_hub", private)
+    copy = _copy_without(checkpoint, _copies(trainer), private)
     before = list(getattr(trainer.push_in_progress, "jobs", ()))
     try:
         yield str(copy)
@@ -143,6 +143,17 @@ def pushed_folder(trainer: Trainer, checkpoint: str | Path, private: str) -> Ite
             _remove(copy)
         for job in jobs[-1:]:  # the folder itself, after the model
             job.add_done_callback(lambda _: _remove(copy))
+
+
+def forget_copies(trainer: Trainer) -> None:
+    """Remove the copies of checkpoints that a process left which was killed during an upload."""
+    jobs = getattr(getattr(trainer, "push_in_progress", None), "jobs", ())
+    if trainer.is_world_process_zero() and all(job.done() for job in jobs):
+        shutil.rmtree(_copies(trainer), ignore_errors=True)
+
+
+def _copies(trainer: Trainer) -> Path:
+    return Path(trainer.args.output_dir) / "_hub"
 
 
 def _remove(copy: Path) -> None:
@@ -164,6 +175,26 @@ def _copy_without(checkpoint: str | Path, parent: Path, private: str) -> Path:
 
     shutil.copytree(checkpoint, copy, copy_function=link, ignore=shutil.ignore_patterns(private))
     return copy
+
+
+@contextmanager
+def written_on_each_node(model: nn.Module, args: TrainingArguments) -> Iterator[None]:
+    """
+    Let `save_pretrained` write the weights on every machine that is to save: transformers 5.24 asks whether a process
+    is the first one of all, also with `save_on_each_node=True`, so that the other machines had nothing to resume from.
+
+    Args:
+        model (`nn.Module`): the model that will be saved.
+        args (`TrainingArguments`): who saves.
+    """
+    if not (args.save_on_each_node and args.should_save and hasattr(model, "should_save_on_this_rank")):
+        yield
+        return
+    model.should_save_on_this_rank = bool  # of what the trainer says about this process
+    try:
+        yield
+    finally:
+        del model.should_save_on_this_rank
 
 
 def generation_gather(accelerator: Any) -> Callable:

@@ -4,7 +4,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import loop_worker
 import torch
+from accelerate import DeepSpeedPlugin
+from accelerate.state import AcceleratorState
 from distributed_worker import options
 from helpers import make_samples, make_trainer
 from processes import fork
@@ -50,6 +53,17 @@ def equal(out, stage, model=MODEL, size=SIZE, **more):
     return outcome(trainer, size)
 
 
+def loop(out, stage, **more):
+    """A loop of Accelerate's over steps of 4 samples."""
+    if stage is None:
+        return loop_worker.run(out, 1, **more)
+    sizes = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1, "train_batch_size": 4}
+    settings = engine(stage) | sizes
+    settings.pop("gradient_clipping")
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the trainings before, which had other sizes
+    return loop_worker.run(out, 2, engine=DeepSpeedPlugin(hf_ds_config=settings), **more)
+
+
 def resumed(out, stage, **more):
     """A run, and the same run resumed inside its second epoch."""
     more |= {"save_strategy": "steps", "save_steps": 5}
@@ -76,6 +90,9 @@ WHOLE_WEIGHTS = {
     "heads": partial(equal, teacher="snapshot", **LAYERED),
     "heads_history": partial(equal, teacher="history", **LAYERED),
     **{name: partial(resumed, **more) for name, more in RESUMED.items()},
+    "loop": loop,
+    "loop_snapshot": partial(loop, teacher="snapshot"),
+    "loop_heads": partial(loop, heads="byot"),
 }
 SCENARIOS = {stage: ANY_STAGE | ({} if stage == 3 else WHOLE_WEIGHTS) for stage in (1, 2, 3)}
 

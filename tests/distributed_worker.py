@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import test_ctc as frames
 import test_multi_label as multi_label
+import test_multiple_choice as choices
 import test_next_sentence as pairs
 import test_question_answering as question_answering
 import test_segmentation as segments
@@ -86,9 +87,15 @@ def ctc(out, world, name, **more):
     return {"weights": state_of(frames.run(out, name, frames.Spoken(16), **options(world) | more))}
 
 
-def speech(out, world, **more):
-    samples = transcripts.spoken("plain_whisper", 16)
-    return {"weights": state_of(transcripts.run(out, "plain_whisper", samples, **options(world, **more)))}
+def speech(out, world, name="plain_whisper", **more):
+    """Sounds with their texts, or images with captions."""
+    samples = transcripts.spoken(name, 16)
+    return {"weights": state_of(transcripts.run(out, name, samples, **options(world, **more)))}
+
+
+def multiple_choice(out, world):
+    trainer = choices.run(out, "plain_bert", choices.questions(16), **options(world))
+    return {"weights": state_of(trainer), "stored": trainer.teacher.stored(range(16))}
 
 
 def next_sentence(out, world, **more):
@@ -289,6 +296,8 @@ SCENARIOS = {
     "ctc": lambda out, world: ctc(out, world, "plain_wav2vec2"),
     "ctc_mean": lambda out, world: ctc(out, world, "plain_wav2vec2_mean"),
     "speech": lambda out, world: speech(out, world, teacher="history"),
+    "captions": lambda out, world: speech(out, world, "plain_captions", teacher="history"),
+    "multiple_choice": multiple_choice,
     "next_sentence": lambda out, world: next_sentence(out, world),
     "several_labels": lambda out, world: several_labels(out, world),
     "resume_history": lambda out, world: resumed(out, world, "vit"),

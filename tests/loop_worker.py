@@ -15,10 +15,16 @@ from hf_selfkd import LoopDistiller, MethodArguments, attach_auxiliary_heads, wi
 GLOBAL_BATCH = 4
 
 
-def run(out, world, teacher="history", stop=None, resume=None, heads=None, accumulation=1, size=SIZE, **method):
-    """Accelerate's loop over global batches of 4, from a saved state and up to a step if asked; what came out."""
+def run(
+    out, world, teacher="history", stop=None, resume=None, heads=None, accumulation=1, size=SIZE, engine=None, **method
+):
+    """
+    Accelerate's loop over global batches of 4, from a saved state and up to a step if asked; what came out. `engine`
+    is a plugin of DeepSpeed.
+    """
+    options = {"gradient_accumulation_steps": accumulation, "deepspeed_plugin": engine}
     wrapper = DistributedDataParallelKwargs(find_unused_parameters=heads is not None)
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation, kwargs_handlers=[wrapper])
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[wrapper], **options)
     model = make_model("plain_deep_vit")
     if heads is not None:
         attach_auxiliary_heads(model, heads)

@@ -121,7 +121,7 @@ def test_the_words_after_the_task_reach_the_script(task, monkeypatch):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_examples_are_the_scripts(task):
-    name = SCRIPTS[task].module
+    name = SCRIPTS[task].module.split(".")[-1]
     assert runpy.run_path(str(ROOT / "examples" / f"{name}.py"))["main"] is script_of(task).main
 
 

@@ -248,6 +248,23 @@ def test_settings_that_are_refused_are_found_before_the_first_training(tmp_path,
     assert status == 1 and "plain: --aplha 1: no such flag" in said and trainings.words == []
 
 
+def test_a_task_without_label_smoothing(tmp_path, trainings):
+    """Left out, with a sentence, where no methods are named; refused where the method is."""
+    words = ["compare", "object-detection", "--folder", str(tmp_path), "--seeds", "0"]
+    flags = ["--model_type", "detr", "--train_dir", "voc", "--alpha", "0.3"]
+    status, said = call(*words, *flags)
+    assert status == 0 and said.startswith("label-smoothing is left out: the losses of detectors"), said
+    assert len(trainings.words) == 2 and not any("0.1" in line for line in trainings.words)
+    cells = json.loads((tmp_path / "comparison.json").read_text())["methods"]
+    assert [row["method"] for row in cells] == ["plain", "given"]
+    status, said = call(*words, "--methods", "plain,label-smoothing", *flags)
+    assert status == 1 and "leave out label-smoothing; the losses of detectors" in said
+    assert len(trainings.words) == 2
+    status, said = call("compare", "text-classification", *words[2:3], str(tmp_path / "texts"), *words[4:],
+                        "--model_type", "bert", "--train_file", "texts.csv")  # fmt: skip
+    assert status == 0 and "left out" not in said and len(trainings.words) == 5
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [

@@ -22,6 +22,7 @@ FORGETS = "import hf_selfkd.teachers.history as h; h.HistoryTeacher.load = lambd
 
 def kill(tmp_path, tries, *flags, fault="", processes=1):
     """Run the crash test with a fault put in first; gives the lines of its tries and its exit code."""
+    tmp_path.mkdir(exist_ok=True)
     output = tmp_path / "results.jsonl"
     argv = ["--tries", tries, "--processes", processes, "--folder", tmp_path / "runs", "--output", output, *flags]
     code = f"import sys; sys.argv[1:] = {list(map(str, argv))!r}; import crash.__main__ as crash; {fault or 'pass'}\n"
@@ -53,6 +54,22 @@ def test_a_fault_is_seen(tmp_path, fault, lost):
     results, code = kill(tmp_path, 1, "--teacher", "history", fault=AIMED + fault)
     assert code == 1 and lost in results[0]["lost"]
     assert list((tmp_path / "runs").glob("try-*"))  # to be looked at
+
+
+@pytest.mark.slow
+def test_an_upload_that_is_killed_leaves_nothing_behind(tmp_path):
+    """The last upload of a checkpoint, after which the model comes twice; and the control, in which its copy stays."""
+    aimed = "crash.serve(); crash.serve = lambda: None; "  # before anything imports the client
+    aimed += "import crash.tries as t; t.MOST_KILLS = 1; t.draw_kill = lambda rng, r, again: "
+    aimed += "t.Kill('upload', len(r.spans[0]['upload']) - 2, r.spans[0]['upload'][-3] / 2); "
+    stays = "import hf_selfkd.checkpoints as c; c.forget_copies = lambda trainer: None"
+    for folder, fault, code, lost in (
+        ("ours", "", 0, None),
+        ("stays", stays, 1, "copies for the Hub were left behind"),
+    ):
+        results, found = kill(tmp_path / folder, 1, "--teacher", "uploads", fault=aimed + fault)
+        assert (found, results[0]["lost"]) == (code, lost)
+        assert [one["died_in"] for one in results[0]["kills"]] == ["upload"]
 
 
 def test_a_moment_depends_on_the_seed_alone():
@@ -88,5 +105,11 @@ def test_the_page_has_the_figures_of_the_log():
         counts.append(deaths)
     for phase in counts[0]:
         assert f"| {counts[0][phase]} | {counts[1].get(phase, 0)} | 0 |" in page, phase
+    lines = (ROOT / "docs/results/crash_test_uploads.jsonl").read_text(encoding="utf-8").splitlines()
+    uploads = [json.loads(line) for line in lines]
+    deaths = {line["phase"]: line["kills"] for line in table(uploads)}
+    assert not any(result["lost"] for result in uploads)
+    assert f"| {len(uploads)} tries, {sum(deaths.values())} kills | 0 |" in page
+    assert f"{deaths['upload']} of {sum(deaths.values())} kills met an upload" in page
     starts = [whole for result in results for whole in result["stock_choice_is_whole"][1:]]
     assert f"In {starts.count(False)} of the {len(starts)} starts" in page

@@ -69,6 +69,8 @@ def check_same(one, several):
         "ctc",
         "ctc_mean",
         "speech",
+        "captions",
+        "multiple_choice",
         "next_sentence",
         "predictions",
         "translation",

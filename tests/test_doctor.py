@@ -257,6 +257,32 @@ def test_an_evaluation_without_bins_says_nothing_of_confidence():
     assert symptoms.gap is None
 
 
+DETECTED = {"loss": 3.1, "map": 0.3, "map_50": 0.5, "map_75": 0.3, "d_ece": 17.7}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_after_the_training_of_a_detector(tmp_path, known):
+    """Its loss is no likelihood, and its calibration is D-ECE."""
+    folder = run_folder(tmp_path / "run", task="object-detection", evaluations=[Evaluation("eval", DETECTED, 8, 6)],
+                        method={"teacher": "none"})  # fmt: skip
+    (folder / "predictions.csv").unlink()
+    if not known:  # as a trainer leaves it that writes no card
+        (folder / "selfkd_card.json").unlink()
+        figures = {f"eval_{name}": value for name, value in DETECTED.items()}
+        (folder / "all_results.json").write_text(json.dumps(figures | {"eval_samples": 8, "train_runtime": 12.5}))
+    status, said = call("doctor", str(folder))
+    assert status == 0 and "17.7 points on average (D-ECE, split eval)" in said, said
+    assert not any(word in said for word in ("NLL", "classification", "accuracy 0", "Over-confident"))
+    assert ("compare (`hf-selfkd compare`)" in said) == known
+
+
+def test_a_detector_without_figures_is_told_of_its_own_metrics(tmp_path):
+    folder = run_folder(tmp_path / "run", task="object-detection", evaluations=[Evaluation("eval", {"loss": 3.1})])
+    (folder / "predictions.csv").unlink()
+    said = call("doctor", str(folder))[1]
+    assert "Nothing can be said" in said and "compute_metrics=DetectionMetrics()" in said and "NLL" not in said
+
+
 def test_after_a_training(tmp_path):
     run_folder(tmp_path / "run")
     status, said = call("doctor", str(tmp_path / "run"))

@@ -2,6 +2,7 @@
 
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from hf_selfkd.fixes import (
     load_renamed_weights,
     pushed_folder,
     stream_position,
+    written_on_each_node,
 )
 
 
@@ -353,6 +355,32 @@ def test_upstream_counts_right_for_llama(tmp_path):
 def test_upstream_still_counts_the_first_label_of_gpt2(tmp_path):
     """The loss is divided by too many: `LOSS_MAPPING` has no key for the class, and `loss_type` is None."""
     return first_label_matters(tmp_path, "gpt2", Trainer) == 0
+
+
+# Weights on every machine
+
+
+def saved_weights(folder, monkeypatch, model, saves=True):
+    """Whether the first process of the second machine writes weights, which `Trainer` lets it do."""
+    mixin = pytest.importorskip("transformers.distributed.mixin")
+    monkeypatch.setattr(mixin, "_is_torch_distributed_initialized", lambda: True)
+    monkeypatch.setattr(mixin, "_get_torch_distributed_rank", lambda: 8)
+    model.save_pretrained(folder, is_main_process=saves)
+    return (folder / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("on_each_node", "saves"), [(True, True), (True, False), (False, True)])
+def test_weights_are_written_on_each_machine(tmp_path, monkeypatch, on_each_node, saves):
+    model = make_model("vit")
+    args = SimpleNamespace(save_on_each_node=on_each_node, should_save=saves)
+    with written_on_each_node(model, args):
+        assert saved_weights(tmp_path, monkeypatch, model, saves) is (on_each_node and saves)
+    assert not saved_weights(tmp_path / "after", monkeypatch, model)
+
+
+@canary("save_on_each_node writes no weights on other machines", "written_on_each_node (fixes.py)")
+def test_upstream_still_writes_weights_on_the_first_machine_only(tmp_path, monkeypatch):
+    return saved_weights(tmp_path, monkeypatch, make_model("vit"))
 
 
 # The copy for the Hub

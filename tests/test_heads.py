@@ -101,6 +101,7 @@ def test_file_that_is_no_config_is_refused(tmp_path, content):
         ("hard_weight", -1.0),
         ("past_weight", 1.5),
         ("deep_to_shallow_weight", math.nan),
+        ("deep_to_shallow_trust", 0.5),
         ("feature_weight", math.inf),
         ("heads_to_model_weight", -0.5),
         ("temperature", 0.0),

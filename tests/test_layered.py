@@ -217,7 +217,12 @@ def naive(model, samples, visits, epochs, per_epoch, config, alpha, teacher, see
             own = config.hard_weight * cross_entropy(parts[h], targets, pasts[h], config.past_weight * a)
             if not rotated or h < len(heads.heads) - 1:
                 now, then = (s / config.temperature for s in (parts[h], deepest.detach()))
-                kl = F.kl_div(now.log_softmax(-1), then.softmax(-1), reduction="sum")
+                kl = F.kl_div(now.log_softmax(-1), then.softmax(-1), reduction="none").sum(-1)
+                if config.deep_to_shallow_trust:
+                    kl = kl * torch.stack(
+                        [row.softmax(-1)[y] for row, y in zip(deepest.detach(), targets, strict=True)]
+                    )
+                kl = kl.sum()
                 own = own + config.deep_to_shallow_weight * config.temperature**2 * kl
             if str(h) in heads.adapters:
                 index = list(heads.adapters).index(str(h))
@@ -249,6 +254,8 @@ def naive(model, samples, visits, epochs, per_epoch, config, alpha, teacher, see
         {"views_per_step": 2, "head": "linear"},
         {"views_per_step": 3, "head": "stages"},
         {"views": "none", "head": "mlp"},
+        {"views": "none", "head": "mlp", "deep_to_shallow_trust": True},
+        {"views_per_step": 2, "head": "linear", "deep_to_shallow_trust": True},
     ],
     ids=str,
 )

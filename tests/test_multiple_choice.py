@@ -84,6 +84,30 @@ def test_alpha_0_is_the_stock_class(tmp_path, name):
     assert same_weights(stock.model, ours.model)
 
 
+class Table(tf.BertForMultipleChoice):
+    """Scores from a table; the hard loss is that of the rows."""
+
+    def __init__(self):
+        super().__init__(tf.BertConfig(**TEXT))
+        self.scores = torch.nn.Parameter(torch.tensor([math.log(2), 0.0, 0.0]))
+        for name in ("bert", "classifier", "dropout"):
+            delattr(self, name)
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        return {"logits": self.scores.expand(len(input_ids), -1)}
+
+
+@pytest.mark.parametrize("teacher", ["history", "snapshot"])
+def test_the_loss_worked_out_on_paper(tmp_path, teacher):
+    """Probabilities 1/2, 1/4, 1/4; first and third are right; at alpha 1/2: 3/4, 1/8, 1/8 and 1/4, 1/8, 5/8."""
+    options = {"alpha": 0.5, "alpha_schedule": "constant", "learning_rate": 0.0, "num_train_epochs": 2}
+    samples = Samples([{"input_ids": np.full((3, 2), 5), "labels": label} for label in (0, 2)])
+    trainer = train(tmp_path, Table(), samples, data_collator=stack, teacher=teacher, **options)
+    half, quarter = math.log(2), math.log(4)
+    second = (3 / 4 * half + 1 / 4 * quarter + 1 / 4 * half + 3 / 4 * quarter) / 2
+    assert logged(trainer, "loss") == pytest.approx([(half + quarter) / 2, second], rel=1e-4)
+
+
 class Visits(SelfKDTrainer):
     """Notes the ids of each batch."""
 
@@ -125,19 +149,33 @@ def naive(samples, visits, teacher, alpha, epochs):
     return model
 
 
-@pytest.mark.parametrize("choices", [(4,), (4, 2)])
+@pytest.mark.parametrize(("choices", "drop"), [((4,), False), ((4,), True), ((4, 2), False)])
 @pytest.mark.parametrize("teacher", ["history", "snapshot"])
-def test_it_trains_as_a_naive_loop_does(tmp_path, teacher, choices):
-    """A snapshot sees the very batch, however many choices it has; a stored row needs one number of them."""
+def test_it_trains_as_a_naive_loop_does(tmp_path, teacher, choices, drop):
+    """
+    A snapshot sees the very batch, however many choices it has; a stored row needs one number of them. Samples of a
+    dropped batch keep the past that they have.
+    """
     samples = questions(choices=choices)
-    options = {"teacher": teacher, "trainer": Visits, **SGD}
+    options = {"teacher": teacher, "trainer": Visits, "dataloader_drop_last": drop, **SGD}
     if teacher == "history" and len(choices) > 1:
         options["per_device_train_batch_size"] = 1
         refused(lambda: run(tmp_path, "plain_bert", samples, **options), "2 classes", "4", "choices", "snapshot")
         return
     trainer = run(tmp_path, "plain_bert", samples, **options)
     assert difference(naive(samples, trainer.seen, teacher, 0.8, 3), trainer) < 2e-5
-    assert difference(run(tmp_path, "plain_bert", samples, alpha=0.0, **SGD), trainer) > 1e-3
+    plain = run(tmp_path, "plain_bert", samples, alpha=0.0, dataloader_drop_last=drop, **SGD)
+    assert difference(plain, trainer) > 1e-3
+
+
+def test_the_order_of_the_samples_does_not_matter(tmp_path):
+    """The same questions under other row numbers, in one batch."""
+    samples, order = questions(6), [3, 0, 5, 1, 4, 2]
+    options = {"teacher": "history", "per_device_train_batch_size": 6, **SGD}
+    one = run(tmp_path, "plain_bert", samples, **options)
+    other = run(tmp_path, "plain_bert", Samples([samples.items[n] for n in order]), **options)
+    assert difference(one, other) < 1e-5
+    torch.testing.assert_close(one.teacher.stored(order), other.teacher.stored(range(6)), atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("teacher", ["history", "snapshot", "ema", "rank"])

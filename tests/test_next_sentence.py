@@ -139,8 +139,11 @@ class Visits(SelfKDTrainer):
         return super().compute_loss(*arguments, **keywords)
 
 
-def test_it_trains_as_a_naive_loop_does(tmp_path):
-    trainer = run(tmp_path, "plain_bert", trainer=Visits, **SGD)
+@pytest.mark.parametrize("drop", [False, True])
+def test_it_trains_as_a_naive_loop_does(tmp_path, drop):
+    """Also where the end of an epoch is dropped, whose samples keep the past that they have."""
+    trainer = run(tmp_path, "plain_bert", trainer=Visits, dataloader_drop_last=drop, **SGD)
+    assert sum(map(len, trainer.seen)) == 3 * (12 if drop else 14)
     assert trainer.teacher.kind == "history"
     assert difference(naive(pairs(), trainer.seen, 0.8, 3), trainer) < 2e-5
     assert difference(run(tmp_path, "plain_bert", alpha=0.0, **SGD), trainer) > 1e-3

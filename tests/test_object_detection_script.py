@@ -29,11 +29,11 @@ from typer.testing import CliRunner
 from hf_selfkd.cli import app
 from hf_selfkd.metrics import DetectionMetrics, detection_ece, detection_metrics, is_lower_better
 from hf_selfkd.metrics.detection import detections_that_are_right, objects_of
-from hf_selfkd.scripts import detection_data as data
-from hf_selfkd.scripts import object_detection as script
 from hf_selfkd.scripts.arguments import DetectionDataArguments
-from hf_selfkd.scripts.detection_predictions import detections, objects
-from hf_selfkd.scripts.detection_transforms import Augmentation, DetectionCollator, DetectionTransform
+from hf_selfkd.scripts.detection import data
+from hf_selfkd.scripts.detection import object_detection as script
+from hf_selfkd.scripts.detection.predictions import detections, objects
+from hf_selfkd.scripts.detection.transforms import Augmentation, DetectionCollator, DetectionTransform
 
 
 NAMES = ("blue", "green", "red")  # in the order of the alphabet, as Pascal VOC has no other

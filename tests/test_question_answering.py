@@ -265,16 +265,20 @@ class Visits(SelfKDTrainer):
         return super().compute_loss(*arguments, **keywords)
 
 
+@pytest.mark.parametrize("drop", [False, True])
 @pytest.mark.parametrize("teacher", ["history", "snapshot"])
-def test_it_trains_as_a_naive_loop_does(tmp_path, teacher):
-    """Batches are shuffled anew in each epoch, so a text is padded to another length."""
-    samples = texts(outside=True)
-    trainer = run(tmp_path, "plain_bert", samples, teacher=teacher, trainer=Visits, **SGD)
+def test_it_trains_as_a_naive_loop_does(tmp_path, teacher, drop):
+    """
+    Batches are shuffled anew in each epoch, so a text is padded to another length; texts of a dropped batch keep the
+    past that they have.
+    """
+    samples, options = texts(outside=True), {"teacher": teacher, "dataloader_drop_last": drop, **SGD}
+    trainer = run(tmp_path, "plain_bert", samples, trainer=Visits, **options)
     model = naive(make("plain_bert").train(), samples, trainer.seen, teacher, 0.8, 3)
     assert difference(model, trainer) < 2e-5
     plain = run(tmp_path, "plain_bert", samples, alpha=0.0, **SGD)
     assert difference(plain, trainer) > 1e-3
-    assert logged(trainer, "rows_with_history")[-1] == 1
+    assert drop or logged(trainer, "rows_with_history")[-1] == 1
 
 
 def test_entries_are_kept_by_position(tmp_path):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..comparison.methods import BASELINE, DEFAULT, METHODS
+from ..comparison.methods import BASELINE, DEFAULT, METHODS, SMOOTHED
 from ..scripts.arguments import SCRIPTS
 from .common import check_task, one_line_errors, print_table, script_of
 
@@ -17,8 +17,12 @@ def compare(
     task: Annotated[str, typer.Argument(help=f"One of {', '.join(SCRIPTS)}.")],
     folder: Annotated[Path, typer.Option(help="Runs, logs and the report; a second call goes on where one stopped.")],
     methods: Annotated[
-        str, typer.Option(help=f"With commas, of {', '.join(METHODS)}; 'given' is your settings as they are.")
-    ] = ",".join(DEFAULT),
+        str | None,
+        typer.Option(
+            help=f"With commas, of {', '.join(METHODS)}; 'given' is your settings as they are. If left out: "
+            f"{','.join(DEFAULT)}, of which a task may lack {SMOOTHED}."
+        ),
+    ] = None,
     seeds: Annotated[str, typer.Option(help="With commas; at least three to see a spread.")] = "0,1,2",
     keep_models: Annotated[
         bool, typer.Option("--keep-models", "--keep_models", help="Keep the trained models.")
@@ -49,19 +53,30 @@ def compare(
         typer.echo(f"Wrote {path}")
 
 
-def _chosen(task: str, methods: str, seeds: str) -> tuple[list[str], list[int]]:
+def _chosen(task: str, methods: str | None, seeds: str) -> tuple[list[str], list[int]]:
     check_task(task)
+    methods = ",".join(_default(task)) if methods is None else methods
     chosen = [name.strip() for name in methods.split(",") if name.strip()]
     unknown = [name for name in chosen if name not in METHODS]
     if unknown or not chosen:
         raise ValueError(f"--methods {methods}: choose among {', '.join(METHODS)}.")
     if BASELINE not in chosen:
         raise ValueError(f"--methods {methods}: add {BASELINE}, which the others are compared with.")
+    if SMOOTHED in chosen and SCRIPTS[task].unsmoothed is not None:
+        raise ValueError(f"--methods {methods}: leave out {SMOOTHED}; {SCRIPTS[task].unsmoothed}.")
     try:
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError:
         raise ValueError(f"--seeds {seeds}: give whole numbers with commas, such as 0,1,2.") from None
     return list(dict.fromkeys(chosen)), list(dict.fromkeys(numbers))
+
+
+def _default(task: str) -> list[str]:
+    """The methods of a comparison for which none are named; says which the task lacks."""
+    reason = SCRIPTS[task].unsmoothed
+    if reason is not None:
+        typer.echo(f"{SMOOTHED} is left out: {reason}.")
+    return [name for name in DEFAULT if name != SMOOTHED or reason is None]
 
 
 def _check(task: str, words: list[str], methods: list[str], folder: Path) -> None:

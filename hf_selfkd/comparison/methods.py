@@ -28,9 +28,11 @@ def _with(*flags: str, alpha: str = "0.8") -> tuple[str, ...]:
     return (*_BARE, "--alpha", alpha, *flags)
 
 
+SMOOTHED = "label-smoothing"  # not every task has it
+
 METHODS: dict[str, tuple[str, ...]] = {
     "plain": _PLAIN,
-    "label-smoothing": (*_PLAIN, "--label_smoothing_factor", "0.1"),
+    SMOOTHED: (*_PLAIN, "--label_smoothing_factor", "0.1"),
     "given": (),  # the settings as they are
     "history": _with("--teacher", "history"),
     "snapshot": _with("--teacher", "snapshot"),
@@ -43,5 +45,5 @@ METHODS: dict[str, tuple[str, ...]] = {
     "byot": (*_PLAIN, "--auxiliary_heads", "byot"),
     "deep_supervision": (*_PLAIN, "--auxiliary_heads", "deep_supervision"),
 }
-DEFAULT = ("plain", "label-smoothing", "given")
+DEFAULT = ("plain", SMOOTHED, "given")
 BASELINE = "plain"

@@ -45,6 +45,8 @@ class Symptoms:
         heads (`bool`): whether auxiliary heads learned.
         mixed (`bool`): whether images were mixed.
         images (`bool`): whether the model classifies images.
+        d_ece (`float`, *optional*): of held-out detections, in per cent.
+        compute_metrics (`str`): what gives the held-out figures of the task.
         known (`bool`): whether what was done is known, and not only logged figures.
         diverged_at (`int`, *optional*): the first step whose loss was not a number.
     """
@@ -64,6 +66,8 @@ class Symptoms:
     heads: bool = False
     mixed: bool = False
     images: bool = False
+    d_ece: float | None = None
+    compute_metrics: str = "compute_classification_metrics"
     known: bool = True
     diverged_at: int | None = None
 
@@ -135,10 +139,10 @@ def diagnose(symptoms: Symptoms) -> list[str]:
             f"Diverged: the loss of step {symptoms.diverged_at:,} was not a number. Lower learning_rate, clip "
             "gradients (max_grad_norm=1), or look for broken samples."
         ]
-    said = [_confidence(symptoms), _fit(symptoms), _progress(symptoms), _advice(symptoms)]
+    said = [_confidence(symptoms), _detections(symptoms), _fit(symptoms), _progress(symptoms), _advice(symptoms)]
     return [sentence for sentence in said if sentence] or [
         "Nothing can be said: no held-out figures were found. Evaluate with "
-        "compute_metrics=compute_classification_metrics, and write a card (trainer.create_model_card())."
+        f"compute_metrics={symptoms.compute_metrics}, and write a card (trainer.create_model_card())."
     ]
 
 
@@ -161,6 +165,16 @@ def _confidence(symptoms: Symptoms) -> str:
         else ""
     )
     return f"{word}: {shown}.{cure}"
+
+
+def _detections(symptoms: Symptoms) -> str:
+    error = symptoms.d_ece
+    if error is None or not math.isfinite(error):
+        return ""
+    return (
+        f"Scores differ from the precision of detections by {error:.1f} points on average (D-ECE, split "
+        f"{symptoms.split}); the figure does not tell in which direction."
+    )
 
 
 def _fit(symptoms: Symptoms) -> str:
@@ -205,7 +219,8 @@ def _advice(symptoms: Symptoms) -> str:
         return ""
     if gap is None:
         told = "Confidence was not compared with accuracy, so nothing can be said of softer targets: compare"
-        return f"{told} (`hf-selfkd compare`)." if symptoms.plain and symptoms.nll is not None else ""
+        judged = symptoms.nll is not None or symptoms.d_ece is not None
+        return f"{told} (`hf-selfkd compare`)." if symptoms.plain and judged else ""
     if not symptoms.plain:
         return _advice_on_method(symptoms)
     helps = softer_targets_help(symptoms)

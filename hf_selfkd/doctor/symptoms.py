@@ -9,7 +9,10 @@ from ..runs import Run
 from .diagnosis import Symptoms
 
 
+DETECTION = "object-detection"  # as the Hub names the task
 LAST = 0.1  # share of the logged steps whose mean is the loss at the end
+# What gives held-out figures where it is not `compute_classification_metrics`.
+_MEASURES = {DETECTION: "DetectionMetrics()", "image-segmentation": "compute_segmentation_metrics"}
 
 
 def symptoms_of(run: Run) -> Symptoms:
@@ -19,7 +22,7 @@ def symptoms_of(run: Run) -> Symptoms:
     Args:
         run ([`Run`]): of a folder.
     """
-    method = {} if run.facts is None else run.facts.method
+    method, task = ({}, None) if run.facts is None else (run.facts.method, run.facts.task)
     symptoms = Symptoms(
         teacher=method.get("teacher", "none"),
         alpha=method.get("alpha", 0.0),
@@ -28,12 +31,13 @@ def symptoms_of(run: Run) -> Symptoms:
         smoothing=method.get("label_smoothing", 0.0),
         heads=bool(method.get("auxiliary_heads")),
         mixed=bool(method.get("mixing")),
-        images=run.facts is not None and run.facts.task == "image-classification",
+        images=task == "image-classification",
+        compute_metrics=_MEASURES.get(task, "compute_classification_metrics"),
         known=bool(method),
         diverged_at=run.diverged_at,
     )
     losses = run.curve("hard_loss") if len(run.curve("hard_loss")) else run.curve("loss")
-    if len(losses):
+    if len(losses) and not _detects(run):
         count = max(1, round(LAST * len(losses)))
         symptoms.train_loss = float(losses[-count:, 1].mean())
     if run.evaluations:
@@ -41,13 +45,20 @@ def symptoms_of(run: Run) -> Symptoms:
     return symptoms
 
 
+def _detects(run: Run) -> bool:
+    """Whether the model finds objects: its loss is of boxes, too, and no likelihood."""
+    known = run.facts is not None and run.facts.task == DETECTION
+    return known or any("map_50" in evaluation.metrics for evaluation in run.evaluations)
+
+
 def _take(symptoms: Symptoms, evaluation: Evaluation, run: Run) -> None:
     """The held-out figures, all of one evaluation."""
     metrics, symptoms.split = evaluation.metrics, evaluation.split
-    nll = next((metrics[name] for name in ("nll", "token_nll", "loss") if name in metrics), None)
+    names = ("nll", "token_nll") if _detects(run) else ("nll", "token_nll", "loss")
+    nll = next((metrics[name] for name in names if name in metrics), None)
     symptoms.nll = nll if nll is not None and np.isfinite(nll) else None
     symptoms.reliability(evaluation)
-    symptoms.temperature = metrics.get("temperature")
+    symptoms.temperature, symptoms.d_ece = metrics.get("temperature"), metrics.get("d_ece")
     if evaluation.split == "test" and run.rows is not None:
         symptoms.accuracy, symptoms.confidence = (float(run.rows[name].mean()) for name in ("correct", "confidence"))
         symptoms.samples = len(run.rows["correct"])

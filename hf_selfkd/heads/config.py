@@ -39,7 +39,8 @@ class AuxiliaryHeadsConfig:
     ```
 
     averaged over the views of a sample, and added to the loss of the model itself, which is that of upright images
-    only. `alpha_t` is the weight of the past that the trainer has for the model itself. What the heads know is taught
+    only; with `deep_to_shallow_trust` the divergence is multiplied by `q_deep(y)` at temperature 1, for the label
+    `y`. `alpha_t` is the weight of the past that the trainer has for the model itself. What the heads know is taught
     to the model in turn, by one more term of its loss:
 
     ```
@@ -74,6 +75,9 @@ class AuxiliaryHeadsConfig:
         deep_to_shallow_weight (`float`, *optional*, defaults to 0.0):
             Weight of the divergence from the deepest classifier with the same classes, which learns nothing from it:
             the deepest head with rotated views, the model itself without.
+        deep_to_shallow_trust (`bool`, *optional*, defaults to `False`):
+            Whether the deepest classifier teaches as far as it knows: the divergence of a row counts by the
+            probability that it gives to the label of the row. Before it has learned, it then teaches next to nothing.
         feature_weight (`float`, *optional*, defaults to 0.0):
             Weight of the squared distance between the features of a head and those of the last layer, which learns
             nothing from it; a linear adapter is in between.
@@ -96,6 +100,7 @@ class AuxiliaryHeadsConfig:
     hard_weight: float = 1.0
     past_weight: float = 0.0
     deep_to_shallow_weight: float = 0.0
+    deep_to_shallow_trust: bool = False
     feature_weight: float = 0.0
     heads_to_model_weight: float = 0.0
     temperature: float = 3.0
@@ -122,6 +127,8 @@ class AuxiliaryHeadsConfig:
             value = getattr(self, name)
             if not (_is_a(value, (int, float)) and value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name}={value!r} must be a number of at least 0: it is the weight of a loss.")
+        if not isinstance(self.deep_to_shallow_trust, bool):
+            raise ValueError(f"deep_to_shallow_trust={self.deep_to_shallow_trust!r} must be True or False.")
         if self.past_weight > 1:
             raise ValueError(f"past_weight={self.past_weight} is above 1: it is a share of the trainer's alpha.")
         if self.heads_to_model_weight > 0 and self.hard_weight == 0:
@@ -178,8 +185,8 @@ class AuxiliaryHeadsConfig:
           dimensions, with this project's weight.
         - `"deep_supervision"`: heads tell the class (Lee et al., 2015), weight 1. The original lets weights decay.
         - `"exits"`: native heads, each of which is the end of a smaller model of the same architecture: they learn
-          from (softened) labels and from the whole model. Weights and temperature are untuned. `layers="all"` puts an
-          exit after every layer.
+          from (softened) labels and from the whole model, as far as that knows them. `layers="all"` puts an exit after
+          every layer.
 
         Args:
             name (`str`): one of these.
@@ -292,5 +299,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sla": {"heads_to_model_weight": 1.0},
     "byot": {"views": "none", "hard_weight": 0.9, "deep_to_shallow_weight": 0.1, "feature_weight": 0.03},
     "deep_supervision": {"head": "linear", "views": "none"},
-    "exits": {"head": "native", "views": "none", "past_weight": 1.0, "deep_to_shallow_weight": 2.0},
+    "exits": {
+        "head": "native",
+        "views": "none",
+        "past_weight": 1.0,
+        "deep_to_shallow_weight": 2.0,
+        "deep_to_shallow_trust": True,
+    },
 }

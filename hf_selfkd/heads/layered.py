@@ -16,7 +16,7 @@ from ..batch import Batch
 from ..devices import to_device
 from ..losses.hard import row_losses
 from ..losses.soft import divergence
-from ..losses.soft_targets import Target, labelled, make_targets, weighted, where_mask
+from ..losses.soft_targets import Target, label_entries, labelled, make_targets, weighted, where_mask
 from ..metrics.running import Terms
 from ..metrics.tokens import TokenMetrics
 from ..samples import IGNORE_INDEX, SampleIndex
@@ -275,6 +275,8 @@ class Layered(NoHeads):
                 loss = loss + config.hard_weight * self._label_loss(part, own, config.past_weight * alpha)
             if config.deep_to_shallow_weight > 0 and not (self.rotates and index == len(rows) - 1):
                 away = divergence(part.logits, teacher, config.temperature)
+                if config.deep_to_shallow_trust:
+                    away = away * _label_probability(teacher, part.labels)
                 loss = loss + config.deep_to_shallow_weight * where_mask(away, mask).sum()
             if results.features[index] is not None:
                 loss = loss + config.feature_weight * self._feature_loss(results, index, mask)
@@ -317,6 +319,13 @@ class Layered(NoHeads):
             distance = distance.unsqueeze(-1).expand_as(mask)
         # Rows of a causal model stand where their predictions do, so the mask fits the positions as it is.
         return where_mask(distance, mask).sum()
+
+
+@torch.no_grad()
+def _label_probability(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The probability `[R]` that rows of logits `[R, C]` give to their labels."""
+    logits = logits.float()
+    return (label_entries(logits, labels) - logits.logsumexp(dim=-1)).exp()
 
 
 class HeadMetrics:

@@ -76,7 +76,9 @@ class SpeechMetrics(BatchedMetrics):
                 f"processing_class: {type(processing_class).__name__} has no batch_decode; pass the tokenizer."
             )
         self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        self._groups = "group_tokens" in inspect.signature(self._tokenizer.decode).parameters
+        # Of transformers' tokenizers `decode` passes it on.
+        ways = (getattr(self._tokenizer, name, None) for name in ("decode", "_decode"))
+        self._groups = any("group_tokens" in inspect.signature(way).parameters for way in ways if way is not None)
 
     def _read(self, predictions: Any, labels: Any) -> list[tuple[list[str], list[str]]]:
         parts = split_batches(predictions, labels, label_dimensions=2)

@@ -407,12 +407,14 @@ class Script:
         summary (`str`): what it trains, in one sentence.
         arguments (`tuple`): the dataclasses of its own arguments.
         config (`str`): the name of the training arguments that are added to them.
+        unsmoothed (`str`, *optional*): why labels cannot be smoothed, if they cannot.
     """
 
     module: str
     summary: str
     arguments: tuple[type, ...]
     config: str = "SelfKDConfig"
+    unsmoothed: str | None = None
 
 
 SCRIPTS = {
@@ -422,9 +424,10 @@ SCRIPTS = {
         (ImageModelArguments, ImageDataArguments),
     ),
     "object-detection": Script(
-        "object_detection",
+        "detection.object_detection",
         "Train any AutoModelForObjectDetection: DETR and its relatives, RT-DETR, D-FINE, YOLOS.",
         (DetectorArguments, DetectionDataArguments),
+        unsmoothed="the losses of detectors have no smoothed targets",
     ),
     "text-classification": Script(
         "text_classification",

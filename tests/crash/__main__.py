@@ -8,6 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from .hub import serve
+
 
 def make_parser():
     """The flags."""
@@ -19,7 +21,9 @@ def make_parser():
     parser.add_argument("--seed", type=int, default=0, help="a try depends on the seed and its number only")
     parser.add_argument("--processes", type=int, default=1, help="of each training, on this machine, with gloo")
     parser.add_argument(
-        "--teacher", default="all", help="a case of training.py (history, snapshot, ...), or all in turn"
+        "--teacher",
+        default="all",
+        help="a case of training.py (history, snapshot, ..., uploads), or all in turn but uploads",
     )
     parser.add_argument("--pause", type=float, default=0.002, help="seconds between two pieces of a file")
     parser.add_argument("--folder", type=Path, help="where trainings are kept; a temporary one by default")
@@ -41,10 +45,12 @@ def table(results):
 def main():
     args = make_parser().parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if args.teacher == "uploads":
+        serve()
     from .training import CASES, warm
     from .tries import attempt, undisturbed
 
-    cases = list(CASES) if args.teacher == "all" else [args.teacher]
+    cases = [case for case in CASES if case != "uploads"] if args.teacher == "all" else [args.teacher]
     folder = args.folder or Path(tempfile.mkdtemp(prefix="crash-"))
     results, references = [], {}
     warm(folder / "warm")

@@ -6,6 +6,7 @@ import shutil
 import time
 from pathlib import Path
 
+import huggingface_hub
 import safetensors.torch
 import torch
 import transformers.modeling_utils
@@ -19,7 +20,7 @@ from hf_selfkd.teachers.history import HistoryTeacher
 from hf_selfkd.teachers.weights import EMATeacher, SnapshotTeacher
 
 
-PHASES = ("resume", "step", "end of an epoch", "checkpoint", "rotation", "final model")
+PHASES = ("resume", "step", "end of an epoch", "checkpoint", "rotation", "final model", "upload")
 PIECES = 3  # of a file that is written slowly
 
 
@@ -57,6 +58,8 @@ def watch(mark, pause):
         teacher.begin_epoch = mark.around("end of an epoch", teacher.begin_epoch)
     rotate = mark.around("rotation", transformers.trainer_utils.rotate_checkpoints)
     transformers.trainer.rotate_checkpoints = rotate
+    api = huggingface_hub.HfApi
+    api.create_commit = mark.around("upload", api.create_commit)  # in a thread of its own, beside the next steps
     _write_slowly(pause)
     _delete_slowly(pause)
     return Watched

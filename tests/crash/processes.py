@@ -109,7 +109,9 @@ def attend(started, kill=None):
                 due = time.monotonic() - begun + 10
     outcome.codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child, _ in started]
     if kill is not None and outcome.codes[kill.rank] == -signal.SIGKILL and not outcome.late:
-        outcome.killed_in = inside[kill.rank][-1] if inside[kill.rank] else "between"
+        phases = inside[kill.rank] or ["between"]
+        uploading = kill.phase == "upload" and "upload" in phases  # which goes on beside other phases
+        outcome.killed_in = "upload" if uploading else phases[-1]
     return outcome
 
 

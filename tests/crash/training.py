@@ -21,6 +21,9 @@ CASES = {
     "ema": {"teacher": "ema", "ema_decay": 0.9},
     "heads": {"teacher": "history", "auxiliary_heads": "byot"},
 }
+# Needs the server of hub.py, and is not among "all".
+UPLOADS = {"push_to_hub": True, "hub_strategy": "checkpoint", "hub_always_push": True}
+CASES |= {"uploads": {"teacher": "history", **UPLOADS}}
 
 
 class Digits(Dataset):
@@ -75,6 +78,7 @@ def make_trainer(folder, case, processes, mark, trainer_class=SelfKDTrainer):
         disable_tqdm=True,
         use_cpu=True,
         ddp_backend="gloo" if processes > 1 else None,
+        hub_model_id=f"me/{Path(folder).name}",
         **CASES[case],
     )
     model = ViTForImageClassification(config)
@@ -106,3 +110,5 @@ def run(folder, case, processes, mark, trainer_class):
     mark("final model", True)
     trainer.save_model()
     mark("final model", False)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()

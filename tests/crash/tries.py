@@ -5,13 +5,14 @@ import time
 from dataclasses import dataclass
 
 from .comparing import difference
+from .hub import hub_difference
 from .phases import PHASES
 from .processes import Kill, attend, start
 
 
 MOST_KILLS = 4
 # What is aimed at: phases that are rare in time are what goes wrong.
-WEIGHTS = {"resume": 1, "step": 2, "end of an epoch": 2, "checkpoint": 4, "rotation": 2, "final model": 1}
+WEIGHTS = {"resume": 1, "step": 2, "end of an epoch": 2, "checkpoint": 4, "rotation": 2, "final model": 1, "upload": 9}
 
 
 @dataclass
@@ -42,6 +43,7 @@ def draw_kill(rng, reference, again):
     """A moment at which to kill. A resumed training has fewer of each phase: an early one is then aimed at."""
     processes = len(reference.spans)
     names = [name for name in PHASES if again or name != "resume"]
+    names = [name for name in names if name != "upload" or reference.spans[0][name]]
     phase = rng.choices(names, [WEIGHTS[name] for name in names])[0]
     rank = rng.randrange(processes)
     spans = reference.spans[rank][phase]
@@ -76,7 +78,7 @@ def attempt(number, rng, folder, case, reference, pause):
             lost = lost or f"exit codes {outcome.codes}: {_last_line(folder, outcome.codes)}"
         else:
             break  # over; a kill that came too late is none
-    lost = lost or difference(reference.folder, folder)
+    lost = lost or difference(reference.folder, folder) or (hub_difference(folder) if case == "uploads" else None)
     told = {
         "try": number,
         "processes": processes,

@@ -49,15 +49,15 @@ from hf_selfkd import SelfKDConfig, SelfKDTrainer
 from hf_selfkd.backbones import load_backbone
 from hf_selfkd.metrics.detection import DetectionMetrics
 
-from . import common
-from .arguments import DetectionDataArguments, DetectorArguments
-from .data import check_column, cut, datasets_of, hold_out, load_splits, needed_splits, with_images
+from .. import common
+from ..arguments import DetectionDataArguments, DetectorArguments
+from ..data import check_column, cut, datasets_of, hold_out, load_splits, needed_splits, with_images
 
 
 try:
-    from .detection_data import OBJECTS, box_format_of, category_names, read_split, with_objects
-    from .detection_predictions import detections, draw, has_no_object, objects, write_predictions
-    from .detection_transforms import Augmentation, DetectionCollator, DetectionTransform
+    from .data import OBJECTS, box_format_of, category_names, read_split, with_objects
+    from .predictions import detections, draw, has_no_object, objects, write_predictions
+    from .transforms import Augmentation, DetectionCollator, DetectionTransform
 except ImportError as error:
     raise ImportError(f'{error}; for object detection: pip install "hf_selfkd[detection]"') from error
 

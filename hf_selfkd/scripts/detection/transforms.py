@@ -13,8 +13,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from .arguments import DetectionDataArguments
-from .detection_data import OBJECTS
+from ..arguments import DetectionDataArguments
+from .data import OBJECTS
 
 
 FILL = (124, 116, 104)  # around an image that is made smaller: the mean of ImageNet

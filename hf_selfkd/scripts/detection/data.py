@@ -17,8 +17,8 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import ExifTags
 from PIL import Image as PILImage
 
-from .arguments import DetectionDataArguments
-from .data import load_file, with_images
+from ..arguments import DetectionDataArguments
+from ..data import load_file, with_images
 
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""The script that trains object detectors: its data, augmentation and predictions."""
