@@ -2,9 +2,10 @@
 A translation model with exits in its decoder against the same models with a shallower decoder trained alone.
 
 `family` is the preset `exits` at `alpha=0`: the whole model and its exits learn from labels, exits also from the whole
-model. `alone` trains the whole architecture and each one with fewer layers of the decoder for itself, plainly, for the
-same number of epochs. Every finished training appends a JSON line for each member to `--results`; what is there is not
-repeated. `--keep` saves the family of the first seed, for `benchmarks/speculative.py`.
+model, as far as that knows the labels; in `family, taught in full` from every row alike. `alone` trains the whole
+architecture and each one with fewer layers of the decoder for itself, plainly, for the same number of epochs. Every
+finished training appends a JSON line for each member to `--results`; what is there is not repeated.
+`--keep` saves the family of the first seed, for `benchmarks/speculative.py`.
 
     python benchmarks/family_translation.py --train_files "train-*.parquet" --test_files "test-*.parquet"
 """
@@ -26,6 +27,7 @@ from hf_selfkd import AuxiliaryHeadsConfig, Seq2SeqSelfKDTrainer, exit_model
 from hf_selfkd.metrics import compute_translation_metrics
 
 
+METHODS = ("family", "family, taught in full", "alone")
 REPORTED = ("bleu", "chrf", "token_nll", "token_ece", "token_accuracy")
 SHOWN = {
     "bleu": ("BLEU", 1),
@@ -46,11 +48,12 @@ def make_model(task: dict, layers: int) -> MarianMTModel:
 
 
 def make_trainer(
-    task: dict, model: MarianMTModel, exits: list[int], seed: int, folder: str, args: argparse.Namespace
+    task: dict, model: MarianMTModel, exits: list[int], trust: bool, seed: int, folder: str, args: argparse.Namespace
 ) -> Seq2SeqSelfKDTrainer:
     """The trainer of all members: the recipe of `benchmarks/translation.py`."""
+    layers = [exit - 1 for exit in exits]
     config = recipe(folder, seed, args, alpha=0.0)
-    heads = AuxiliaryHeadsConfig.preset("exits", layers=[exit - 1 for exit in exits]) if exits else None
+    heads = AuxiliaryHeadsConfig.preset("exits", layers=layers, deep_to_shallow_trust=trust) if exits else None
     return Seq2SeqSelfKDTrainer(
         model,
         config,
@@ -72,7 +75,7 @@ def measured(trainer: Seq2SeqSelfKDTrainer, model: MarianMTModel, test) -> dict:
 
 def trainings(method: str, args: argparse.Namespace) -> list[tuple[int, list[int]]]:
     """Layers and exits of each training of a method."""
-    if method == "family":
+    if method != "alone":
         return [(args.decoder_layers, args.exits)]
     return [(layers, []) for layers in (*args.exits, args.decoder_layers)]
 
@@ -83,7 +86,7 @@ def members(task: dict, method: str, seed: int, args: argparse.Namespace) -> lis
     for layers, exits in trainings(method, args):
         set_seed(seed)
         with tempfile.TemporaryDirectory() as folder:
-            trainer = make_trainer(task, make_model(task, layers), exits, seed, folder, args)
+            trainer = make_trainer(task, make_model(task, layers), exits, method == "family", seed, folder, args)
             start = time.process_time()
             trainer.train()
             seconds = time.process_time() - start
@@ -110,7 +113,7 @@ def main() -> None:
     parser.add_argument("--exits", nargs="+", type=int, default=[2])
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--methods", nargs="+", default=["family", "alone"], choices=("family", "alone"))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--keep", type=Path, help="folder for the family of the first seed")
     parser.add_argument("--results", type=Path, default=Path("results_family_translation.jsonl"))
