@@ -172,7 +172,8 @@ def test_nothing_is_compiled_again_and_nobody_waits(name, stock, on_cpu, tmp_pat
     of the stock trainer.
     """
     made, counts = run_case(name, tmp_path, "xla")
-    assert counts.compiles[3] <= 1 and counts.compiles[4] == 0, counts.compiles  # of four steps each
+    # A shape that changed would compile in each of four steps. The end of an epoch has a program or two of its own.
+    assert counts.compiles[3] <= 2 and max(counts.compiles[4:]) <= 1, counts.compiles
     assert max(counts.waits[-1]) <= stock(CASES[name][0]), counts.waits
     (weights, stored), (expected, rows) = outcome(made), on_cpu[name]
     assert difference(weights, expected) < 1e-4
