@@ -165,6 +165,7 @@ def measure(name: str, shape: Shape, top_k: int, parent: str | None) -> dict:
             "disk_bytes": bytes_on_disk(store, folder / "history"),
             **second,
             "first_end_of_epoch_s": first["end_of_epoch_s"],
+            "first_steps_memory_bytes": first["steps_memory_bytes"],
         }
         checkpoint = folder / "teacher.safetensors"
         with Watch() as save:
