@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from datasets import Dataset, load_dataset
+from transformers import PreTrainedModel, Trainer
 
 
 FIGURES = {"error": ("error %", 2), "nll": ("NLL", 3), "ece": ("ECE %", 2), "aurc": ("AURC x1000", 2)}
@@ -80,6 +83,42 @@ def run_missing(
             with path.open("a") as file:
                 file.write(json.dumps(result) + "\n")
             print({key: result[key] for key in ("method", "seed", *shown)}, flush=True)
+
+
+def run_missing_families(
+    path: Path, seeds: list[int], methods: list[str], run: Callable[[str, int], dict[str, dict]], shown: tuple
+) -> None:
+    """As `run_missing`, of trainings that give several models: `run` gives the figures of each by its name."""
+    done = {(row["training"], row["seed"]) for row in read_results(path)}
+    for seed in seeds:
+        for method in methods:
+            if (method, seed) in done:
+                continue
+            members = run(method, seed)
+            with path.open("a") as file:
+                for name, figures in members.items():
+                    line = {"method": f"{method}, {name}", "training": method, "seed": seed} | figures | machine()
+                    file.write(json.dumps(line) + "\n")
+                    print({key: line[key] for key in ("method", "seed", *shown)}, flush=True)
+
+
+def evaluated(trainer: Trainer, model: PreTrainedModel, dataset: Any) -> dict[str, float]:
+    """The figures of a model that was trained within another one, whose trainer evaluates it."""
+    whole, trainer.model, trainer.model_wrapped = trainer.model, model, model
+    metrics = trainer.evaluate(dataset)
+    trainer.model = trainer.model_wrapped = whole
+    return {name.removeprefix("eval_"): value for name, value in metrics.items()}
+
+
+def add_flags(parser: argparse.ArgumentParser, methods: Iterable[str], seeds: list[int], results: str) -> None:
+    """The flags of every comparison."""
+    names = list(methods)
+    parser.add_argument("--methods", nargs="+", default=names, choices=names)
+    parser.add_argument("--seeds", nargs="+", type=int, default=seeds)
+    parser.add_argument(
+        "--results", type=Path, default=Path(results), help="JSON lines; what is there is not run again"
+    )
+    parser.add_argument("--table", action="store_true", help="print the table of the results and do nothing else")
 
 
 def table(results: list[dict], methods: list[str], metrics: dict[str, tuple[str, int]]) -> str:

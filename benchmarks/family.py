@@ -4,23 +4,22 @@ One training with exits against the same smaller architectures trained alone, wi
     python benchmarks/family.py ag_news --pretrained MODEL --exits 2 4 --max_train_samples 400 --train_files ...
     python benchmarks/family.py cifar100 --model resnet --pixels 64 --exits 1 2 --images_per_class 50 --train_files ...
 
-`family` is the preset `exits`: the whole model and its exits learn from labels, exits also from the whole model;
-`family, PS-KD` adds past predictions to the labels of all, `family, shallow first` lets the shallowest exit count ten
-times. `alone` trains the whole architecture and each one with
-fewer layers for itself, plainly: pretrained models keep the first layers of the pretrained weights. Every finished
-training appends a JSON line for each member to `--results`; what is there is not repeated. `--table` prints the table.
+`family` is the preset `exits`: the whole model and its exits learn from labels, exits also from the whole model, as
+far as that knows the labels; `taught in full` from every row alike. `family, PS-KD` adds past predictions to the
+labels of all, `shallow first` lets the shallowest exit count ten times. `alone` trains the whole architecture and
+each one with fewer layers for itself, plainly: pretrained models keep the first layers of the pretrained weights.
+Every finished training appends a JSON line for each member to `--results`; what is there is not repeated. `--table`
+prints the table.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
-from pathlib import Path
 
 from classification import ag_news, cifar100, digits
-from comparison import machine, read_results, table
+from comparison import add_flags, evaluated, read_results, run_missing_families, table
 from transformers import PreTrainedModel, ResNetConfig, ResNetForImageClassification, set_seed
 
 from hf_selfkd import AuxiliaryHeadsConfig, SelfKDConfig, SelfKDTrainer, exit_model
@@ -29,11 +28,12 @@ from hf_selfkd.heads import attach_auxiliary_heads, strip_auxiliary_heads
 from hf_selfkd.metrics import compute_classification_metrics
 
 
-METHODS = {
-    "family": {"alpha": 0.0},
-    "family, PS-KD": {"alpha": 0.8},
-    "family, shallow first": {"alpha": 0.0},
-    "alone": {"alpha": 0.0},
+METHODS = {  # and their alpha
+    "family": 0.0,
+    "family, PS-KD": 0.8,
+    "family, taught in full": 0.0,
+    "family, shallow first, taught in full": 0.0,
+    "alone": 0.0,
 }
 REPORTED = ("accuracy", "nll", "brier", "ece", "ece_15", "aurc")
 SHOWN = {
@@ -62,7 +62,7 @@ def truncated(model: PreTrainedModel, exit: int) -> PreTrainedModel:
     return small
 
 
-def train(task: dict, model: PreTrainedModel, settings: dict, heads: AuxiliaryHeadsConfig | None, seed: int) -> tuple:
+def train(task: dict, model: PreTrainedModel, alpha: float, heads: AuxiliaryHeadsConfig | None, seed: int) -> tuple:
     """Train once; the trainer, and seconds of the clock and of the processor."""
     data = {name: task[name] for name in ("train_dataset", "data_collator") if name in task}
     with tempfile.TemporaryDirectory() as folder:
@@ -74,8 +74,8 @@ def train(task: dict, model: PreTrainedModel, settings: dict, heads: AuxiliaryHe
             report_to="none",
             disable_tqdm=True,
             log_level="error",
+            alpha=alpha,
             **task["arguments"],
-            **settings,
         )
         trainer = SelfKDTrainer(
             model, config, compute_metrics=compute_classification_metrics, auxiliary_heads=heads, **data
@@ -85,43 +85,36 @@ def train(task: dict, model: PreTrainedModel, settings: dict, heads: AuxiliaryHe
         return trainer, time.perf_counter() - start[0], time.process_time() - start[1]
 
 
-def measured(trainer: SelfKDTrainer, model: PreTrainedModel, test) -> dict:
-    """The figures of a model on the test set."""
-    whole, trainer.model, trainer.model_wrapped = trainer.model, model, model
-    metrics = trainer.evaluate(test)
-    trainer.model = trainer.model_wrapped = whole
-    found = {name: metrics[f"eval_{name}"] for name in REPORTED}
-    return {"error": 100 * (1 - found["accuracy"])} | found
+def heads_of_method(method: str, exits: list[int]) -> AuxiliaryHeadsConfig:
+    """The preset, and what a method changes of it."""
+    changes = {"deep_to_shallow_trust": "taught in full" not in method}
+    if "shallow first" in method:
+        changes["layer_weights"] = [10.0] + [1.0] * (len(exits) - 1)
+    return AuxiliaryHeadsConfig.preset("exits", layers=[exit - 1 for exit in exits], **changes)
 
 
-def members(task: dict, method: str, exits: list[int], seed: int) -> list[dict]:
-    """Train a method; a row for the whole model and each exit."""
-    set_seed(seed)
-    model = task["make_model"]()
-    layers = [exit - 1 for exit in exits]
-    rows = []
-    if method == "alone":
-        for exit in [*exits, None]:
-            set_seed(seed)
-            model = task["make_model"]()
-            small = model if exit is None else truncated(model, exit)
-            trainer, seconds, cpu = train(task, small, METHODS[method], None, seed)
-            rows.append(
-                {"exit": exit, "train_seconds": seconds, "cpu_seconds": cpu}
-                | measured(trainer, small, task["eval_dataset"])
-            )
-        return rows
-    heads = AuxiliaryHeadsConfig.preset("exits", layers=layers)
-    if method == "family, shallow first":
-        heads.layer_weights = [10.0] + [1.0] * (len(layers) - 1)
-    trainer, seconds, cpu = train(task, model, METHODS[method], heads, seed)
-    for exit in [*exits, None]:
-        member = trainer.model if exit is None else exit_model(trainer.model, exit)
-        rows.append(
-            {"exit": exit, "train_seconds": seconds, "cpu_seconds": cpu}
-            | measured(trainer, member, task["eval_dataset"])
-        )
-    return rows
+def trainings(method: str, exits: list[int]) -> list[tuple[int | None, list[int]]]:
+    """Layers (`None` for all) and exits of each training of a method."""
+    return [(exit, []) for exit in (*exits, None)] if method == "alone" else [(None, exits)]
+
+
+def members(task: dict, method: str, seed: int, exits: list[int]) -> dict[str, dict]:
+    """Train a method; the figures of the whole model and of each exit."""
+    found = {}
+    for layers, inside in trainings(method, exits):
+        set_seed(seed)
+        model = task["make_model"]()
+        model = model if layers is None else truncated(model, layers)
+        heads = heads_of_method(method, inside) if inside else None
+        trainer, seconds, cpu = train(task, model, METHODS[method], heads, seed)
+        for exit in [*inside, layers]:
+            member = trainer.model if exit == layers else exit_model(trainer.model, exit)
+            figures = evaluated(trainer, member, task["eval_dataset"])
+            cost = {"exit": exit, "train_seconds": seconds, "cpu_seconds": cpu}
+            error = {"error": 100 * (1 - figures["accuracy"])}
+            name = "whole" if exit is None else f"exit {exit}"
+            found[name] = cost | error | {figure: figures[figure] for figure in REPORTED}
+    return found
 
 
 def main() -> None:
@@ -137,22 +130,21 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=32)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--model", choices=("resnet", "vit"))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--max_grad_norm", type=float, default=1.0, help="of the Trainer; 0 does not clip")
-    parser.add_argument("--results", type=Path)
-    parser.add_argument("--table", action="store_true", help="print the table of the results and stop")
+    add_flags(parser, METHODS, [0, 1, 2], "results_family.jsonl")
     args = parser.parse_args()
-    path = args.results or Path(f"family_{args.task}.jsonl")
     if not args.table:
-        run_missing(path, args)
-    rows = read_results(path)
+        task = make_task(args)
+        run_missing_families(
+            args.results, args.seeds, args.methods, lambda *one: members(task, *one, args.exits), tuple(SHOWN)
+        )
+    rows = read_results(args.results)
     print(table(rows, list(dict.fromkeys(row["method"] for row in rows)), SHOWN))
 
 
-def run_missing(path: Path, args: argparse.Namespace) -> None:
-    """Do the trainings that `path` lacks."""
+def make_task(args: argparse.Namespace) -> dict:
+    """What the trainer needs."""
     fixed = {"few_shot_fraction": 1.0, "validation_files": None, "label_noise": 0.0, "learning_rate": 0.05}
     of_task = "vit" if args.model == "vit" else None
     options = argparse.Namespace(**{**vars(args), **fixed, "model": of_task})
@@ -160,18 +152,7 @@ def run_missing(path: Path, args: argparse.Namespace) -> None:
     if args.model == "resnet":
         task["make_model"] = small_resnet
     task["arguments"]["max_grad_norm"] = args.max_grad_norm
-    done = {(row["training"], row["seed"]) for row in read_results(path)}
-    for seed in args.seeds:
-        for method in args.methods:
-            if (method, seed) in done:
-                continue
-            rows = members(task, method, args.exits, seed)
-            with path.open("a") as file:
-                for row in rows:
-                    name = "whole" if row["exit"] is None else f"exit {row['exit']}"
-                    line = {"method": f"{method}, {name}", "training": method, "seed": seed} | row | machine()
-                    file.write(json.dumps(line) + "\n")
-                    print({key: line[key] for key in ("method", "seed", *SHOWN)}, flush=True)
+    return task
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import tempfile
 import time
 from pathlib import Path
 
-from comparison import machine, read_results, table
+from comparison import add_flags, evaluated, read_results, run_missing_families, table
 from transformers import DataCollatorForSeq2Seq, MarianMTModel, set_seed
-from translation import make_task, recipe
+from translation import greedy_marian, make_task, recipe
 
 from hf_selfkd import AuxiliaryHeadsConfig, Seq2SeqSelfKDTrainer, exit_model
 from hf_selfkd.metrics import compute_translation_metrics
@@ -39,12 +38,10 @@ SHOWN = {
 
 
 def make_model(task: dict, layers: int) -> MarianMTModel:
-    """A model with so many layers in its decoder, that writes greedily."""
+    """A model with so many layers in its decoder."""
     config = copy.deepcopy(task["config"])
     config.decoder_layers = layers
-    model = MarianMTModel(config)
-    model.generation_config.update(max_length=64, num_beams=1, bad_words_ids=None)
-    return model
+    return greedy_marian(config)
 
 
 def make_trainer(
@@ -65,14 +62,6 @@ def make_trainer(
     )
 
 
-def measured(trainer: Seq2SeqSelfKDTrainer, model: MarianMTModel, test) -> dict:
-    """The figures of a model on the test set."""
-    whole, trainer.model, trainer.model_wrapped = trainer.model, model, model
-    metrics = trainer.evaluate(test)
-    trainer.model = trainer.model_wrapped = whole
-    return {name: metrics[f"eval_{name}"] for name in REPORTED}
-
-
 def trainings(method: str, args: argparse.Namespace) -> list[tuple[int, list[int]]]:
     """Layers and exits of each training of a method."""
     if method != "alone":
@@ -80,9 +69,9 @@ def trainings(method: str, args: argparse.Namespace) -> list[tuple[int, list[int
     return [(layers, []) for layers in (*args.exits, args.decoder_layers)]
 
 
-def members(task: dict, method: str, seed: int, args: argparse.Namespace) -> list[dict]:
-    """Train a method; a row for the whole model and each exit."""
-    rows = []
+def members(task: dict, method: str, seed: int, args: argparse.Namespace) -> dict[str, dict]:
+    """Train a method; the figures of the whole model and of each exit."""
+    found = {}
     for layers, exits in trainings(method, args):
         set_seed(seed)
         with tempfile.TemporaryDirectory() as folder:
@@ -95,8 +84,11 @@ def members(task: dict, method: str, seed: int, args: argparse.Namespace) -> lis
                 trainer.save_model(str(args.keep))
             for kept in [*exits, layers]:
                 member = trainer.model if kept == layers else exit_model(trainer.model, kept)
-                rows.append({"layers": kept, "cpu_seconds": seconds} | measured(trainer, member, task["test"]))
-    return rows
+                figures = evaluated(trainer, member, task["test"])
+                cost = {"epochs": args.epochs, "layers": kept, "cpu_seconds": seconds}
+                name = "whole" if kept == args.decoder_layers else f"exit {kept}"
+                found[name] = cost | {figure: figures[figure] for figure in REPORTED}
+    return found
 
 
 def main() -> None:
@@ -113,33 +105,16 @@ def main() -> None:
     parser.add_argument("--exits", nargs="+", type=int, default=[2])
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--keep", type=Path, help="folder for the family of the first seed")
-    parser.add_argument("--results", type=Path, default=Path("results_family_translation.jsonl"))
-    parser.add_argument("--table", action="store_true", help="print the table of the results and stop")
+    add_flags(parser, METHODS, [0, 1, 2], "results_family_translation.jsonl")
     args = parser.parse_args()
     if not args.table:
-        run_missing(args)
+        task = make_task(args)
+        run_missing_families(
+            args.results, args.seeds, args.methods, lambda *one: members(task, *one, args), ("layers", *SHOWN)
+        )
     rows = read_results(args.results)
     print(table(rows, list(dict.fromkeys(row["method"] for row in rows)), SHOWN))
-
-
-def run_missing(args: argparse.Namespace) -> None:
-    """Do the trainings that `--results` lacks."""
-    task = make_task(args)
-    done = {(row["training"], row["seed"]) for row in read_results(args.results)}
-    for seed in args.seeds:
-        for method in args.methods:
-            if (method, seed) in done:
-                continue
-            rows = members(task, method, seed, args)
-            with args.results.open("a") as file:
-                for row in rows:
-                    name = "whole" if row["layers"] == args.decoder_layers else f"exit {row['layers']}"
-                    line = {"method": f"{method}, {name}", "training": method, "seed": seed, "epochs": args.epochs}
-                    file.write(json.dumps(line | row | machine()) + "\n")
-                    print(line | row, flush=True)
 
 
 if __name__ == "__main__":

@@ -17,13 +17,12 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from comparison import MULTI_LABEL, read_results, run_missing, table
+from comparison import MULTI_LABEL, add_flags, read_results, run_missing, table
 from sklearn.datasets import load_digits
 from transformers import ResNetConfig, ResNetForImageClassification, set_seed
 
@@ -146,10 +145,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--train_samples", type=int, default=400, help="training mosaics")
     parser.add_argument("--test_samples", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--results", type=Path, default=Path("outputs/multi_label.jsonl"))
-    parser.add_argument("--table", action="store_true", help="print the table of the results and do nothing else")
+    add_flags(parser, METHODS, [0, 1, 2], "outputs/multi_label.jsonl")
     return parser.parse_args()
 
 

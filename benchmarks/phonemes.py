@@ -19,15 +19,14 @@ import argparse
 import random
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from comparison import read_results, run_missing, table
+from comparison import add_flags, read_results, run_missing, table
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import DataCollatorForSeq2Seq, MarianMTModel, PreTrainedTokenizerFast, set_seed
-from translation import recipe, small_marian
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, set_seed
+from translation import greedy_marian, recipe, small_marian
 
 from hf_selfkd import Seq2SeqSelfKDTrainer
 from hf_selfkd.metrics.speech import edit_distance
@@ -114,8 +113,7 @@ def error_rates(written: list[list[str]], pronunciations: list[list[list[str]]])
 def run(task: dict, method: str, seed: int, args: argparse.Namespace) -> dict:
     """Train once; write the phonemes of the test words with the weights of the last epoch."""
     set_seed(seed)
-    tokenizer, model = task["tokenizer"], MarianMTModel(task["config"])
-    model.generation_config.update(max_length=64, num_beams=1, bad_words_ids=None)
+    tokenizer, model = task["tokenizer"], greedy_marian(task["config"])
     with tempfile.TemporaryDirectory() as folder:
         trainer = (RDrop if "R-Drop" in method else Seq2SeqSelfKDTrainer)(
             model,
@@ -151,10 +149,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--results", type=Path, default=Path("results_phonemes.jsonl"))
-    parser.add_argument("--table", action="store_true", help="print the table of the results and stop")
+    add_flags(parser, METHODS, [0, 1, 2], "results_phonemes.jsonl")
     args = parser.parse_args()
     if not args.table:
         task = make_task(args)

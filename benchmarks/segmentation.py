@@ -16,12 +16,11 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from comparison import PIXELS, load, read_results, run_missing, table
+from comparison import PIXELS, add_flags, load, read_results, run_missing, table
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, set_seed
 
 from hf_selfkd import SelfKDConfig, SelfKDTrainer
@@ -139,10 +138,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max_train_samples", type=int)
     parser.add_argument("--width", type=int, default=96, help="pixels of an image's width")
     parser.add_argument("--epochs", type=int, default=25)
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
-    parser.add_argument("--results", type=Path, default=Path("outputs/segmentation.jsonl"))
-    parser.add_argument("--table", action="store_true", help="print the table of the results and do nothing else")
+    add_flags(parser, METHODS, [0, 1], "outputs/segmentation.jsonl")
     return parser.parse_args()
 
 

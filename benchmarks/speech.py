@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from comparison import SPEECH, read_results, run_missing, table
+from comparison import SPEECH, add_flags, read_results, run_missing, table
 from transformers import Wav2Vec2BertConfig, Wav2Vec2BertForCTC, Wav2Vec2CTCTokenizer, set_seed
 from transformers.audio_utils import mel_filter_bank
 
@@ -208,10 +208,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--results", type=Path, default=Path("outputs/speech.jsonl"))
-    parser.add_argument("--table", action="store_true", help="print the table of the results and do nothing else")
+    add_flags(parser, METHODS, [0, 1, 2], "outputs/speech.jsonl")
     return parser.parse_args()
 
 

@@ -16,9 +16,8 @@ import argparse
 import os
 import tempfile
 import time
-from pathlib import Path
 
-from comparison import load, read_results, run_missing, table
+from comparison import add_flags, load, read_results, run_missing, table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -107,6 +106,13 @@ def small_marian(words: int, width: int, layers: int, dropout: float = 0.1) -> M
     )
 
 
+def greedy_marian(config: MarianConfig) -> MarianMTModel:
+    """A model with random weights that writes greedily."""
+    model = MarianMTModel(config)
+    model.generation_config.update(max_length=64, num_beams=1, bad_words_ids=None)
+    return model
+
+
 def make_task(args: argparse.Namespace) -> dict:
     """What the trainer needs."""
     train, test = (
@@ -152,8 +158,7 @@ def recipe(folder: str, seed: int, args: argparse.Namespace, **settings) -> Seq2
 def run(task: dict, method: str, seed: int, args: argparse.Namespace) -> dict:
     """Train once; translate the test set with the weights of the last epoch."""
     set_seed(seed)
-    model = MarianMTModel(task["config"])
-    model.generation_config.update(max_length=64, num_beams=1, bad_words_ids=None)
+    model = greedy_marian(task["config"])
     compute_metrics = compute_translation_metrics(task["tokenizer"])
     with tempfile.TemporaryDirectory() as folder:
         config = recipe(folder, seed, args, **METHODS[method])
@@ -197,10 +202,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--results", type=Path, default=Path("results_translation.jsonl"))
-    parser.add_argument("--table", action="store_true", help="print the table of the results and stop")
+    add_flags(parser, METHODS, [0, 1], "results_translation.jsonl")
     args = parser.parse_args()
     if not args.table:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -27,7 +27,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
@@ -149,7 +149,8 @@ def forget_copies(trainer: Trainer) -> None:
     """Remove the copies of checkpoints that a process left which was killed during an upload."""
     jobs = getattr(getattr(trainer, "push_in_progress", None), "jobs", ())
     if trainer.is_world_process_zero() and all(job.done() for job in jobs):
-        shutil.rmtree(_copies(trainer), ignore_errors=True)
+        for copy in _copies(trainer).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            _remove(copy)
 
 
 def _copies(trainer: Trainer) -> Path:

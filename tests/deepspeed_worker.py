@@ -9,14 +9,10 @@ import torch
 from accelerate import DeepSpeedPlugin
 from accelerate.state import AcceleratorState
 from distributed_worker import options
+from fsdp_worker import MODEL, NAMES, SIZE, STAGES
 from helpers import make_samples, make_trainer
 from processes import fork
 from safetensors.torch import load_file
-
-
-MODEL, SIZE = "plain_deep_vit", 32
-NAMES = ("loss", "hard_loss", "soft_loss", "rows_with_history", "past_agreement", "target_entropy", "head0_loss")
-LAYERED = {"auxiliary_heads": "lsskd_full"}
 
 
 def engine(stage):
@@ -74,7 +70,7 @@ def resumed(out, stage, **more):
     return {"full": full, "again": outcome(runs[1])}
 
 
-RESUMED = {"resume_history": {}, "resume_ema": {"teacher": "ema"}, "resume_heads": {"save_heads": True, **LAYERED}}
+RESUMED = {"resume_history": {}, "resume_ema": {"teacher": "ema"}, "resume_heads": {"save_heads": True, **STAGES}}
 ANY_STAGE = {
     "history": equal,
     "none": partial(equal, alpha=0.0),
@@ -87,8 +83,8 @@ ANY_STAGE = {
 WHOLE_WEIGHTS = {
     "snapshot": partial(equal, teacher="snapshot"),
     "ema": partial(equal, teacher="ema"),
-    "heads": partial(equal, teacher="snapshot", **LAYERED),
-    "heads_history": partial(equal, teacher="history", **LAYERED),
+    "heads": partial(equal, teacher="snapshot", **STAGES),
+    "heads_history": partial(equal, teacher="history", **STAGES),
     **{name: partial(resumed, **more) for name, more in RESUMED.items()},
     "loop": loop,
     "loop_snapshot": partial(loop, teacher="snapshot"),

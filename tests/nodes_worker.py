@@ -21,7 +21,7 @@ def saved(out, world, node, **more):
     full, again, older = (make_trainer(out, MODEL, make_samples(MODEL, SIZE), **options(world, **more)) for _ in "123")
     full.train()
     again.train(resume_from_checkpoint=f"{out}/checkpoint-6")
-    result = {"full": state_of(full), "again": state_of(again), "read_from": None}
+    result = {"full": state_of(full), "again": state_of(again)}
     if node == "1" and os.environ["LOCAL_RANK"] == "0":
         Path(out, "checkpoint-12", "trainer_state.json").unlink()
     torch.distributed.barrier()

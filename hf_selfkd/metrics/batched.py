@@ -43,8 +43,9 @@ class BatchedMetrics:
         self._kept = []
 
     def _add(self, kept: list[Any], read: list[Any]) -> list[Any]:
-        """What is kept of all batches so far."""
-        return kept + read
+        """What is kept of all batches so far; `kept` may be changed."""
+        kept.extend(read)
+        return kept
 
     def _read(self, predictions: Any, labels: Any) -> list[Any]:
         """What is kept of a batch."""

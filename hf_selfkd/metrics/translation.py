@@ -47,8 +47,8 @@ class TranslationMetrics(BatchedMetrics):
         return [self._part(first_output(part, labels), labels) for part, labels in parts]
 
     def _add(self, kept: list[Any], read: list[Any]) -> list[Any]:
-        kept = kept + read
-        if len({type(part) for part in kept}) > 1:
+        kept = super()._add(kept, read)
+        if any(type(part) is not type(kept[0]) for part in read):
             raise ValueError("predictions: token ids in one batch and logits in another; pass one kind.")
         return kept
 
