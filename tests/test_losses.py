@@ -1,6 +1,7 @@
 """Losses against closed forms, hand-computed vectors and a float64 reference written row by row."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -158,6 +159,22 @@ def test_rows_without_a_past_are_bit_equal_to_cross_entropy(k, tau):
     close(losses.total[~mask], hard[~mask])
     close(gradient[~mask], expected[~mask])
     assert not torch.isclose(losses.total[mask], hard[mask]).any()
+
+
+@pytest.mark.parametrize("tail", ["bucket", "label", "renormalize", "uniform"])
+@pytest.mark.parametrize("tau", [1.0, 3.0])
+def test_the_entries_of_a_row_without_a_past_are_filler(tau, tail):
+    """A table that was never written has class 0 in every entry; it may be the label."""
+    logits, labels, soft_targets = draw(64, 100)
+    mask = torch.arange(64) % 2 == 0
+    made = replace(top(soft_targets, 4, mask), tail=tail)
+    written, gradient = run(logits, labels, made, 0.8, tau)
+    made.index[~mask], made.log_probs[~mask] = labels[~mask].unsqueeze(-1), 0.0
+    losses, found = run(logits, labels, made, 0.8, tau)
+    hard, expected = plain(logits, labels)
+    close(losses.total[~mask], hard[~mask])
+    close(found[~mask], expected[~mask])
+    assert torch.equal(losses.total[mask], written.total[mask]) and torch.equal(found[mask], gradient[mask])
 
 
 @pytest.mark.parametrize("poison", [0.0, math.nan, math.inf, 1e30])

@@ -83,6 +83,8 @@ class StoredEntries(torch.autograd.Function):
         label = labels.clamp_min(0).unsqueeze(-1)
         at_label = soft_grad - grad if not ctx.to_label else soft_grad * (1 - rest) - grad
         hit = index == label
+        if distilled is not None:  # a row without a past has filler for entries, all of them perhaps the label
+            hit &= distilled.unsqueeze(-1)
         entries = log_probs.exp() * grad.unsqueeze(-1) - probs * soft_grad.unsqueeze(-1) + hit * at_label.unsqueeze(-1)
         base = (label_entries(logits, labels).float() - log_norm).exp() * scale
         if offset is not None:
