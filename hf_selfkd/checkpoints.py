@@ -8,6 +8,7 @@ import logging
 import os
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError
@@ -270,7 +271,17 @@ def _being_written(folder: Path, error: Exception) -> Path:
     if isinstance(error, SafetensorError):  # which takes away what it could not write
         return folder / "*.safetensors"
     files = [path for path in folder.rglob("*") if path.is_file()]
-    return max(files, key=lambda path: path.stat().st_mtime_ns, default=folder)
+    return max(files, key=lambda path: (path.stat().st_mtime_ns, _looks_cut(path)), default=folder)
+
+
+def _looks_cut(path: Path) -> int:
+    """
+    Tells files apart that were written within one tick of the file system's clock: what `torch.save` writes is an
+    archive, and its list of contents, by which archives are known, comes last.
+    """
+    if is_zipfile(path):
+        return 0
+    return 2 if path.suffix in {".bin", ".pt", ".pth"} else 1
 
 
 def _journal_file(name: str, rank: int) -> str:

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_selfkd import SelfKDTrainer
 from hf_selfkd.checkpoint_files import check_files, forget_list, last_whole_checkpoint, whole_checkpoint, write_list
+from hf_selfkd.checkpoints import _being_written
 from hf_selfkd.files import save_tensors
 
 
@@ -274,6 +275,17 @@ def test_a_full_disk_is_an_error_that_names_the_file(copied, small_files, name):
     )
     assert before == {path: path.read_bytes() for path in (copied / "checkpoint-4").rglob("*") if path.is_file()}
     assert resume(copied)[1] == [4] and last_whole_checkpoint(copied) == str(copied / "checkpoint-8")
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "trainer_state.json"])
+def test_the_file_a_full_disk_cut_is_named_where_the_clock_is_too_coarse(tmp_path, name):
+    """Files written within one tick of the file system's clock, some milliseconds, have the same time."""
+    for other in ("training_args.bin", "scheduler.pt", "a.pt", "z.pt"):
+        torch.save({"a": torch.zeros(9)}, tmp_path / other)
+    (tmp_path / name).write_bytes((tmp_path / "a.pt").read_bytes()[:-30])
+    for path in tmp_path.iterdir():
+        os.utime(path, ns=(10**18, 10**18))
+    assert _being_written(tmp_path, RuntimeError("PytorchStreamWriter failed writing file")) == tmp_path / name
 
 
 @pytest.mark.parametrize("name", ["teacher", "journal_0"])
