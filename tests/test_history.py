@@ -662,12 +662,16 @@ def reference(plan, target=None):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("place", ["accelerator", "disk"])
+@pytest.mark.parametrize("place, block_bytes", [("accelerator", 2**29), ("disk", 2**29), ("disk", 100), ("disk", 1)])
 @pytest.mark.parametrize("codec", ["dense", "half top"])
 @pytest.mark.parametrize("target", [None, "right"])
-def test_processes_equal_one(tmp_path, monkeypatch, world, place, codec, target):
-    """Invariant 15: uneven batches, duplicates on several ranks, a rank without rows, more rows than go at once."""
+def test_processes_equal_one(tmp_path, monkeypatch, world, place, block_bytes, codec, target):
+    """
+    Invariant 15: uneven batches, duplicates on several ranks, a rank without rows, more rows than go at once, a table
+    that is written in blocks of a few rows or of one.
+    """
     monkeypatch.setattr(exchange, "EXCHANGE_ROWS", 3)
+    monkeypatch.setattr(exchange, "BLOCK_BYTES", block_bytes)
     arguments, atol = CODECS[codec]
     plan = draw_plan(world, idle=world - 1)
     tables = simulate(tmp_path, world, plan, target, place=place, trace_epochs=3, **arguments)
@@ -680,6 +684,24 @@ def test_processes_equal_one(tmp_path, monkeypatch, world, place, codec, target)
     assert len(expected.rows) > 4
     swapped = reference([[ranks[::-1] for ranks in steps] for steps in plan], target)
     assert any(not torch.equal(swapped.rows[i][0], expected.rows[i][0]) for i in expected.rows if i in swapped.rows)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 100, 2**29])
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("target", [None, "right"])
+def test_one_process_writes_its_table_in_blocks(tmp_path, monkeypatch, block_bytes, codec, target):
+    monkeypatch.setattr(exchange, "EXCHANGE_ROWS", 2)
+    monkeypatch.setattr(exchange, "BLOCK_BYTES", block_bytes)
+    arguments, atol = CODECS[codec]
+    plan, expected = draw_plan(1), Dictionary()
+    table = make(tmp_path, ragged=target is not None, place="disk", **arguments)
+    for epoch, steps in enumerate(plan):
+        for step, [ids] in enumerate(steps):
+            expected.write(ids, epoch, step, 0, target=target)
+            write(table, ids, epoch, step, 0, target=target)
+        expected.end_epoch(epoch)
+        table.end_epoch(epoch)
+        check(table, expected, list(range(10)), target, atol)
 
 
 def test_the_size_of_an_exchange_does_not_matter(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from .storage import Gather, TableStorage
 
 
 EXCHANGE_ROWS = 65536  # rows sent at a time between processes
+BLOCK_BYTES = 2**29  # of a table on disk that are written before the next ones are begun
 
 
 def only_finite(samples: np.ndarray, finite: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -67,6 +68,7 @@ def exchange_rows(
     owners: np.ndarray,
     table: TableStorage,
     gather: Gather | None,
+    rank: int = 0,
 ) -> None:
     """
     Write this process's rows, and those of the others, where they belong in the table.
@@ -78,7 +80,27 @@ def exchange_rows(
         owners (`np.ndarray`): the process of each of them.
         table ([`TableStorage`]): long enough.
         gather (`Callable`, *optional*): `None` for one process.
+        rank (`int`, *optional*, defaults to 0): of this process.
     """
+    block_rows = max(1, BLOCK_BYTES // table.row_bytes)
+    if not table.on_disk or len(table) <= block_rows:
+        return _exchange(journal, rows, destination, owners, table, gather)
+    # Rows come in random order. Those of all the table at once would touch each of its pages again and again, and a
+    # file larger than the memory that may wait to be written would be written as often.
+    own = owners == rank
+    for first in range(0, len(table), block_rows):
+        inside = (destination >= first) & (destination < first + block_rows)
+        _exchange(journal, rows[inside[own]], destination[inside], owners[inside], table, gather)
+
+
+def _exchange(
+    journal: Journal,
+    rows: np.ndarray,
+    destination: np.ndarray,
+    owners: np.ndarray,
+    table: TableStorage,
+    gather: Gather | None,
+) -> None:
     if gather is None:
         for start, parts in zip(range(0, len(rows), EXCHANGE_ROWS), journal.select(rows, EXCHANGE_ROWS), strict=True):
             _put(table, torch.from_numpy(destination[start : start + EXCHANGE_ROWS]), parts)

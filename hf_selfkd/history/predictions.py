@@ -164,7 +164,7 @@ class PredictionHistory(PredictionTable):
         starts = np.cumsum(samples[:, 3]) - samples[:, 3]
         mine = local[owners == rank]
         rows = rows[ranges(starts[mine], samples[mine, 3])]
-        exchange_rows(self.journal, rows, destination, np.repeat(owners, counts), self.storage, gather)
+        exchange_rows(self.journal, rows, destination, np.repeat(owners, counts), self.storage, gather, rank)
         self.stamps[visited] = stamp
         self._complete = bool((self.stamps != NEVER).all())
         self.hashes[visited] = everyone[:, 2]

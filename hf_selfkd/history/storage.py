@@ -124,9 +124,17 @@ class TableStorage:
         """`bool`: whether another process writes what this one reads."""
         return self.on_disk and not self.writes
 
+    def __len__(self) -> int:
+        return len(self.parts["log_probs"]) if self.parts else 0
+
+    @property
+    def row_bytes(self) -> int:
+        """`int`: of all parts."""
+        return sum(width * dtype.itemsize for width, dtype in self.columns.values())
+
     def grow(self, num_rows: int, gather: Gather | None = None) -> None:
         """Make the parts at least this long, keeping what they hold. Every process must call this."""
-        held = len(self.parts["log_probs"]) if self.parts else 0
+        held = len(self)
         if held >= num_rows:
             return
         if self.on_disk:
@@ -151,8 +159,7 @@ class TableStorage:
                 for name, (width, dtype) in self.columns.items():
                     reserve(self.folder / f"{name}.bin", num_rows * width * dtype.itemsize)
         except OSError as problem:
-            row_bytes = sum(width * dtype.itemsize for width, dtype in self.columns.values())
-            error = full_disk(problem, self.parent, num_rows * row_bytes)
+            error = full_disk(problem, self.parent, num_rows * self.row_bytes)
         if gather is not None:
             said = gather(torch.tensor([[int(self.writes), token, int(error is not None)]])).view(-1, 3)
             if self.folder is None:
