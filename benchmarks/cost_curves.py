@@ -1,18 +1,21 @@
 """
-What `history` costs over `Trainer` as classes, samples and words grow, one line of JSON a point.
+What `history` costs over `Trainer` as classes, samples, words and processes grow, one line of JSON a point.
 
     export OMP_NUM_THREADS=1
     python benchmarks/cost_curves.py --curves classes samples words
+    torchrun --nproc-per-node 2 benchmarks/cost_curves.py --curves processes
 
 Each point is a pair of trainings that take turns in one process, in both orders (benchmarks/step_time.py), by the
-processor's clock. What counts for your own model are the milliseconds that a step takes more, which hardly depend on
-the model: the models here are so small that the ratio is about the worst that there is.
+processor's clock; of several processes by that on the wall, as what they wait for one another counts. What counts for
+your own model are the milliseconds that a step takes more, which hardly depend on the model: the models here are so
+small that the ratio is about the worst that there is.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -23,6 +26,7 @@ from loss import keep_freed_memory
 from step_time import InMemory, Sentences, in_both_orders, interval
 
 
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says
 IMAGES = {"model": "small", "pixels": 32, "batch_size": 128, "steps_per_epoch": 10, "rounds": 6}
 TOKENS = {"model": "marian", "batch_size": 16, "length": 24, "steps_per_epoch": 3, "rounds": 2, "top_k": 16}
 CURVES = {
@@ -35,18 +39,20 @@ CURVES = {
         for steps, rounds in ((20, 8), (200, 2), (2000, 1))
     ],
     "words": [TOKENS | {"classes": count} for count in (1000, 32_000, 128_000)],
+    "processes": [IMAGES | {"classes": 100, "top_k": None, "processes": PROCESSES}],
 }
 
 
 def measure(curve: str, point: dict) -> dict:
     """One point: milliseconds of a step of either side, and their ratio."""
     args = argparse.Namespace(teacher="history", chunked_logits=False, **point)
-    size = args.batch_size * args.steps_per_epoch
+    size = args.batch_size * args.steps_per_epoch * PROCESSES
+    clock = time.perf_counter if curve == "processes" else time.process_time
     tokens = args.model == "marian"
     data = Sentences(size, args.classes, args.length) if tokens else InMemory(size, args.classes, args.pixels)
     keep_freed_memory(True)
     with tempfile.TemporaryDirectory() as folder:
-        ratios, plain, ours = in_both_orders(args, data, folder, time.process_time)
+        ratios, plain, ours = in_both_orders(args, data, folder, clock)
     keep_freed_memory(False)
     return {
         "curve": curve,
@@ -70,6 +76,8 @@ def main() -> None:
             if any(row["curve"] == curve and point.items() <= row.items() for row in done):
                 continue
             line = measure(curve, point) | machine()
+            if os.environ.get("RANK", "0") != "0":
+                continue
             with args.results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(json.dumps(line), flush=True)

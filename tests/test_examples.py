@@ -259,16 +259,23 @@ def test_what_is_wrong_with_images_is_told(run, folder, setting, message):
         ({"text_pair_column_name": "other"}, "--text_pair_column_name other is not a column"),
         ({"label_column_name": "score"}, "score holds .*float.*: one class per text"),
         ({"text_column_name": "score"}, "Column score holds .*float64.*: it must be text"),
+        ({"label_column_name": "language"}, r"language has 1 classes \(en\): .* training data with at least 2"),
         ({"do_train": False}, "No tokenizer: give --tokenizer_name"),
     ],
 )
 def test_what_is_wrong_with_texts_is_told(run, tmp_path, setting, message):
     file = tmp_path / "train.csv"
-    file.write_text("text,label,score\ngood,1,0.5\nbad,0,0.25\n")
+    file.write_text("text,label,score,language\ngood,1,0.5,en\nbad,0,0.25,en\n")
     if setting == {"do_train": False}:
         setting = setting | {"config_overrides": BERT | {"id2label": {0: "0", 1: "1"}}}
     with pytest.raises(ValueError, match=message):
         run(texts, TEXT_RUN | {"train_file": file} | setting)
+
+
+def test_a_file_with_nothing_but_a_header_is_named(run, tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\n")
+    with pytest.raises(ValueError, match="--train_file .*train.csv has no rows: give a file with at least one sample"):
+        run(texts, TEXT_RUN | {"train_file": tmp_path / "train.csv"})
 
 
 def test_labels():
@@ -282,6 +289,9 @@ def test_labels():
     assert data.with_labels(hidden, "label", ["a", "b"], "test").column_names == ["text"]
     numbers = Dataset.from_dict({"label": [10, 9, 10]}, features=Features({"label": Value("int32")}))
     assert data.class_names(numbers, "label") == ["9", "10"]
+    nothing = Dataset.from_dict({"label": [None]}, features=Features({"label": Value("string")}))
+    with pytest.raises(ValueError, match=r"label has 0 classes \(no label at all\)"):
+        data.class_names(nothing, "label")
 
 
 def test_augmentation_without_torchvision(monkeypatch):

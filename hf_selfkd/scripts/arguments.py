@@ -102,7 +102,10 @@ class DataArguments:
 
     def __post_init__(self):
         if not 0 < self.validation_split_fraction < 1:
-            raise ValueError(f"--validation_split_fraction {self.validation_split_fraction} is outside (0, 1).")
+            raise ValueError(
+                f"--validation_split_fraction {self.validation_split_fraction} is outside (0, 1): set it between, 0.1 "
+                "for one; to hold nothing out, evaluate on data of their own (--validation_file) or not at all."
+            )
 
     def local_flags(self, split: str) -> list[str]:
         """The arguments that name local data of a split."""
@@ -392,7 +395,7 @@ class LanguageDataArguments(TokenizedDataArguments, DataArguments):
     def __post_init__(self):
         super().__post_init__()
         if not 0 < self.mlm_probability < 1:
-            raise ValueError(f"--mlm_probability {self.mlm_probability} is outside (0, 1).")
+            raise ValueError(f"--mlm_probability {self.mlm_probability} is outside (0, 1): 0.15 is usual.")
         if self.block_size < 2:
             raise ValueError(f"--block_size {self.block_size} leaves no token to predict: give at least 2.")
 

@@ -70,7 +70,12 @@ def load_file(split: str, data_args: DataArguments, cache_dir: str | None) -> Da
     if kind not in data_args.FILE_KINDS:
         kinds = [f".{kind}" for kind in data_args.FILE_KINDS]
         raise ValueError(f"--{split}_file {file} is not a {', '.join(kinds[:-1])} or {kinds[-1]} file.")
-    return load_dataset(data_args.FILE_KINDS[kind], data_files=file, split="train", cache_dir=cache_dir)
+    try:
+        return load_dataset(data_args.FILE_KINDS[kind], data_files=file, split="train", cache_dir=cache_dir)
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):  # what `datasets` says of a file with nothing but a header
+            raise
+        raise ValueError(f"--{split}_file {file} has no rows: give a file with at least one sample.") from error
 
 
 def needed_splits(
@@ -186,12 +191,22 @@ def class_names(dataset: Dataset, column: str, item: str = "sample") -> list[str
     """The names of the classes, in the order of their numbers; `item` is what has one."""
     feature = dataset.features[column]
     if isinstance(feature, ClassLabel):
-        return feature.names
+        return _at_least_two(feature.names, column)
     if not isinstance(feature, Value) or not feature.dtype.startswith(LABEL_TYPES):
         raise ValueError(
             f"--label_column_name {column} holds {feature}: one class per {item}, an integer or text, is supported."
         )
-    return [str(value) for value in sorted(value for value in dataset.unique(column) if value is not None)]
+    values = sorted(value for value in dataset.unique(column) if value is not None)
+    return _at_least_two([str(value) for value in values], column)
+
+
+def _at_least_two(names: list[str], column: str) -> list[str]:
+    if len(names) < 2:
+        raise ValueError(
+            f"--label_column_name {column} has {len(names)} classes ({', '.join(names) or 'no label at all'}): there "
+            "is nothing to tell apart; give training data with at least 2, or the column that has them."
+        )
+    return names
 
 
 def with_labels(dataset: Dataset, column: str, names: list[str], split: str) -> Dataset:
