@@ -42,7 +42,14 @@ SPEECH = {
     "nll": ("NLL a character", 3),
     "cpu_seconds": ("CPU s", 0),
 }
-COST = {"cpu_ms_per_image": ("CPU ms an image", 2)}
+TOKENS = {"token_nll": ("token NLL", 3), "token_ece": ("token ECE %", 2)}
+TRANSLATION = {"bleu": ("BLEU", 1), "chrf": ("chrF", 1)} | TOKENS
+PHONEMES = {"phoneme_error": ("phoneme error %", 2), "word_error": ("word error %", 2)} | TOKENS
+COST = {
+    "cpu_ms_per_image": ("CPU ms an image", 2),
+    "cpu_seconds": ("CPU s", 0),
+    "cpu_minutes": ("CPU minutes", 1),
+}
 
 
 def load(files: list[str] | None, name: str, split: str, limit: int | None) -> Dataset:

@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from comparison import add_flags, evaluated, read_results, run_missing_families, table
+from comparison import TRANSLATION, add_flags, evaluated, read_results, run_missing_families, table
 from transformers import DataCollatorForSeq2Seq, MarianMTModel, set_seed
 from translation import greedy_marian, make_task, recipe
 
@@ -28,13 +28,7 @@ from hf_selfkd.metrics import compute_translation_metrics
 
 METHODS = ("family", "family, taught in full", "alone")
 REPORTED = ("bleu", "chrf", "token_nll", "token_ece", "token_accuracy")
-SHOWN = {
-    "bleu": ("BLEU", 1),
-    "chrf": ("chrF", 1),
-    "token_nll": ("token NLL", 3),
-    "token_ece": ("token ECE %", 1),
-    "cpu_seconds": ("CPU s of training", 0),
-}
+SHOWN = TRANSLATION | {"cpu_seconds": ("CPU s of training", 0)}
 
 
 def make_model(task: dict, layers: int) -> MarianMTModel:

@@ -22,7 +22,7 @@ import time
 
 import torch
 import torch.nn.functional as F
-from comparison import add_flags, read_results, run_missing, table
+from comparison import COST, PHONEMES, add_flags, read_results, run_missing, table
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, set_seed
@@ -40,13 +40,7 @@ METHODS = {
     "PS-KD, alpha 0.4": {"alpha": 0.4},
     "PS-KD snapshot with dropout, alpha 0.4": {"alpha": 0.4, "teacher": "snapshot", "teacher_dropout": True},
 }
-FIGURES = {
-    "phoneme_error": ("phoneme error %", 2),
-    "word_error": ("word error %", 2),
-    "token_nll": ("token NLL", 3),
-    "token_ece": ("token ECE %", 2),
-    "cpu_minutes": ("CPU minutes", 1),
-}
+FIGURES = PHONEMES | {"cpu_minutes": COST["cpu_minutes"]}
 
 
 class RDrop(Seq2SeqSelfKDTrainer):

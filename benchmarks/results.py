@@ -8,10 +8,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from comparison import COST, DETECTION, FIGURES, MULTI_LABEL, PIXELS, SPEECH, read_results, table
+from comparison import (
+    COST,
+    DETECTION,
+    FIGURES,
+    MULTI_LABEL,
+    PHONEMES,
+    PIXELS,
+    SPEECH,
+    TRANSLATION,
+    read_results,
+    table,
+)
 
 
-KINDS = {"d_ece": DETECTION, "bce": MULTI_LABEL, "cer": SPEECH}  # by a figure that no other kind of run has
+KINDS = {  # by a figure that no other kind of run has
+    "d_ece": DETECTION,
+    "bce": MULTI_LABEL,
+    "cer": SPEECH,
+    "bleu": TRANSLATION | COST,
+    "phoneme_error": PHONEMES | COST,
+}
 
 
 def main() -> None:

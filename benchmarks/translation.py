@@ -17,7 +17,7 @@ import os
 import tempfile
 import time
 
-from comparison import add_flags, load, read_results, run_missing, table
+from comparison import COST, TRANSLATION, add_flags, load, read_results, run_missing, table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -49,13 +49,7 @@ METHODS = {
     "PS-KD snapshot with dropout, alpha 0.4": {"teacher": "snapshot", "teacher_dropout": True, "alpha": 0.4},
     "PS-KD snapshot, top 16, label": {"teacher": "snapshot"},
 }
-FIGURES = {
-    "bleu": ("BLEU", 1),
-    "chrf": ("chrF", 1),
-    "token_nll": ("token NLL", 3),
-    "token_ece": ("token ECE %", 1),
-    "train_cpu_minutes": ("CPU minutes", 1),
-}
+FIGURES = TRANSLATION | {"train_cpu_minutes": COST["cpu_minutes"]}
 
 
 class Variants(Seq2SeqSelfKDTrainer):
