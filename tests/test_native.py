@@ -10,7 +10,7 @@ import torch
 import transformers
 from helpers import CLASSES, VOCABULARY, difference, logged, make_samples, make_trainer, refused, train
 from safetensors.torch import load_file
-from transformers import set_seed
+from transformers import DynamicCache, T5Config, set_seed
 
 from hf_selfkd import (
     AuxiliaryHeadsConfig,
@@ -551,9 +551,20 @@ def test_peft(tmp_path):
         assert (exit_model(merged, 1)(**inputs).logits - expected).abs().max() < 1e-5
 
 
+def crops_empty_layers():
+    """Not in transformers 5.20: there any T5 whose decoder has fewer layers than its encoder fails as an assistant."""
+    try:
+        DynamicCache(config=T5Config(num_layers=1)).crop(-1)
+    except TypeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "marian", "t5"])
 def test_generation_from_an_exit_and_with_its_help(name):
     """An exit writes like any model; as an assistant it changes nothing of what the whole model writes greedily."""
+    if name == "t5" and not crops_empty_layers():
+        pytest.skip("this transformers cannot crop the cache of a T5 with a shallower decoder")
     model = make(name)
     attach_auxiliary_heads(model, "exits")
     small = exit_model(model, 2)
