@@ -215,7 +215,7 @@ def test_data_without_labels_are_not_evaluated(tmp_path, monkeypatch):
 def test_tables_are_drawn_on_a_terminal_that_is_wide_enough():
     command = typer.Typer()
     command.command()(lambda: print_table(["name", "value"], [["one", "1.5"], ["two", "22"]]))
-    for columns, forced, drawn in (("80", "1", True), ("8", "1", False), ("80", "", False)):
+    for columns, forced, drawn in (("80", "1", True), ("8", "1", False), ("80", None, False)):
         environment = {"COLUMNS": columns, "FORCE_COLOR": forced, "TERM": "xterm"}
         said = CliRunner(env=environment).invoke(command, [], catch_exceptions=False).output
         assert ("┃" in said) == drawn and ("| two | 22 |" in said) == (not drawn), said

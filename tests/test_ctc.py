@@ -25,6 +25,10 @@ SGD = {"optim": "sgd", "learning_rate": 0.001, "max_grad_norm": 0.0, "lr_schedul
 PLAIN = ("plain_wav2vec2", "plain_wav2vec2_mean")
 
 
+def known(names):
+    return [name for name in names if name in CTC_MODELS]
+
+
 def sounds_for(name, size=14, **options):
     return Spoken(size, width=CTC_MODELS[name][2] if name in CTC_MODELS else 0, **options)
 
@@ -105,7 +109,7 @@ def test_alpha_0_is_the_stock_class(tmp_path, name):
     assert same_weights(stock.model, run(tmp_path, name, **options, alpha=0.0).model)
 
 
-@pytest.mark.parametrize("name", ["wav2vec2", "wav2vec2_mean", "parakeet"])
+@pytest.mark.parametrize("name", known(["wav2vec2", "wav2vec2_mean", "parakeet"]))
 def test_until_there_is_a_past_it_is_the_stock_class(tmp_path, name):
     """The first epoch of a run with a teacher, to the bit."""
     options = {"num_train_epochs": 2, "lr_scheduler_type": "constant", "save_strategy": "epoch"}
@@ -260,7 +264,7 @@ def test_accumulation_changes_nothing(tmp_path, name, teacher):
     assert logged(one, "loss") == pytest.approx(logged(two, "loss"), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["wav2vec2", "sew", "parakeet"])
+@pytest.mark.parametrize("name", known(["wav2vec2", "sew", "parakeet"]))
 @pytest.mark.parametrize("teacher", ["snapshot", "ema"])
 def test_resume_is_exact(tmp_path, name, teacher):
     options = {"teacher": teacher, "save_strategy": "steps", "save_steps": 3}
@@ -298,6 +302,7 @@ def test_models_learn(tmp_path, name):
     assert math.isfinite(trainer.evaluate()["eval_loss"])
 
 
+@pytest.mark.skipif(find_spec("transformers.loss.loss_ctc") is None, reason="there the loss counts them")
 def test_padding_with_the_blank_is_none_of_the_transcript(tmp_path):
     """As some processors pad; the hard loss of transformers leaves it out, and so do we."""
     batch = pad_sounds(Spoken().items[:5], filler=BLANK)
