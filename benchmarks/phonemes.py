@@ -35,7 +35,7 @@ from hf_selfkd.metrics.speech import edit_distance
 METHODS = {
     "plain": {"alpha": 0.0},
     "label smoothing 0.1": {"alpha": 0.0, "label_smoothing_factor": 0.1},
-    "R-Drop, weight 1": {"alpha": 0.0},
+    "R-Drop, alpha 5": {"alpha": 0.0},
     "PS-KD": {"alpha": 0.8},
     "PS-KD, alpha 0.4": {"alpha": 0.4},
     "PS-KD snapshot with dropout, alpha 0.4": {"alpha": 0.4, "teacher": "snapshot", "teacher_dropout": True},
@@ -44,7 +44,12 @@ FIGURES = PHONEMES | {"cpu_minutes": COST["cpu_minutes"]}
 
 
 class RDrop(Seq2SeqSelfKDTrainer):
-    """Cross-entropy of two passes with other dropout, and their symmetric divergence (R-Drop, equation 4)."""
+    """
+    Half of the loss of R-Drop (equation 4): the mean of the cross-entropies of two passes with other dropout, and
+    `weight / 2` of the mean of their divergences either way.
+    """
+
+    weight = 5.0  # "alpha" of the paper, as it has it for translation
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:
@@ -56,7 +61,7 @@ class RDrop(Seq2SeqSelfKDTrainer):
         apart = F.kl_div(first, second, log_target=True, reduction="none") + F.kl_div(
             second, first, log_target=True, reduction="none"
         )
-        return outputs.loss + apart.sum(-1).mean() / 2
+        return outputs.loss + self.weight / 2 * apart.sum(-1).mean() / 2
 
 
 def tokenizer_of(symbols: list[str]) -> PreTrainedTokenizerFast:
