@@ -12,7 +12,9 @@ def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """starts[0] .. starts[0] + counts[0] - 1, starts[1] .. and so on, in one array."""
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
-    return np.repeat(starts - (ends - counts), counts) + np.arange(total)
+    found = np.repeat(starts - (ends - counts), counts)
+    found += np.arange(total)
+    return found
 
 
 def find_slots(ids: np.ndarray, size: int, held: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:

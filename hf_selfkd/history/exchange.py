@@ -18,26 +18,26 @@ BLOCK_BYTES = 2**29  # of a table on disk that are written before the next ones 
 def only_finite(samples: np.ndarray, finite: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Drop the samples with a prediction that is not finite (a step that overflowed): they keep what they had.
 
-    Returns the samples left and where their rows stand among all rows of the journal.
+    Returns the samples left and where the rows of each begin in the journal.
     """
-    rows = np.arange(len(finite))
+    starts = np.cumsum(samples[:, 3]) - samples[:, 3]
     if finite.all():
-        return samples, rows
+        return samples, starts
     keep = np.ones(len(samples), dtype=bool)
     keep[np.repeat(np.arange(len(samples)), samples[:, 3])[~finite]] = False
-    return samples[keep], rows[np.repeat(keep, samples[:, 3])]
+    return samples[keep], starts[keep]
 
 
 def gather_samples(samples: np.ndarray, gather: Gather | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The journals' samples of all processes, whose each is, and its number there."""
     if gather is None:
-        return samples, np.zeros(len(samples), dtype=np.int64), np.arange(len(samples))
+        return samples, np.zeros(len(samples), dtype=np.int16), np.arange(len(samples))
     lengths = gather(torch.tensor([len(samples)])).tolist()
     sent = torch.zeros(max(lengths), 4, dtype=torch.int64)
     sent[: len(samples)] = torch.from_numpy(samples)
     received = gather(sent).view(len(lengths), len(sent), 4).numpy()
     everyone = np.concatenate([received[owner, :length] for owner, length in enumerate(lengths)])
-    owners = np.repeat(np.arange(len(lengths)), lengths)
+    owners = np.repeat(np.arange(len(lengths), dtype=np.int16), lengths)  # of each row, in the end: many
     return everyone, owners, np.concatenate([np.arange(length) for length in lengths])
 
 

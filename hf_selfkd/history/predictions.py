@@ -150,7 +150,7 @@ class PredictionHistory(PredictionTable):
             rank (`int`, *optional*, defaults to 0): of this process.
         """
         noted = self.journal.sample_table()
-        samples, rows = only_finite(noted, self.journal.finite())
+        samples, starts = only_finite(noted, self.journal.finite())
         self._warn_of_lost(noted[:, 0], samples[:, 0])
         everyone, owners, local = gather_samples(samples, gather)
         everyone = self._settled(everyone)
@@ -161,9 +161,8 @@ class PredictionHistory(PredictionTable):
         destination = self.place_rows(visited, counts)
         self._check_bytes(len(destination))
         self.storage.grow(self.table_rows, gather)
-        starts = np.cumsum(samples[:, 3]) - samples[:, 3]
         mine = local[owners == rank]
-        rows = rows[ranges(starts[mine], samples[mine, 3])]
+        rows = ranges(starts[mine], samples[mine, 3])
         exchange_rows(self.journal, rows, destination, np.repeat(owners, counts), self.storage, gather, rank)
         self.stamps[visited] = stamp
         self._complete = bool((self.stamps != NEVER).all())
