@@ -209,6 +209,7 @@ def new_trainer(self_distils: bool, args: argparse.Namespace, epochs: int, data:
     torch.manual_seed(0)
     common = {
         "output_dir": folder,
+        "use_cpu": not torch.cuda.is_available(),  # said, or processes of a launcher would train alone
         "per_device_train_batch_size": args.batch_size,
         "num_train_epochs": epochs,
         "optim": "sgd",
