@@ -35,6 +35,7 @@ from hf_selfkd.metrics.speech import edit_distance
 METHODS = {
     "plain": {"alpha": 0.0},
     "label smoothing 0.1": {"alpha": 0.0, "label_smoothing_factor": 0.1},
+    "R-Drop, alpha 1": {"alpha": 0.0},
     "R-Drop, alpha 5": {"alpha": 0.0},
     "PS-KD": {"alpha": 0.8},
     "PS-KD, alpha 0.4": {"alpha": 0.4},
@@ -49,7 +50,7 @@ class RDrop(Seq2SeqSelfKDTrainer):
     `weight / 2` of the mean of their divergences either way.
     """
 
-    weight = 5.0  # "alpha" of the paper, as it has it for translation
+    weight: float  # "alpha" of the paper, which has 5 for translation
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:
@@ -121,6 +122,8 @@ def run(task: dict, method: str, seed: int, args: argparse.Namespace) -> dict:
             processing_class=tokenizer,
             data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         )
+        if isinstance(trainer, RDrop):
+            trainer.weight = float(method.split()[-1])
         start = time.process_time()
         trainer.train()
         minutes = (time.process_time() - start) / 60
