@@ -20,6 +20,7 @@ from .storage import full_disk
 
 
 BUFFER_BYTES = 2**24  # of the rows in one buffer, at most
+SUMMED_ROWS = 2**18  # at a time, to see whether they are finite
 LEAST_BYTES = 2**20  # at least, where the number of rows is a guess
 
 
@@ -250,7 +251,12 @@ class Journal:
 
     def finite(self) -> np.ndarray:
         """Which rows are finite, `[filled]`."""
-        found = [torch.isfinite(part["log_probs"].sum(dim=-1, dtype=torch.float32)).cpu() for part in self._parts()]
+        # By parts: a sum in float32 first makes a copy of all that it sums, of a file on disk as well.
+        found = [
+            torch.isfinite(rows.sum(dim=-1, dtype=torch.float32)).cpu()
+            for part in self._parts()
+            for rows in part["log_probs"].split(SUMMED_ROWS)
+        ]
         return torch.cat(found).numpy() if found else np.ones(0, dtype=bool)
 
     def select(self, rows: np.ndarray, size: int) -> Iterator[dict[str, torch.Tensor]]:
