@@ -103,8 +103,8 @@ class DataArguments:
     def __post_init__(self):
         if not 0 < self.validation_split_fraction < 1:
             raise ValueError(
-                f"--validation_split_fraction {self.validation_split_fraction} is outside (0, 1): set it between, 0.1 "
-                "for one; to hold nothing out, evaluate on data of their own (--validation_file) or not at all."
+                f"--validation_split_fraction {self.validation_split_fraction} is outside (0, 1): 0.1 is "
+                "usual; to hold nothing out, give --validation_file or leave out --do_eval."
             )
 
     def local_flags(self, split: str) -> list[str]:
