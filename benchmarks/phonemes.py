@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=20)
     add_flags(parser, METHODS, [0, 1, 2], "results_phonemes.jsonl")
     args = parser.parse_args()
     if not args.table:
