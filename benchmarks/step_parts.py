@@ -4,7 +4,7 @@ Where each millisecond of a step of `SelfKDTrainer` goes, one line of JSON.
     export OMP_NUM_THREADS=1
     python benchmarks/step_parts.py --model small
     python benchmarks/step_parts.py --model resnet18 --steps_per_epoch 5
-    python benchmarks/step_parts.py --model marian --batch_size 64 --classes 32000 --steps_per_epoch 3
+    python benchmarks/step_parts.py --model marian --batch_size 64 --classes 32000 --steps_per_epoch 3 --epochs 4
 
 The parts of `SelfDistiller.step`, the backward pass and the optimizer are timed by the processor's clock while the
 past is read, from the second epoch on; what is left of the time of the epochs is the loop of `Trainer`, its data and

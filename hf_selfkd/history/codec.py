@@ -10,6 +10,11 @@ import torch.nn.functional as F
 from ..losses.soft_targets import LOG_ZERO, SoftTargets, Tail
 
 
+def bytes_of(columns: dict[str, tuple[int, torch.dtype]]) -> int:
+    """Bytes of a row whose parts have these columns and types."""
+    return sum(width * dtype.itemsize for width, dtype in columns.values())
+
+
 @dataclass
 class Codec:
     """
@@ -48,7 +53,7 @@ class Codec:
     @property
     def row_bytes(self) -> int:
         """`int`: bytes of a stored row."""
-        return sum(width * dtype.itemsize for width, dtype in self.widths.values())
+        return bytes_of(self.widths)
 
     def encode(self, log_probs: torch.Tensor, index: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Log-probabilities, `[R, C]` or those of the top entries `[R, k]` with `index`, as stored; NaN stays NaN."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from .codec import bytes_of
 from .journal import Journal
 from .storage import Gather, TableStorage
 
@@ -82,7 +83,7 @@ def exchange_rows(
         gather (`Callable`, *optional*): `None` for one process.
         rank (`int`, *optional*, defaults to 0): of this process.
     """
-    block_rows = max(1, BLOCK_BYTES // table.row_bytes)
+    block_rows = max(1, BLOCK_BYTES // bytes_of(table.columns))
     if not table.on_disk or len(table) <= block_rows:
         return _exchange(journal, rows, destination, owners, table, gather)
     # Rows come in random order. Those of all the table at once would touch each of its pages again and again, and a
@@ -101,6 +102,7 @@ def _exchange(
     table: TableStorage,
     gather: Gather | None,
 ) -> None:
+    """As `exchange_rows`, of one block of the table."""
     if gather is None:
         for start, parts in zip(range(0, len(rows), EXCHANGE_ROWS), journal.select(rows, EXCHANGE_ROWS), strict=True):
             _put(table, torch.from_numpy(destination[start : start + EXCHANGE_ROWS]), parts)

@@ -14,7 +14,7 @@ import torch
 from ..devices import compiles_shapes, copies_in_background, synchronize, to_device
 from ..losses.soft_targets import MAX_HELD
 from .addresses import ranges
-from .codec import Codec
+from .codec import Codec, bytes_of
 from .plan import too_many_rows
 from .storage import full_disk
 
@@ -58,7 +58,7 @@ class Journal:
         self.codec, self.device, self.source, self.ragged, self.folder = codec, device, source, ragged, folder
         self.columns = codec.widths | ({"true_probs": (1, torch.float16)} if traced else {})
         self.max_bytes = max_bytes
-        self.row_bytes = sum(width * dtype.itemsize for width, dtype in self.columns.values())
+        self.row_bytes = bytes_of(self.columns)
         self.buffer_rows = BUFFER_BYTES // self.row_bytes
         if (
             expected_rows

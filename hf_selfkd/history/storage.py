@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from .codec import bytes_of
+
 
 try:
     import fcntl
@@ -127,11 +129,6 @@ class TableStorage:
     def __len__(self) -> int:
         return len(self.parts["log_probs"]) if self.parts else 0
 
-    @property
-    def row_bytes(self) -> int:
-        """`int`: of all parts."""
-        return sum(width * dtype.itemsize for width, dtype in self.columns.values())
-
     def grow(self, num_rows: int, gather: Gather | None = None) -> None:
         """Make the parts at least this long, keeping what they hold. Every process must call this."""
         held = len(self)
@@ -159,7 +156,7 @@ class TableStorage:
                 for name, (width, dtype) in self.columns.items():
                     reserve(self.folder / f"{name}.bin", num_rows * width * dtype.itemsize)
         except OSError as problem:
-            error = full_disk(problem, self.parent, num_rows * self.row_bytes)
+            error = full_disk(problem, self.parent, num_rows * bytes_of(self.columns))
         if gather is not None:
             said = gather(torch.tensor([[int(self.writes), token, int(error is not None)]])).view(-1, 3)
             if self.folder is None:

@@ -191,16 +191,13 @@ def class_names(dataset: Dataset, column: str, item: str = "sample") -> list[str
     """The names of the classes, in the order of their numbers; `item` is what has one."""
     feature = dataset.features[column]
     if isinstance(feature, ClassLabel):
-        return _at_least_two(feature.names, column)
-    if not isinstance(feature, Value) or not feature.dtype.startswith(LABEL_TYPES):
+        names = feature.names
+    elif isinstance(feature, Value) and feature.dtype.startswith(LABEL_TYPES):
+        names = [str(value) for value in sorted(value for value in dataset.unique(column) if value is not None)]
+    else:
         raise ValueError(
             f"--label_column_name {column} holds {feature}: one class per {item}, an integer or text, is supported."
         )
-    values = sorted(value for value in dataset.unique(column) if value is not None)
-    return _at_least_two([str(value) for value in values], column)
-
-
-def _at_least_two(names: list[str], column: str) -> list[str]:
     if len(names) < 2:
         raise ValueError(
             f"--label_column_name {column} has {len(names)} classes ({', '.join(names) or 'no label at all'}): there "
