@@ -16,6 +16,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpoint_files import STATE_FOLDER, check_files, fault_of, forget_list, whole_checkpoint, write_list
+from .distiller import HELD_OUT
 from .files import cause_of_writing, load_tensors, save_tensors
 from .fixes import forget_copies, load_renamed_weights, pushed_folder, written_on_each_node
 from .heads import AuxiliaryHeadsConfig, head_names, heads_of, save_auxiliary_heads
@@ -190,7 +191,10 @@ class Checkpoints:
         if self.state.num_train_epochs < 2**31:
             distiller.num_epochs = distiller.next_epoch + max(self.state.num_train_epochs - epochs_over, 1)
         if distiller.calibrated is not None:
-            distiller.calibrated.load(metadata)
+            file = folder / _journal_file(HELD_OUT, self.args.process_index)
+            shared_alike = metadata["processes"] == str(self.args.world_size) and file.is_file()
+            seen = load_tensors(file)[0] if shared_alike else {}
+            distiller.calibrated.load(metadata, seen.get("log_probs"))
         if metadata["schedule"] != self._schedule():
             logger.warning(f"The schedule of alpha was {metadata['schedule']} and is now {self._schedule()}.")
 

@@ -44,8 +44,8 @@ class MethodArguments:
             out, and 0.1 with `teacher="rank"`, both as published.
         alpha_schedule (`str`, *optional*, defaults to `"linear"`):
             How the weight grows: `"linear"` (`alpha * t / T`, per epoch, as published), `"constant"`, `"cosine"`
-            (`alpha * (1 - cos(pi * t / T)) / 2`), `"linear_step"` (linear in optimizer steps) or `"calibrated"` (up
-            to `alpha` while predictions on held-out data are over-confident, down to 0 while they are not; measured
+            (`alpha * (1 - cos(pi * t / T)) / 2`), `"linear_step"` (linear in optimizer steps) or `"calibrated"`
+            (linear, by as much as held-out data say that the past is worth beside the present, down to 0; measured
             before every epoch on 2,048 samples of `eval_dataset`, or of `calibration_fraction`).
         calibration_fraction (`float`, *optional*, defaults to `0.0`):
             Share of the training set that is held out for `alpha_schedule="calibrated"` and not trained on, in
@@ -276,6 +276,12 @@ class MethodArguments:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1: leave it out for the default.")
         self._check_teacher()
+        asked = "predictions" if self.teacher_predictions is not None else self.teacher
+        if self.alpha_schedule == "calibrated" and asked in ("rank", "predictions"):
+            raise ValueError(
+                f"alpha_schedule='calibrated' asks what the run's own past is worth, and teacher={asked!r} has none: "
+                "set alpha_schedule='constant'."
+            )
 
     def _check_types(self) -> None:
         """A YAML file has `1e-3` and `no` in quotes as texts, which neither compare nor mean what they say."""

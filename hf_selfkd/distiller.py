@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -25,6 +24,8 @@ from .teachers.base import State, Taught, Teacher
 
 
 logger = logging.getLogger(__name__)
+
+HELD_OUT = "held_out"  # the name of what a checkpoint holds of held-out predictions
 
 
 @lru_cache
@@ -175,9 +176,7 @@ class SelfDistiller:
     def take_metrics(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """What is logged since the last call, of all processes; this waits for the device."""
         figures = self.metrics.take(reduce, self.alpha > 0 and self.teacher.has_past)
-        if self.calibrated is not None and self.calibrated.log_temperature is not None:
-            figures["held_out_temperature"] = math.exp(self.calibrated.log_temperature)
-        return figures
+        return figures if self.calibrated is None else figures | self.calibrated.figures()
 
     # What a checkpoint holds
 
@@ -188,6 +187,8 @@ class SelfDistiller:
     def process_states(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """Tensors, by name of a file, that each process has for itself."""
         yield from self.teacher.process_states()
+        if self.calibrated is not None:
+            yield HELD_OUT, self.calibrated.process_state()
 
     def observe_only(self, rows: Rows, batch: Batch) -> None:
         """Let the teacher take note of predictions that nothing is learned from."""

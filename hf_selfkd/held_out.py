@@ -13,12 +13,13 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from .config import MethodArguments
 from .losses.soft_targets import labelled
+from .metrics.mixture import Look, label_log_probs
 from .metrics.temperature import TemperatureFit
 from .samples import SampleIdDataset, is_hf_dataset
 from .tasks.rows import Rows
 
 
-LIMIT = 2048  # samples, and rows, that a temperature is fitted to: its error is then some per cent
+LIMIT = 2048  # samples, and rows, that are looked at: the error of a temperature is then some per cent
 
 
 def select(dataset: Any, indices: np.ndarray) -> Any:
@@ -56,7 +57,7 @@ def split_off(dataset: Any, fraction: float, seed: int) -> tuple[Any, Any]:
 
 class HeldOut:
     """
-    Samples of which a model's temperature is measured; each process reads its share.
+    Samples that a model is looked at with; each process reads its share.
 
     Args:
         dataset: map-style or iterable; up to 2,048 samples of it are read, of a map-style one evenly from all of it.
@@ -83,27 +84,28 @@ class HeldOut:
             samples = Subset(dataset, every[rank::processes].tolist())
         self.loader = DataLoader(samples, batch_size, collate_fn=collator, num_workers=num_workers)
 
-    def log_temperature(
+    def look(
         self,
         rows_of: Callable[[dict[str, Any]], Rows],
         device: torch.device,
         reduce: Callable[[torch.Tensor], torch.Tensor],
-    ) -> tuple[float, float]:
+    ) -> Look:
         """
-        Natural log of the temperature that calibrates a model, and its standard error. Every process must call this.
+        What a model says of the samples. Every process must call this.
 
         Args:
             rows_of (`Callable`): runs the model on a batch and gives its rows.
             device (`torch.device`): of the sums.
             reduce (`Callable`): adds the sums of all processes up.
         """
-        fit = TemperatureFit(device)
+        fit, log_probs = TemperatureFit(device), [torch.zeros(0, device=device)]
         for inputs in self.loader:
             rows = rows_of(inputs)
             known = labelled(rows.labels).nonzero().squeeze(-1)
             known = known[:: max(math.ceil(len(known) * len(self.loader) / LIMIT), 1)]
             fit.update(rows.logits[known], rows.labels[known])
-        return fit.log_temperature(reduce)
+            log_probs.append(label_log_probs(rows.logits[known], rows.labels[known]).to(device))
+        return Look(math.exp(fit.log_temperature(reduce)), torch.cat(log_probs))
 
 
 class Calibration:
@@ -145,11 +147,11 @@ class Calibration:
         share = (args.process_index, args.world_size)
         return HeldOut(dataset, collator, args.eval_batch_size, args.dataloader_num_workers, *share)
 
-    def _held_out_temperature(self) -> tuple[float, float]:
-        """Natural log of the temperature that calibrates the model on held-out data, and its standard error."""
+    def _look_at_held_out(self) -> Look:
+        """What the model says of held-out data."""
         with self._looking():
             if self._held_out is None:
                 self._held_out = self._make_held_out()
-            return self._held_out.log_temperature(
+            return self._held_out.look(
                 lambda inputs: self._predict(inputs)[0], self.args.device, self._sum_over_processes
             )

@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
+from .metrics.mixture import Look, Reduce, past_weight
+
 
 @dataclass
 class Progress:
@@ -42,56 +46,82 @@ def alpha_at(
 
 class CalibratedAlpha:
     """
-    A weight of the past prediction that looks after itself: it rises while predictions on held-out data are
-    over-confident and falls while they are not confident enough, so that a model that needs no softening is trained
-    plainly. It is 0 in the first epoch, and before every other one
+    A weight of the past prediction that looks after itself: that of `"linear"`, by as much as held-out data say that
+    the past is worth. In epoch `t = 1..T` it is
 
     ```
-    alpha = clip(alpha + 4 * limit * change / num_epochs, 0, limit),    change = log(t) * max(1 - (e / log(t))**2, 0)
+    limit * t / T * min(2 * w, 1)
     ```
 
-    with the temperature `t` that would calibrate the held-out predictions and `e` the standard error of its log: what
-    a few samples cannot tell from 1 changes nothing (James and Stein's shrinkage).
+    where `w` is the weight that the predictions of held-out data an epoch ago deserve beside the present ones
+    ([`~hf_selfkd.metrics.mixture.past_weight`]). Of two predictions that are worth the same each deserves a half. A
+    model that still learns fast knows more than it did: `w` is near 0, and it is trained plainly.
 
     Args:
-        limit (`float`): the weight is never above it.
+        limit (`float`): the weight at the end of training is never above it.
 
     Attributes:
         value (`float`): the weight in the present epoch.
         epoch (`int`): the epoch that it was chosen for, counted from 0; -1 before.
-        log_temperature (`float`, *optional*): natural log of the temperature that it was chosen by.
+        worth (`float`): `w`; 0 before the second epoch.
+        temperature (`float`, *optional*): at which held-out predictions would have been calibrated, for the log.
+        seen (`torch.FloatTensor` of shape `[R]`, *optional*): log-probabilities of held-out labels at that time, those
+            of this process.
     """
-
-    gain = 4.0
 
     def __init__(self, limit: float):
         self.limit, self.value, self.epoch = limit, 0.0, -1
-        self.log_temperature: float | None = None
+        self.worth, self.temperature = 0.0, None
+        self.seen: torch.Tensor | None = None
 
     def is_due(self, epoch: int) -> bool:
         """Whether the weight of an epoch, counted from 0, is still to be chosen; a half epoch has its when resumed."""
         return epoch > self.epoch
 
-    def update(self, epoch: int, num_epochs: int, log_temperature: float, error: float = 0.0) -> None:
-        """Choose the weight of an epoch of so many, by a temperature whose log has this standard error."""
-        if epoch > 0 and abs(log_temperature) > error:  # before, it is the temperature of random weights
-            change = log_temperature * (1 - (error / log_temperature) ** 2)
-            wanted = self.value + self.gain * self.limit * change / num_epochs
-            self.value = min(max(wanted, 0.0), self.limit)
-        self.epoch, self.log_temperature = epoch, log_temperature
+    def update(self, epoch: int, num_epochs: int, look: Look, reduce: Reduce = lambda sums: sums) -> None:
+        """
+        Choose the weight of an epoch. Every process must call this.
+
+        Args:
+            epoch (`int`): counted from 0.
+            num_epochs (`int`): of the run.
+            look ([`~hf_selfkd.metrics.mixture.Look`]): at held-out data, with the weights that the epoch begins with.
+            reduce (`Callable`, *optional*): adds the sums of all processes up.
+        """
+        if self.seen is not None and len(self.seen) == len(look.log_probs):
+            worth = past_weight(look.log_probs, self.seen.to(look.log_probs.device), reduce)
+            self.worth = self.worth if math.isnan(worth) else worth
+        share = min((epoch + 1) / num_epochs, 1.0)
+        self.value = self.limit * share * min(2 * self.worth, 1.0)
+        self.epoch, self.temperature, self.seen = epoch, look.temperature, look.log_probs
+
+    def figures(self) -> dict[str, float]:
+        """What is logged."""
+        if self.temperature is None:
+            return {}
+        return {"held_out_temperature": self.temperature, "held_out_past_weight": self.worth}
 
     def state(self) -> dict[str, str]:
-        """What a checkpoint holds."""
-        if self.log_temperature is None:
+        """What a checkpoint holds, the same in every process."""
+        if self.temperature is None:
             return {}
         return {
             "alpha": repr(self.value),
             "alpha_epoch": str(self.epoch),
-            "log_temperature": repr(self.log_temperature),
+            "past_weight": repr(self.worth),
+            "held_out_temperature": repr(self.temperature),
         }
 
-    def load(self, state: dict[str, str]) -> None:
-        """Take over what `state` gave; a checkpoint of another schedule has nothing of it."""
-        if "log_temperature" in state:
+    def process_state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds of each process."""
+        return {} if self.seen is None else {"log_probs": self.seen}
+
+    def load(self, state: dict[str, str], seen: torch.Tensor | None) -> None:
+        """
+        Take over what `state` and `process_state` gave; a checkpoint of another schedule has nothing of them. Without
+        the latter, as with another number of processes, the past stays worth what it was for an epoch.
+        """
+        if "past_weight" in state:
             self.value, self.epoch = float(state["alpha"]), int(state["alpha_epoch"])
-            self.log_temperature = float(state["log_temperature"])
+            self.worth, self.temperature = float(state["past_weight"]), float(state["held_out_temperature"])
+            self.seen = seen

@@ -246,7 +246,8 @@ class SelfKDMixin(Building, DataLoading, Calibration, Sharing, Checkpoints, Eval
         epoch = distiller.begin_epoch()
         self._set_epoch(epoch)
         if distiller.calibrated is not None and distiller.calibrated.is_due(epoch):
-            distiller.calibrated.update(epoch, distiller.num_epochs, *self._held_out_temperature())
+            look, reduce = self._look_at_held_out(), self._sum_over_processes
+            distiller.calibrated.update(epoch, distiller.num_epochs, look, reduce)
 
     def _end_training(self) -> None:
         distiller = self.distiller

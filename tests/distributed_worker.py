@@ -133,6 +133,7 @@ def equal(out, world, model="plain_vit", size=32, **more):
         "target_entropy",
         "heads_to_model",
         "held_out_temperature",
+        "held_out_past_weight",
         "loss",
     )
     result["logs"] = [

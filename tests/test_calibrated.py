@@ -1,4 +1,4 @@
-"""A weight of the past that looks after itself: the temperature, the rule, the held-out data, whole runs."""
+"""A weight of the past that looks after itself: temperature, worth of the past, rule, held-out data, whole runs."""
 
 import math
 
@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 
 from hf_selfkd import SelfKDConfig, with_sample_ids
 from hf_selfkd.held_out import HeldOut, split_off
+from hf_selfkd.metrics.mixture import Look, label_log_probs, past_weight
 from hf_selfkd.metrics.temperature import TemperatureFit
 from hf_selfkd.schedule import CalibratedAlpha
 from hf_selfkd.tasks.rows import Rows
@@ -69,7 +70,7 @@ def test_temperature_is_the_one_that_minimizes_the_likelihood(classes, log_t):
         fit.update(logits[part], labels[part])
     expected = fitted(logits, labels)
     assert abs(expected - log_t) < 0.15
-    assert fit.log_temperature()[0] == pytest.approx(expected, abs=0.01)
+    assert fit.log_temperature() == pytest.approx(expected, abs=0.01)
 
 
 def test_temperature_of_what_cannot_be_fitted():
@@ -77,36 +78,15 @@ def test_temperature_of_what_cannot_be_fitted():
     right, wrong = TemperatureFit(), TemperatureFit()
     right.update(logits, labels)
     wrong.update(logits, labels.flip(0) + torch.tensor([0, 0, 1, 0, 0]))
-    assert right.log_temperature()[0] == -1.5 and wrong.log_temperature()[0] == 1.5
-    assert TemperatureFit().log_temperature() == (0.0, math.inf)
+    assert right.log_temperature() == -1.5 and wrong.log_temperature() == 1.5
+    assert TemperatureFit().log_temperature() == 0
     for poison in (float("nan"), float("inf")):
         broken = TemperatureFit()
         broken.update(torch.full((2, 3), poison), torch.tensor([0, 1]))
-        assert broken.log_temperature() == (0.0, math.inf)
+        assert broken.log_temperature() == 0
     masked = TemperatureFit()
     masked.update(torch.tensor([[2.0, 0.0, -math.inf], [2.0, 0.0, -math.inf]]), torch.tensor([0, 1]))
-    assert masked.log_temperature()[0] == 1.5
-
-
-@pytest.mark.parametrize("rows", [60, 600])
-@pytest.mark.parametrize("log_t", [-0.4, 0.0, 0.6])
-def test_standard_error_is_the_spread_over_samples(rows, log_t):
-    """Against the spread of the temperature itself over 200 samples of labels, and the second derivative."""
-    generator = torch.Generator().manual_seed(rows)
-    calm = 2 * torch.randn(rows, 10, generator=generator)
-    found = []
-    for _ in range(200):
-        labels = torch.multinomial(calm.softmax(-1), 1, generator=generator).squeeze(-1)
-        fit = TemperatureFit()
-        fit.update(calm * math.exp(log_t), labels)
-        found.append(fit.log_temperature())
-    values, errors = torch.tensor(found).T
-    assert float(errors.mean()) == pytest.approx(float(values.std()), rel=0.2)
-    log_b = (-values[-1].double()).clone().requires_grad_()
-    loss = F.cross_entropy(calm.double() * math.exp(log_t) * log_b.exp(), labels, reduction="sum")
-    (slope,) = torch.autograd.grad(loss, log_b, create_graph=True)
-    (curve,) = torch.autograd.grad(slope, log_b)
-    assert float(errors[-1]) == pytest.approx(float(curve) ** -0.5, rel=0.02)
+    assert masked.log_temperature() == 1.5
 
 
 def test_half_precision_counts_as_its_values():
@@ -121,28 +101,68 @@ def test_half_precision_counts_as_its_values():
 # The rule
 
 
+def likeliest(now, before, points=20001):
+    """Mean of the weight of `before`, each as likely at first, by the trapezoidal rule in NumPy."""
+    weights = np.linspace(0, 1, points)
+    now, before = (np.exp(part.double().numpy())[:, None] for part in (now, before))
+    heights = np.log((1 - weights) * now + weights * before).sum(0)
+    heights = np.exp(heights - heights.max())
+    return np.trapezoid(heights * weights, weights) / np.trapezoid(heights, weights)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 300])
+@pytest.mark.parametrize("better", [-0.5, 0.0, 0.3])
+def test_past_weight_is_the_mean_of_its_posterior(rows, better):
+    generator = torch.Generator().manual_seed(rows)
+    now, before = (torch.rand(rows, generator=generator).clamp_min(1e-3).log() for _ in range(2))
+    before = (before + better).clamp_max(0)
+    assert past_weight(now, before) == pytest.approx(likeliest(now, before), abs=1e-3)
+    half = rows // 2
+    parts = []
+    for one in (slice(0, half), slice(half, None)):
+        past_weight(now[one], before[one], lambda sums: parts.append(sums) or sums)
+    shared = past_weight(now[:half], before[:half], lambda sums: parts[0] + parts[1])
+    assert shared == pytest.approx(past_weight(now, before), abs=1e-6)
+
+
+def test_past_weight_of_what_tells_nothing():
+    same, nothing = torch.rand(50).log(), torch.zeros(0)
+    assert past_weight(same, same) == pytest.approx(0.5) and past_weight(nothing, nothing) == pytest.approx(0.5)
+    far = torch.full((400,), -20.0)
+    assert past_weight(same[:1].expand(400), far) < 0.01 and past_weight(far, same[:1].expand(400)) > 0.99
+    assert math.isnan(past_weight(same, torch.full((50,), math.nan)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probs_of_labels(dtype):
+    logits, labels = (4 * torch.randn(700, 900)).to(dtype), torch.randint(900, (700,))
+    expected = -F.cross_entropy(logits.float(), labels, reduction="none")
+    torch.testing.assert_close(label_log_probs(logits, labels), expected)
+    assert label_log_probs(logits[:0], labels[:0]).shape == (0,)
+
+
 def test_rule():
-    alpha = CalibratedAlpha(0.8)
-    assert alpha.value == 0 and alpha.is_due(0) and alpha.state() == {}
-    alpha.update(0, 10, 1.5)
+    alpha, half = CalibratedAlpha(0.8), torch.full((1000,), 0.5).log()
+    assert alpha.value == 0 and alpha.is_due(0) and alpha.state() == {} == alpha.process_state() == alpha.figures()
+    alpha.update(0, 10, Look(2.0, half))
     assert alpha.value == 0 and not alpha.is_due(0) and alpha.is_due(1)
-    alpha.update(1, 10, 0.5)
-    assert alpha.value == pytest.approx(4 * 0.8 * 0.5 / 10)
-    alpha.update(2, 10, -0.25)
-    assert alpha.value == pytest.approx(4 * 0.8 * 0.25 / 10)
+    alpha.update(1, 10, Look(1.5, half))
+    assert alpha.value == pytest.approx(0.8 * 2 / 10) and alpha.worth == pytest.approx(0.5)
+    assert alpha.figures() == {"held_out_temperature": 1.5, "held_out_past_weight": alpha.worth}
     other = CalibratedAlpha(0.8)
-    other.load(alpha.state())
-    assert vars(other) == vars(alpha) and not other.is_due(2)
-    alpha.update(3, 10, 0.25, error=0.25)
-    alpha.update(3, 10, -0.2, error=math.inf)
-    assert alpha.value == pytest.approx(4 * 0.8 * 0.25 / 10)
-    alpha.update(3, 10, 0.5, error=0.25)
-    assert alpha.value == pytest.approx(4 * 0.8 * (0.25 + 0.5 * 0.75) / 10)
-    alpha.update(3, 10, -1.0)
-    assert alpha.value == 0
-    for epoch in range(4, 9):
-        alpha.update(epoch, 10, 1.5)
-    assert alpha.value == 0.8
+    other.load(alpha.state(), alpha.process_state()["log_probs"])
+    assert other.state() == alpha.state() and other.seen is half and not other.is_due(1) and other.is_due(2)
+    alpha.update(2, 10, Look(1.5, half / 20))
+    assert alpha.value < 0.01 * 0.8 and alpha.worth < 0.01
+    alpha.update(3, 10, Look(1.5, half))
+    assert alpha.value == pytest.approx(0.8 * 4 / 10) and alpha.worth > 0.99
+    alpha.update(4, 10, Look(1.5, torch.full((1000,), math.nan)))
+    assert alpha.value == pytest.approx(0.8 * 5 / 10)
+    other.load(alpha.state(), None)
+    other.update(5, 10, Look(1.5, half / 20))
+    assert other.worth == alpha.worth and other.value == pytest.approx(0.8 * 6 / 10)
+    other.update(12, 10, Look(1.5, half / 20))
+    assert other.worth == pytest.approx(0.5) and other.value == pytest.approx(0.8)
 
 
 # Held-out data
@@ -183,13 +203,13 @@ def test_processes_share_the_samples(dataset):
     def rows_of(inputs):
         return Rows(inputs["x"], inputs["labels"])
 
-    sums, seen = [], []
+    sums, looks = [], []
     for rank, processes in ((0, 1), (0, 3), (1, 3), (2, 3)):
         held = HeldOut(data, collate, 16, rank=rank, processes=processes)
-        held.log_temperature(rows_of, "cpu", lambda part: sums.append(part.clone()) or part)
-        seen.append(sum(len(batch["labels"]) for batch in held.loader))
-    assert seen[0] == 2048 == sum(seen[1:])
+        looks.append(held.look(rows_of, "cpu", lambda part: sums.append(part.clone()) or part).log_probs)
+    assert [len(look) for look in looks] == [2048, 683, 683, 682]
     torch.testing.assert_close(sums[0], sum(sums[1:]))
+    torch.testing.assert_close(looks[0].sort().values, torch.cat(looks[1:]).sort().values)
 
 
 def test_tokens_are_thinned_out():
@@ -205,7 +225,7 @@ def test_tokens_are_thinned_out():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_selfkd.held_out.TemperatureFit", Counting)
         with pytest.raises(AttributeError):
-            held.log_temperature(rows_of, "cpu", lambda sums: sums.nothing)
+            held.look(rows_of, "cpu", lambda sums: sums.nothing)
     assert sum(counted) == 2048
 
 
@@ -213,21 +233,19 @@ def test_tokens_are_thinned_out():
 
 
 class Watching(TrainerCallback):
-    """Measures, before every epoch, what temperature the evaluation set asks for."""
+    """Looks, before every epoch, at what is said of the labels of the evaluation set."""
 
     def __init__(self, samples, rows):
-        self.samples, self.rows, self.measured, self.errors = samples, rows, [], []
+        self.samples, self.rows, self.temperatures, self.looks = samples, rows, [], []
 
     def on_epoch_begin(self, args, state, control, model=None, **kwargs):
         model.eval()
         with torch.no_grad():
             logits, labels = self.rows(model, collate([self.samples[n] for n in range(len(self.samples))]))
         model.train()
-        self.measured.append(fitted(logits, labels))
-        scaled = logits[labels != -100] / math.exp(min(max(self.measured[-1], -1.5), 1.5))
-        probs = scaled.softmax(-1)
-        variance = (probs * scaled**2).sum(-1) - (probs * scaled).sum(-1) ** 2
-        self.errors.append(float(variance.sum() ** -0.5))
+        self.temperatures.append(min(max(fitted(logits, labels), -1.5), 1.5))
+        known = labels != -100
+        self.looks.append(-F.cross_entropy(logits[known].double(), labels[known], reduction="none"))
 
 
 def rows_of(model, batch):
@@ -249,37 +267,34 @@ def test_alpha_follows_the_evaluation_set(tmp_path, name, teacher):
         tmp_path, name, samples, eval_dataset=held, teacher=teacher, callbacks=[watching], **CALIBRATED
     )
     trainer.train()
-    value, expected = 0.0, []
-    for epoch, (log_t, error) in enumerate(zip(watching.measured, watching.errors, strict=True)):
-        log_t = min(max(log_t, -1.5), 1.5)
-        if epoch:
-            value += 4 * 0.8 * log_t * max(1 - (error / log_t) ** 2, 0) / 3
-            value = min(max(value, 0.0), 0.8)
-        expected.append(value)
-    assert len(expected) == 3 and trainer.distiller.calibrated.value == pytest.approx(value, abs=0.02)
-    temperatures = logged(trainer, "held_out_temperature")
-    assert math.log(temperatures[-1]) == pytest.approx(min(max(watching.measured[-1], -1.5), 1.5), abs=0.02)
-    assert logged(trainer, "alpha")[0] == 0 and max(logged(trainer, "alpha")) <= 0.8
+    weights = [likeliest(now, before) for before, now in zip(watching.looks, watching.looks[1:], strict=False)]
+    expected = [0.0] + [0.8 * (epoch + 2) / 3 * min(2 * weight, 1) for epoch, weight in enumerate(weights)]
+    assert logged(trainer, "alpha")[::3] == pytest.approx(expected, abs=0.005)
+    assert logged(trainer, "held_out_past_weight")[-1] == pytest.approx(weights[-1], abs=0.005)
+    found = np.log(logged(trainer, "held_out_temperature")[::3])
+    assert found == pytest.approx(watching.temperatures, abs=0.02)
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet"])
-@pytest.mark.parametrize("found", [-1.0, 1.5])
-def test_an_under_confident_model_is_trained_plainly(tmp_path, monkeypatch, name, found):
-    """Bit for bit, dropout and statistics included; the control is an over-confident one."""
-    monkeypatch.setattr(TemperatureFit, "log_temperature", lambda self, reduce: (found, 0.0))
+@pytest.mark.parametrize("worth", [0.0, 0.5])
+def test_a_past_that_is_worth_nothing_leaves_plain_training(tmp_path, monkeypatch, name, worth):
+    """Bit for bit, dropout and statistics included; the control is a past that is worth as much as the present."""
+    monkeypatch.setattr("hf_selfkd.schedule.past_weight", lambda *looks: worth)
     samples = make_samples(name)
     plain = train(tmp_path, name, samples, alpha=0.0, num_train_epochs=3, learning_rate=0.02)
     ours = train(tmp_path, name, samples, eval_dataset=make_samples(name, 8), **CALIBRATED)
-    assert same_weights(plain.model, ours.model) is (found < 0)
-    if found > 0:
+    assert same_weights(plain.model, ours.model) is (worth == 0)
+    if worth > 0:
+        linear = train(tmp_path, name, samples, **CALIBRATED | {"alpha_schedule": "linear"})
         assert ours.distiller.calibrated.value == 0.8 and difference(plain, ours) > 1e-4
+        assert same_weights(linear.model, ours.model)
 
 
 @pytest.mark.parametrize("teacher", ["history", "ema"])
 def test_resume_is_exact(tmp_path, teacher):
     options = saves(2) | CALIBRATED | {"teacher": teacher, "eval_dataset": make_samples("vit", 16)}
     whole = check_resume(tmp_path, "vit", make_samples("vit"), [2, 4, 6, 8], **options)
-    assert whole.distiller.calibrated.log_temperature is not None
+    assert whole.distiller.calibrated.worth > 0
 
 
 def test_a_share_of_the_training_set_is_held_out(tmp_path):
@@ -334,6 +349,8 @@ def test_a_stream_cannot_be_split(tmp_path):
         ({"calibration_fraction": 0.6, "alpha_schedule": "calibrated"}, ["calibration_fraction=0.6", "[0, 0.5]"]),
         ({"calibration_fraction": -0.1}, ["calibration_fraction=-0.1"]),
         ({"calibration_fraction": 0.1}, ["alpha_schedule='linear'", "'calibrated'"]),
+        ({"alpha_schedule": "calibrated", "teacher": "rank"}, ["teacher='rank'", "'constant'"]),
+        ({"alpha_schedule": "calibrated", "teacher_predictions": "x"}, ["teacher='predictions'", "'constant'"]),
     ],
 )
 def test_fields(tmp_path, options, parts):

@@ -15,7 +15,6 @@ from helpers import (
     make_model,
     make_samples,
     refused,
-    same_weights,
     train,
 )
 from test_predictions import SGD, visited
@@ -201,16 +200,6 @@ def test_heads_learn_their_labels_beside(tmp_path):
 
 def test_resume_is_exact(tmp_path):
     check_resume(tmp_path, "vit", make_samples("vit"), [4, 8], **(saves(4) | {"teacher": "rank"}))
-
-
-def test_calibrated_weight(tmp_path):
-    samples = make_samples("vit", 18)
-    options = {"teacher": "rank", "alpha_schedule": "calibrated", "eval_dataset": make_samples("vit", 8)}
-    trainer = train(tmp_path, "vit", samples, **options)
-    assert logged(trainer, "alpha")[0] == 0
-    plain = train(tmp_path, "vit", samples, alpha=0.0, num_train_epochs=1)
-    first = train(tmp_path, "vit", samples, num_train_epochs=1, **options)
-    assert same_weights(plain.model, first.model)
 
 
 # What does not fit

@@ -199,7 +199,7 @@ def calibrated(
 def _temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
     fit = TemperatureFit()
     fit.update(logits, labels)
-    return float(torch.tensor(fit.log_temperature()[0]).exp())
+    return float(torch.tensor(fit.log_temperature()).exp())
 
 
 def _choose(

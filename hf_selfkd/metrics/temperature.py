@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -25,15 +24,14 @@ class TemperatureFit:
     Temperature scaling (Guo et al., ICML 2017): the temperature that minimizes the negative log-likelihood of labels.
 
     With `b = 1 / temperature`, the derivative of that likelihood to `b`, the sum over rows of `E_p[z] - z_label` under
-    `p = softmax(b * z)`, only rises with `b`. Its sums at 31 temperatures show where it is zero, and those of its own
-    derivative, the variance of `z` under `p`, how sure that is.
+    `p = softmax(b * z)`, only rises with `b`. Its sums at 31 temperatures show where it is zero.
 
     Args:
         device (`torch.device`, *optional*): of the sums.
     """
 
     def __init__(self, device: torch.device | str = "cpu"):
-        self.sums = torch.zeros(2, len(LOG_TEMPERATURES), device=device)
+        self.sums = torch.zeros(len(LOG_TEMPERATURES), device=device)
 
     @torch.no_grad()
     def update(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
@@ -55,30 +53,22 @@ class TemperatureFit:
         for scale in LOG_TEMPERATURES.exp().tolist():
             probs = (logits / scale).softmax(dim=-1)
             mean = (probs * allowed).sum(dim=-1)
-            away = torch.where(probs > 0, allowed - mean.unsqueeze(-1), 0.0)
-            variance = (probs * away.square()).sum(dim=-1)
-            sums += [where_mask(part, known).sum() for part in (mean - at_label, variance)]
-        self.sums += torch.stack(sums).view(-1, 2).T.to(self.sums.device)
+            sums.append(where_mask(mean - at_label, known).sum())
+        self.sums += torch.stack(sums).to(self.sums.device)
 
-    def log_temperature(
-        self, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums
-    ) -> tuple[float, float]:
+    def log_temperature(self, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums) -> float:
         """
-        The natural log of the temperature, above 0 where predictions are over-confident, and its standard error. The
-        first ends at -1.5 and 1.5; (0, infinity) if no row had a label or the scores are not finite.
+        The natural log of the temperature, above 0 where predictions are over-confident. It ends at -1.5 and 1.5, and
+        is 0 if no row had a label or the scores are not finite.
 
         Args:
             reduce (`Callable`, *optional*): adds the sums of all processes up.
         """
-        sums, variances = reduce(self.sums).cpu()
+        sums = reduce(self.sums).cpu()
         if not bool(sums.isfinite().all()) or not bool(sums.any()):
-            return 0.0, math.inf
+            return 0.0
         above = int((sums > 0).sum())  # the sums fall with the temperature
         if above in (0, len(sums)):
-            log_t, variance = LOG_TEMPERATURES[0 if above == 0 else -1], variances[0 if above == 0 else -1]
-        else:
-            (before, after), (left, right) = sums[above - 1 : above + 1], LOG_TEMPERATURES[above - 1 : above + 1]
-            share = before / (before - after)
-            log_t, variance = left + (right - left) * share, torch.lerp(variances[above - 1], variances[above], share)
-        # The likelihood's second derivative to log(b), where the first is zero, is the variance over T**2.
-        return float(log_t), float(log_t.exp() / variance.clamp_min(1e-20).sqrt())
+            return float(LOG_TEMPERATURES[0 if above == 0 else -1])
+        (before, after), (left, right) = sums[above - 1 : above + 1], LOG_TEMPERATURES[above - 1 : above + 1]
+        return float(left + (right - left) * before / (before - after))

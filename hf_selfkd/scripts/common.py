@@ -267,7 +267,7 @@ def temperature_of(logits: np.ndarray, labels: np.ndarray) -> float:
     """The temperature that would calibrate these predictions `[n, C]`: above 1 where they are over-confident."""
     fit = TemperatureFit()
     fit.update(torch.from_numpy(logits).float(), torch.from_numpy(labels).long())
-    return math.exp(fit.log_temperature()[0])
+    return math.exp(fit.log_temperature())
 
 
 def draw(logits: np.ndarray, labels: np.ndarray, folder: str) -> None:
