@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from .config import MethodArguments
 from .losses.soft_targets import labelled
-from .metrics.mixture import Look, label_log_probs
-from .metrics.temperature import TemperatureFit
+from .metrics.mixture import Look
+from .metrics.temperature import LOG_TEMPERATURES, TemperatureFit, at_temperature
 from .samples import SampleIdDataset, is_hf_dataset
 from .tasks.rows import Rows
 
@@ -98,14 +98,14 @@ class HeldOut:
             device (`torch.device`): of the sums.
             reduce (`Callable`): adds the sums of all processes up.
         """
-        fit, log_probs = TemperatureFit(device), [torch.zeros(0, device=device)]
+        fit, log_probs = TemperatureFit(device), [torch.zeros(0, len(LOG_TEMPERATURES), device=device)]
         for inputs in self.loader:
             rows = rows_of(inputs)
             known = labelled(rows.labels).nonzero().squeeze(-1)
             known = known[:: max(math.ceil(len(known) * len(self.loader) / LIMIT), 1)]
-            fit.update(rows.logits[known], rows.labels[known])
-            log_probs.append(label_log_probs(rows.logits[known], rows.labels[known]).to(device))
-        return Look(math.exp(fit.log_temperature(reduce)), torch.cat(log_probs))
+            log_probs.append(fit.update(rows.logits[known], rows.labels[known]).to(device))
+        log_temperature = fit.log_temperature(reduce)
+        return Look(math.exp(log_temperature), at_temperature(torch.cat(log_probs), log_temperature))
 
 
 class Calibration:

@@ -54,8 +54,10 @@ class CalibratedAlpha:
     ```
 
     where `w` is the weight that the predictions of held-out data an epoch ago deserve beside the present ones
-    ([`~hf_selfkd.metrics.mixture.past_weight`]). Of two predictions that are worth the same each deserves a half. A
-    model that still learns fast knows more than it did: `w` is near 0, and it is trained plainly.
+    ([`~hf_selfkd.metrics.mixture.past_weight`]), both calibrated with a temperature each, so that what they know is
+    compared and not how sure they are; the mean of that and of the last `w`. Of two predictions that are worth the
+    same each deserves a half. A model that still learns fast knows more than it did: `w` is near 0, and it is trained
+    plainly.
 
     Args:
         limit (`float`): the weight at the end of training is never above it.
@@ -64,9 +66,9 @@ class CalibratedAlpha:
         value (`float`): the weight in the present epoch.
         epoch (`int`): the epoch that it was chosen for, counted from 0; -1 before.
         worth (`float`): `w`; 0 before the second epoch.
-        temperature (`float`, *optional*): at which held-out predictions would have been calibrated, for the log.
-        seen (`torch.FloatTensor` of shape `[R]`, *optional*): log-probabilities of held-out labels at that time, those
-            of this process.
+        temperature (`float`, *optional*): at which held-out predictions were calibrated.
+        seen (`torch.FloatTensor` of shape `[R]`, *optional*):
+            log-probabilities of held-out labels at that temperature, those of this process.
     """
 
     def __init__(self, limit: float):
@@ -90,7 +92,7 @@ class CalibratedAlpha:
         """
         if self.seen is not None and len(self.seen) == len(look.log_probs):
             worth = past_weight(look.log_probs, self.seen.to(look.log_probs.device), reduce)
-            self.worth = self.worth if math.isnan(worth) else worth
+            self.worth = self.worth if math.isnan(worth) else (self.worth + worth) / 2  # by luck one epoch is better
         share = min((epoch + 1) / num_epochs, 1.0)
         self.value = self.limit * share * min(2 * self.worth, 1.0)
         self.epoch, self.temperature, self.seen = epoch, look.temperature, look.log_probs

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ..losses.soft_targets import chunks, label_entries
-
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 WEIGHTS = torch.linspace(0, 1, 201)
@@ -21,21 +19,13 @@ class Look:
     What a model says of held-out data.
 
     Args:
-        temperature (`float`): at which its predictions would be calibrated.
-        log_probs (`torch.FloatTensor` of shape `[R]`): what it gives the label of each row, of this process.
+        temperature (`float`): at which its predictions are calibrated.
+        log_probs (`torch.FloatTensor` of shape `[R]`):
+            what it gives the label of each row at that temperature, of this process.
     """
 
     temperature: float
     log_probs: torch.Tensor
-
-
-@torch.no_grad()
-def label_log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """
-    Log-probabilities `[R]`, float32, of the labels `[R]`, all of them classes, under the scores `[R, C]`.
-    """
-    parts = [label_entries(logits[part].float().log_softmax(dim=-1), labels[part]) for part in chunks(logits)]
-    return torch.cat(parts) if parts else logits.new_zeros(0, dtype=torch.float32)
 
 
 def past_weight(now: torch.Tensor, before: torch.Tensor, reduce: Reduce = lambda sums: sums) -> float:

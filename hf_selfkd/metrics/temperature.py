@@ -19,6 +19,18 @@ def temperature_in_words(temperature: float) -> str:
     return f"{temperature:.2f}{beyond}"
 
 
+def at_temperature(log_probs: torch.Tensor, log_temperature: float) -> torch.Tensor:
+    """
+    Log-probabilities `[R]` of labels at a temperature, given its natural log, between those of
+    [`TemperatureFit.update`].
+    """
+    last = len(LOG_TEMPERATURES) - 1
+    low, high = float(LOG_TEMPERATURES[0]), float(LOG_TEMPERATURES[-1])
+    place = min(max((log_temperature - low) / (high - low), 0.0), 1.0) * last
+    first = min(int(place), last - 1)
+    return torch.lerp(log_probs[:, first], log_probs[:, first + 1], place - first)
+
+
 class TemperatureFit:
     """
     Temperature scaling (Guo et al., ICML 2017): the temperature that minimizes the negative log-likelihood of labels.
@@ -34,27 +46,33 @@ class TemperatureFit:
         self.sums = torch.zeros(len(LOG_TEMPERATURES), device=device)
 
     @torch.no_grad()
-    def update(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+    def update(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """
         Take note of rows.
 
         Args:
             logits (`torch.FloatTensor` of shape `[R, C]`): scores.
             labels (`torch.LongTensor` of shape `[R]`): classes; rows with -100 do not count.
-        """
-        for part in chunks(logits):
-            self._add(logits[part].float(), labels[part])
 
-    def _add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        Returns:
+            `torch.FloatTensor` of shape `[R, 31]`: log-probability of each label at each temperature, for
+            [`at_temperature`].
+        """
+        parts = [self._add(logits[part].float(), labels[part]) for part in chunks(logits)]
+        return torch.cat(parts) if parts else logits.new_zeros(0, len(LOG_TEMPERATURES), dtype=torch.float32)
+
+    def _add(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         known, logits = labelled(labels), logits - logits.amax(dim=-1, keepdim=True)
         at_label = label_entries(logits, labels)
         allowed = logits.clamp_min(torch.finfo(torch.float32).min)  # scores of -inf: 0 * inf would be NaN
-        sums = []
+        sums, log_probs = [], []
         for scale in LOG_TEMPERATURES.exp().tolist():
-            probs = (logits / scale).softmax(dim=-1)
-            mean = (probs * allowed).sum(dim=-1)
+            scores = (logits / scale).log_softmax(dim=-1)
+            log_probs.append(label_entries(scores, labels))
+            mean = (scores.exp() * allowed).sum(dim=-1)
             sums.append(where_mask(mean - at_label, known).sum())
         self.sums += torch.stack(sums).to(self.sums.device)
+        return torch.stack(log_probs, dim=-1)
 
     def log_temperature(self, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums) -> float:
         """
