@@ -90,12 +90,14 @@ class CalibratedAlpha:
             look ([`~hf_selfkd.metrics.mixture.Look`]): at held-out data, with the weights that the epoch begins with.
             reduce (`Callable`, *optional*): adds the sums of all processes up.
         """
-        if self.seen is not None and len(self.seen) == len(look.log_probs):
-            worth = past_weight(look.log_probs, self.seen.to(look.log_probs.device), reduce)
-            self.worth = self.worth if math.isnan(worth) else (self.worth + worth) / 2  # by luck one epoch is better
+        now, before = look.log_probs, self.seen
+        if before is None or len(before) != len(now):  # of no or of other rows, perhaps in this process alone
+            before = torch.full_like(now, math.nan)
+        worth = past_weight(now, before.to(now.device), reduce)
+        self.worth = self.worth if math.isnan(worth) else (self.worth + worth) / 2  # by luck one epoch is better
         share = min((epoch + 1) / num_epochs, 1.0)
         self.value = self.limit * share * min(2 * self.worth, 1.0)
-        self.epoch, self.temperature, self.seen = epoch, look.temperature, look.log_probs
+        self.epoch, self.temperature, self.seen = epoch, look.temperature, now
 
     def figures(self) -> dict[str, float]:
         """What is logged."""

@@ -161,6 +161,8 @@ def test_rule():
     worth = alpha.worth
     alpha.update(4, 10, Look(1.5, torch.full((1000,), math.nan)))
     assert alpha.worth == worth and alpha.value == pytest.approx(0.8 * 5 / 10)
+    alpha.update(4, 10, Look(1.5, half[:900]))
+    assert alpha.worth == worth and alpha.value == pytest.approx(0.8 * 5 / 10)
     other.load(alpha.state(), None)
     other.update(5, 10, Look(1.5, half / 20))
     assert other.worth == worth and other.value == pytest.approx(0.8 * 6 / 10)

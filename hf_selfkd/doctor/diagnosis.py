@@ -262,7 +262,7 @@ def _harder(symptoms: Symptoms) -> Iterator[str]:
     if symptoms.teacher != "none":
         yield "a lower alpha"
         if symptoms.schedule != "calibrated":
-            yield "alpha_schedule='calibrated' (if held-out labels are right)"
+            yield "alpha_schedule='calibrated'"
     if symptoms.smoothing:
         yield "a lower label_smoothing_factor"
     yield "dividing the logits by the temperature"
