@@ -84,6 +84,7 @@ LAYERED = {
     "joint": {"alpha": 0.0, "auxiliary_heads": "joint"},
     "sla, alpha 0": {"alpha": 0.0, "auxiliary_heads": "sla"},
     "sla": {"auxiliary_heads": "sla"},
+    "sla x CutMix, alpha 0": {"alpha": 0.0, "auxiliary_heads": "sla", "cutmix": 0.5},
     "lsskd, alpha 0": {"alpha": 0.0, "auxiliary_heads": "lsskd"},
     "lsskd": {"auxiliary_heads": "lsskd"},
     "lsskd_full, alpha 0": {"alpha": 0.0, "auxiliary_heads": "lsskd_full"},
