@@ -305,6 +305,9 @@ SCENARIOS = {
     "resume_snapshot": lambda out, world: resumed(out, world, "resnet", teacher="snapshot"),
     "resume_ema": lambda out, world: resumed(out, world, "resnet", teacher="ema", save=2),
     "calibrated": calibrated,
+    "resume_calibrated": lambda out, world: resumed(
+        out, world, "vit", alpha_schedule="calibrated", eval_dataset=make_samples("vit", 13, seed=5)
+    ),
     "predictions": predictions,
     "detection": lambda out, world: detection(out, world, "detr"),
     "detection_denoising": lambda out, world: detection(out, world, "rt_detr", history_device="disk"),

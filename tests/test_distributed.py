@@ -168,7 +168,15 @@ def test_heads_are_evaluated_on_every_sample_once(two, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["resume_history", "resume_snapshot", "resume_ema", "resume_heads_snapshot", "resume_heads_history"]
+    "name",
+    [
+        "resume_history",
+        "resume_snapshot",
+        "resume_ema",
+        "resume_calibrated",
+        "resume_heads_snapshot",
+        "resume_heads_history",
+    ],
 )
 def test_resume_on_two_processes_is_exact(name, two):
     results, _ = two
