@@ -23,7 +23,7 @@ SHOWN = {  # by how a row's method begins: name, colour, marker
     "lsskd": ("lsskd", "#E69F00", "v"),
     "rank": ("rank", "#009E73", "s"),
 }
-OTHERS = ("PS-KD snapshot", "PS-KD ema", "PS-KD calibrated", "lsskd_full")
+OTHERS = ("PS-KD snapshot", "PS-KD ema", "PS-KD calibrated", "PS-KD history x CutMix", "lsskd_full")
 
 
 @dataclass
