@@ -28,9 +28,9 @@ OTHERS = ("PS-KD snapshot", "PS-KD ema", "PS-KD calibrated", "PS-KD history x Cu
 
 @dataclass
 class Row:
-    """A row of a table: its table, what stands left of the method, the method, and figures."""
+    """A row of a table: the number of its table, what stands left of the method, the method, and figures."""
 
-    table: str
+    table: int
     setting: str
     method: str
     figures: dict[str, float]
@@ -38,16 +38,14 @@ class Row:
 
 def rows_of(text: str) -> list[Row]:
     """The rows of all tables with a method, error or accuracy, ECE and AURC."""
-    rows, section, head = [], "", None
+    rows, table, head = [], 0, None
     for line in text.splitlines():
-        if line.startswith("## "):
-            section = line[3:]
         if not line.startswith("|"):
             head = None
             continue
         cells = [cell.strip().strip("`") for cell in line.strip("|").split("|")]
         if head is None:
-            head = cells
+            head, table = cells, table + 1
             continue
         known = {"method", "ECE %", "AURC x1000"} <= set(head) and ({"error %", "accuracy %"} & set(head))
         if not known or set(line) <= set("|- :"):
@@ -60,7 +58,7 @@ def rows_of(text: str) -> list[Row]:
 
         error = number("error %") if "error %" in values else 100 - number("accuracy %")
         figures = {"error": error, "ece": number("ECE %"), "aurc": number("AURC x1000")}
-        rows.append(Row(section, setting, values["method"].replace("`", ""), figures))
+        rows.append(Row(table, setting, values["method"].replace("`", ""), figures))
     return rows
 
 
