@@ -97,7 +97,7 @@ def check_detection(method: MethodArguments, task: Task, mixes: bool = False) ->
         ValueError: if a detector is asked for what only other tasks have.
     """
     told = f"with {type(task.model).__name__}"
-    asked = "predictions" if method.teacher_predictions is not None else method.teacher
+    asked = method.teacher_asked
     if asked in ("rank", "predictions"):
         raise ValueError(f"teacher={asked!r} {told}: object detection has no such teacher, use teacher='history'.")
     if method.alpha_schedule == "calibrated":

@@ -234,6 +234,11 @@ class MethodArguments:
         """`bool`: whether what is learned from are predictions of another time."""
         return self.distils and self.teacher != "rank"
 
+    @property
+    def teacher_asked(self) -> str:
+        """`str`: the teacher, `"predictions"` if a file of them is given."""
+        return "predictions" if self.teacher_predictions is not None else self.teacher
+
     def without_trace(self) -> MethodArguments:
         """The same without `history_trace`, which is of the model's own predictions."""
         return replace(self, history_trace=False)
@@ -276,12 +281,6 @@ class MethodArguments:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1: leave it out for the default.")
         self._check_teacher()
-        asked = "predictions" if self.teacher_predictions is not None else self.teacher
-        if self.alpha_schedule == "calibrated" and asked in ("rank", "predictions"):
-            raise ValueError(
-                f"alpha_schedule='calibrated' asks what the run's own past is worth, and teacher={asked!r} has none: "
-                "set alpha_schedule='constant'."
-            )
 
     def _check_types(self) -> None:
         """A YAML file has `1e-3` and `no` in quotes as texts, which neither compare nor mean what they say."""
@@ -300,13 +299,17 @@ class MethodArguments:
                 "give the configuration itself to the trainer, SelfKDTrainer(..., auxiliary_heads=config)."
             )
         AuxiliaryHeadsConfig.resolve(self.auxiliary_heads)  # an error, if it stands for nothing
-        given = self.teacher_predictions is not None
+        asked, given = self.teacher_asked, self.teacher_predictions is not None
         if self.teacher != "auto" and (self.teacher == "predictions") != given:
             raise ValueError(
                 f"teacher={self.teacher!r} with teacher_predictions={self.teacher_predictions!r}: one needs the "
                 "other, set teacher='predictions' and the path of a file, or neither."
             )
-        asked = "predictions" if given else self.teacher
+        if self.alpha_schedule == "calibrated" and asked in ("rank", "predictions"):
+            raise ValueError(
+                f"alpha_schedule='calibrated' asks what the run's own past is worth, and teacher={asked!r} has none: "
+                "set alpha_schedule='constant'."
+            )
         for name, kinds in (
             ("history_trace", ("history", "auto")),
             ("warm_start_teacher", ("history", "snapshot", "auto")),

@@ -95,8 +95,7 @@ class CalibratedAlpha:
             before = torch.full_like(now, math.nan)
         worth = past_weight(now, before.to(now.device), reduce)
         self.worth = self.worth if math.isnan(worth) else (self.worth + worth) / 2  # by luck one epoch is better
-        share = min((epoch + 1) / num_epochs, 1.0)
-        self.value = self.limit * share * min(2 * self.worth, 1.0)
+        self.value = alpha_at(self.limit, "linear", epoch, num_epochs) * min(2 * self.worth, 1.0)
         self.epoch, self.temperature, self.seen = epoch, look.temperature, now
 
     def figures(self) -> dict[str, float]:

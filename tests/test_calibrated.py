@@ -102,12 +102,12 @@ def test_half_precision_counts_as_its_values():
 
 
 def likeliest(now, before, points=20001):
-    """Mean of the weight of `before`, each as likely at first, by the trapezoidal rule in NumPy."""
+    """Mean of the weight of `before`, each as likely at first, on a fine grid in NumPy."""
     weights = np.linspace(0, 1, points)
     now, before = (np.exp(part.double().numpy())[:, None] for part in (now, before))
     heights = np.log((1 - weights) * now + weights * before).sum(0)
     heights = np.exp(heights - heights.max())
-    return np.trapezoid(heights * weights, weights) / np.trapezoid(heights, weights)
+    return np.average(weights, weights=heights)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 300])

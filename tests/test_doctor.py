@@ -232,6 +232,8 @@ def made(gap=0.0, loss=None, nll=1.0, samples=10000, **others):
             ["a lower alpha"],
             ["reached", "calibrated'"],
         ),
+        (made(gap=-9, teacher="history", alpha=0.8), ["a lower alpha", "calibrated'"], []),
+        (made(gap=-9, teacher="rank", alpha=0.8), ["a lower alpha"], ["calibrated'"]),
         (made(gap=9, loss=0.1, known=False), ["Over-confident"], ["Fit", "try", "Softer"]),
         (made(gap=9, diverged_at=120), ["Diverged: the loss of step 120", "learning_rate"], ["confident"]),
         (Symptoms(), ["Nothing can be said"], ["None"]),
@@ -242,7 +244,7 @@ def made(gap=0.0, loss=None, nll=1.0, samples=10000, **others):
         ),
         (Symptoms(accuracy=float("nan"), confidence=float("nan"), samples=3, known=False), ["Nothing can"], ["nan"]),
     ],
-    ids=range(27),
+    ids=range(29),
 )
 def test_what_is_said(symptoms, said, not_said):
     text = " ".join(diagnose(symptoms))

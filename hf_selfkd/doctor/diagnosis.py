@@ -261,7 +261,7 @@ def _softer(symptoms: Symptoms) -> Iterator[str]:
 def _harder(symptoms: Symptoms) -> Iterator[str]:
     if symptoms.teacher != "none":
         yield "a lower alpha"
-        if symptoms.schedule != "calibrated":
+        if symptoms.schedule != "calibrated" and symptoms.teacher not in ("rank", "predictions"):
             yield "alpha_schedule='calibrated'"
     if symptoms.smoothing:
         yield "a lower label_smoothing_factor"
