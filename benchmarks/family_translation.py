@@ -20,7 +20,7 @@ from pathlib import Path
 
 from comparison import TRANSLATION, add_flags, evaluated, read_results, run_missing_families, table
 from transformers import DataCollatorForSeq2Seq, MarianMTModel, set_seed
-from translation import greedy_marian, make_task, recipe
+from translation import add_recipe_flags, greedy_marian, make_task, recipe
 
 from hf_selfkd import AuxiliaryHeadsConfig, Seq2SeqSelfKDTrainer, exit_model
 from hf_selfkd.metrics import compute_translation_metrics
@@ -93,12 +93,10 @@ def main() -> None:
     parser.add_argument("--target", default="en", help="column of the target sentences")
     parser.add_argument("--max_train_samples", type=int, default=6000)
     parser.add_argument("--vocab_size", type=int, default=4000)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=2, help="of the encoder")
     parser.add_argument("--decoder_layers", type=int, default=4)
     parser.add_argument("--exits", nargs="+", type=int, default=[2])
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--epochs", type=int, default=10)
+    add_recipe_flags(parser)
+    parser.set_defaults(epochs=10)
     parser.add_argument("--keep", type=Path, help="folder for the family of the first seed")
     add_flags(parser, METHODS, [0, 1, 2], "results_family_translation.jsonl")
     args = parser.parse_args()

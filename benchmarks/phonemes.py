@@ -20,49 +20,28 @@ import random
 import tempfile
 import time
 
-import torch
-import torch.nn.functional as F
 from comparison import COST, PHONEMES, add_flags, read_results, run_missing, table
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, set_seed
-from translation import greedy_marian, recipe, small_marian
+from translation import add_recipe_flags, greedy_marian, recipe, small_marian
+from variants import variant
 
-from hf_selfkd import Seq2SeqSelfKDTrainer
 from hf_selfkd.metrics.speech import edit_distance
 
 
 METHODS = {
     "plain": {"alpha": 0.0},
     "label smoothing 0.1": {"alpha": 0.0, "label_smoothing_factor": 0.1},
-    "R-Drop, alpha 1": {"alpha": 0.0},
-    "R-Drop, alpha 5": {"alpha": 0.0},
+    "R-Drop, alpha 1": {"alpha": 0.0, "r_drop": 1.0},
+    "R-Drop, alpha 5": {"alpha": 0.0, "r_drop": 5.0},
+    "R-Drop, alpha 1, label smoothing 0.1": {"alpha": 0.0, "r_drop": 1.0, "label_smoothing_factor": 0.1},
     "PS-KD": {"alpha": 0.8},
     "PS-KD, alpha 0.4": {"alpha": 0.4},
+    "PS-KD, alpha 0.4, label smoothing 0.1": {"alpha": 0.4, "smoothing": 0.1},
     "PS-KD snapshot with dropout, alpha 0.4": {"alpha": 0.4, "teacher": "snapshot", "teacher_dropout": True},
 }
 FIGURES = PHONEMES | {"cpu_minutes": COST["cpu_minutes"]}
-
-
-class RDrop(Seq2SeqSelfKDTrainer):
-    """
-    Half of the loss of R-Drop (equation 4): the mean of the cross-entropies of two passes with other dropout, and
-    `weight / 2` of the mean of their divergences either way.
-    """
-
-    weight: float  # "alpha" of the paper, which has 5 for translation
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        names = ("input_ids", "attention_mask", "labels")
-        outputs = model(**{name: torch.cat([inputs[name], inputs[name]]) for name in names})
-        log_probs = outputs.logits.log_softmax(-1)
-        first, second = (part[inputs["labels"] != -100] for part in log_probs.chunk(2))
-        apart = F.kl_div(first, second, log_target=True, reduction="none") + F.kl_div(
-            second, first, log_target=True, reduction="none"
-        )
-        return outputs.loss + self.weight / 2 * apart.sum(-1).mean() / 2
 
 
 def tokenizer_of(symbols: list[str]) -> PreTrainedTokenizerFast:
@@ -113,17 +92,16 @@ def error_rates(written: list[list[str]], pronunciations: list[list[list[str]]])
 def run(task: dict, method: str, seed: int, args: argparse.Namespace) -> dict:
     """Train once; write the phonemes of the test words with the weights of the last epoch."""
     set_seed(seed)
+    trainer_class, settings = variant(METHODS[method])
     tokenizer, model = task["tokenizer"], greedy_marian(task["config"])
     with tempfile.TemporaryDirectory() as folder:
-        trainer = (RDrop if "R-Drop" in method else Seq2SeqSelfKDTrainer)(
+        trainer = trainer_class(
             model,
-            recipe(folder, seed, args, **METHODS[method]),
+            recipe(folder, seed, args, **settings),
             train_dataset=task["train"],
             processing_class=tokenizer,
             data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         )
-        if isinstance(trainer, RDrop):
-            trainer.weight = float(method.split()[-1])
         start = time.process_time()
         trainer.train()
         minutes = (time.process_time() - start) / 60
@@ -146,11 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max_train_samples", type=int, default=6000, help="words")
     parser.add_argument("--max_test_samples", type=int, default=2000, help="words")
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--epochs", type=int, default=20)
+    add_recipe_flags(parser)
     add_flags(parser, METHODS, [0, 1, 2], "results_phonemes.jsonl")
     args = parser.parse_args()
     if not args.table:

@@ -1,9 +1,10 @@
 """
 Plain training, label smoothing and PS-KD on a real translation task, with the same budget and several seeds.
 
-PS-KD comes with several sizes and tail rules of the stored rows, and with the snapshot teacher. Every finished
-run appends one JSON line to `--results`; runs that are already there are not repeated, so the command can be stopped
-and started again. `--table` prints the Markdown table of what is there and trains nothing.
+PS-KD comes with several sizes and tail rules of the stored rows, and with the snapshot teacher; R-Drop reads every
+batch twice with other dropout. Every finished run appends one JSON line to `--results`; runs that are already there
+are not repeated, so the command can be stopped and started again. `--table` prints the Markdown table of what is
+there and trains nothing.
 
     python benchmarks/translation.py --train_files "train-*.parquet" --test_files "test-*.parquet"
 
@@ -26,9 +27,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     set_seed,
 )
+from variants import variant
 
-from hf_selfkd import Seq2SeqSelfKDConfig, Seq2SeqSelfKDTrainer
-from hf_selfkd.losses.soft_targets import SoftTargets
+from hf_selfkd import Seq2SeqSelfKDConfig
 from hf_selfkd.metrics import compute_translation_metrics
 
 
@@ -38,6 +39,15 @@ METHODS = {
     "label smoothing 0.1": {"alpha": 0.0, "label_smoothing_factor": 0.1},
     "PS-KD history, top 16, bucket": {"history_top_k": 16, "history_tail": "bucket"},
     "PS-KD history, top 16, bucket, alpha 0.4": {"history_top_k": 16, "history_tail": "bucket", "alpha": 0.4},
+    "PS-KD history, top 16, bucket, alpha 0.4, label smoothing 0.1": {
+        "history_top_k": 16,
+        "history_tail": "bucket",
+        "alpha": 0.4,
+        "smoothing": 0.1,
+    },
+    "R-Drop, alpha 1": {"alpha": 0.0, "r_drop": 1.0},
+    "R-Drop, alpha 5": {"alpha": 0.0, "r_drop": 5.0},
+    "R-Drop, alpha 1, label smoothing 0.1": {"alpha": 0.0, "r_drop": 1.0, "label_smoothing_factor": 0.1},
     "PS-KD history, top 16, label": {"history_top_k": 16, "history_tail": "label"},
     "PS-KD history, top 16, renormalize": {"history_top_k": 16, "history_tail": "renormalize"},
     "PS-KD history, top 16, uniform": {"history_top_k": 16, "history_tail": "uniform"},
@@ -47,22 +57,8 @@ METHODS = {
     # What tells history and snapshot apart: dropout, the mass that is not stored, and the age of the predictions.
     "PS-KD snapshot with dropout": {"teacher": "snapshot", "teacher_dropout": True},
     "PS-KD snapshot with dropout, alpha 0.4": {"teacher": "snapshot", "teacher_dropout": True, "alpha": 0.4},
-    "PS-KD snapshot, top 16, label": {"teacher": "snapshot"},
 }
 FIGURES = TRANSLATION | {"train_cpu_minutes": COST["cpu_minutes"]}
-
-
-class Variants(Seq2SeqSelfKDTrainer):
-    """Changes what the snapshot says, to find out why the history says something better."""
-
-    top_k: int | None = None
-
-    def _past(self, batch, rows):
-        soft_targets = super()._past(batch, rows)
-        if soft_targets is None or self.top_k is None:
-            return soft_targets
-        log_probs, index = soft_targets.log_probs.topk(self.top_k, dim=-1)
-        return SoftTargets(log_probs, soft_targets.mask, index, "label")
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -77,7 +73,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
-def small_marian(words: int, width: int, layers: int, dropout: float = 0.1) -> MarianConfig:
+def small_marian(words: int, width: int, layers: int, dropout: float) -> MarianConfig:
     """A Marian from scratch; 0 pads and starts, 1 ends a sentence."""
     return MarianConfig(
         vocab_size=words,
@@ -119,7 +115,7 @@ def make_task(args: argparse.Namespace) -> dict:
         return tokenizer(batch[args.source], text_target=batch[args.target], truncation=True, max_length=64)
 
     return {
-        "config": small_marian(len(tokenizer), args.width, args.layers),
+        "config": small_marian(len(tokenizer), args.width, args.layers, args.dropout),
         "tokenizer": tokenizer,
         "train": train.map(encode, batched=True, remove_columns=train.column_names),
         "test": test.map(encode, batched=True, remove_columns=test.column_names),
@@ -152,11 +148,12 @@ def recipe(folder: str, seed: int, args: argparse.Namespace, **settings) -> Seq2
 def run(task: dict, method: str, seed: int, args: argparse.Namespace) -> dict:
     """Train once; translate the test set with the weights of the last epoch."""
     set_seed(seed)
+    trainer_class, settings = variant(METHODS[method])
     model = greedy_marian(task["config"])
     compute_metrics = compute_translation_metrics(task["tokenizer"])
     with tempfile.TemporaryDirectory() as folder:
-        config = recipe(folder, seed, args, **METHODS[method])
-        trainer = Variants(
+        config = recipe(folder, seed, args, **settings)
+        trainer = trainer_class(
             model,
             config,
             train_dataset=task["train"],
@@ -165,8 +162,6 @@ def run(task: dict, method: str, seed: int, args: argparse.Namespace) -> dict:
             data_collator=DataCollatorForSeq2Seq(task["tokenizer"], model=model),
             compute_metrics=compute_metrics,
         )
-        if "snapshot" in method:
-            trainer.top_k = 16 if "top 16" in method else None
         start = time.process_time()
         trainer.train()
         minutes = (time.process_time() - start) / 60
@@ -184,6 +179,15 @@ def run(task: dict, method: str, seed: int, args: argparse.Namespace) -> dict:
     }
 
 
+def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `recipe` and of the model."""
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=2, help="of encoder and decoder")
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--epochs", type=int, default=20)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_files", nargs="+", help="local parquet files; the Hub otherwise")
@@ -192,10 +196,7 @@ def main() -> None:
     parser.add_argument("--target", default="en", help="column of the target sentences")
     parser.add_argument("--max_train_samples", type=int, default=6000)
     parser.add_argument("--vocab_size", type=int, default=4000)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--epochs", type=int, default=20)
+    add_recipe_flags(parser)
     add_flags(parser, METHODS, [0, 1], "results_translation.jsonl")
     args = parser.parse_args()
     if not args.table:
