@@ -58,7 +58,7 @@ METHODS = {
     "PS-KD snapshot with dropout": {"teacher": "snapshot", "teacher_dropout": True},
     "PS-KD snapshot with dropout, alpha 0.4": {"teacher": "snapshot", "teacher_dropout": True, "alpha": 0.4},
 }
-FIGURES = TRANSLATION | {"train_cpu_minutes": COST["cpu_minutes"]}
+FIGURES = TRANSLATION | {"cpu_minutes": COST["cpu_minutes"]}
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -174,7 +174,7 @@ def run(task: dict, method: str, seed: int, args: argparse.Namespace) -> dict:
         "train_samples": len(task["train"]),
         **{key: metrics[key] for key in ("bleu", "chrf", "token_nll", "token_ece", "token_accuracy", "gen_len")},
         "signatures": compute_metrics.signatures,
-        "train_cpu_minutes": minutes,
+        "cpu_minutes": minutes,
         "hard_loss_by_epoch": [entry["hard_loss"] for entry in trainer.state.log_history if "hard_loss" in entry],
     }
 

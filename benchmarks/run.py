@@ -1,0 +1,44 @@
+"""
+Repeat a published table: each log in `docs/results` has its settings, by the same name, in `examples/configs/results`.
+
+    python benchmarks/run.py examples/configs/results/cifar100_50_images_16_pixels.yaml \
+        --train_files "train-*.parquet" --test_files "test-*.parquet"
+
+`command` is what is run, the other settings are its flags; flags that follow are added, and win. `--table` prints the
+table of what has been run so far.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+
+def words(config: Path, more: list[str]) -> list[str]:
+    """The command of a file of settings, without its interpreter, and `more` flags."""
+    settings = yaml.safe_load(config.read_text())
+    found = shlex.split(settings.pop("command"))[1:]
+    for name, value in settings.items():
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        found += [f"--{name}", *map(str, values)]
+    # A positional argument would be taken for one more value of the last flag.
+    places = [word for word in more[:1] if not word.startswith("-")]
+    return found[:1] + places + found[1:] + more[len(places) :]
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        sys.exit(__doc__)
+    config = Path(sys.argv[1])
+    Path("outputs/results").mkdir(parents=True, exist_ok=True)
+    program = shlex.split(yaml.safe_load(config.read_text())["command"])[0]
+    start = [sys.executable] if program == "python" else [sys.executable, "-m", "hf_selfkd"]
+    sys.exit(subprocess.call([*start, *words(config, sys.argv[2:])]))
+
+
+if __name__ == "__main__":
+    main()
