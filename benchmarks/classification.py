@@ -37,6 +37,7 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     DataCollatorWithPadding,
+    EvalPrediction,
     PreTrainedTokenizerFast,
     ResNetConfig,
     ResNetForImageClassification,
@@ -115,7 +116,7 @@ HISTORY = {
         for tail in ("label", "uniform", "renormalize")
     },
 }
-REPORTED = ("accuracy", "top5_accuracy", "nll", "brier", "ece", "ece_15", "aurc", "eaurc")
+REPORTED = ("accuracy", "confidence", "top5_accuracy", "nll", "brier", "ece", "ece_15", "aurc", "eaurc")
 MEAN, STD = torch.tensor((0.5071, 0.4865, 0.4409)), torch.tensor((0.2673, 0.2564, 0.2762))
 
 
@@ -353,6 +354,12 @@ def in_bf16(task: dict) -> dict:
     }
 
 
+def figures_of(prediction: EvalPrediction) -> dict[str, float]:
+    """The figures of classification, and how sure the model is: above the accuracy, it is over-confident."""
+    confidence = torch.from_numpy(prediction.predictions).float().softmax(-1).amax(-1).mean()
+    return compute_classification_metrics(prediction) | {"confidence": float(confidence)}
+
+
 def run(task: dict, method: str, seed: int, max_grad_norm: float = 1.0) -> dict:
     """Train once and evaluate the last epoch on the test set."""
     task, settings = dict(task), dict((METHODS | LAYERED | HISTORY)[method])
@@ -384,7 +391,7 @@ def run(task: dict, method: str, seed: int, max_grad_norm: float = 1.0) -> dict:
             make_model(),
             config,
             eval_dataset=held_out,
-            compute_metrics=compute_classification_metrics,
+            compute_metrics=figures_of,
             auxiliary_heads=heads,
             **task,
         )
