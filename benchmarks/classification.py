@@ -13,7 +13,7 @@ can be stopped and started again. `--table` prints the Markdown table of what is
 `--layered` compares auxiliary heads instead of teachers, `--history` what is stored of past predictions;
 `--few_shot_fraction` keeps a part of each class. What looks at held-out data (`PS-KD calibrated`) sees
 `--validation_files` or, of CIFAR-100, the ten images a class after the `--images_per_class` that are trained on; never
-the test set, which every figure is of.
+the test set, which every figure is of, unless settings are to be chosen: `--judge_on_held_out` leaves it alone.
 
 Without files the data come from the Hub (`uoft-cs/cifar100`, `fancyzhx/ag_news`); the digits are scikit-learn's.
 """
@@ -99,9 +99,17 @@ TERMS = {
     "heads, no rotation": {"views": "none", "layers": [0, 1, 2]},
     "heads, 3 views": {"views_per_step": 3},
 }
+# The term of `sla` with other weights, for a choice on held-out images.
+SLA = {
+    "sla, weight 0.3": {"heads_to_model_weight": 0.3},
+    "sla, weight 3": {"heads_to_model_weight": 3.0},
+    "sla, temperature 1": {"heads_to_model_weight": 1.0, "temperature": 1.0},
+    "sla, temperature 6": {"heads_to_model_weight": 1.0, "temperature": 6.0},
+    "sla, 3 views": {"heads_to_model_weight": 1.0, "views_per_step": 3},
+}
 LAYERED |= {
     name: {"alpha": 0.0, "auxiliary_heads": AuxiliaryHeadsConfig(**({"views": "rotation"} | terms))}
-    for name, terms in TERMS.items()
+    for name, terms in (TERMS | SLA).items()
 }
 # What is kept of a past prediction, and where the mass goes that is not: `benchmarks/history_bytes.py` compares them.
 HALF = {"teacher": "history", "history_dtype": "float16"}
@@ -221,7 +229,9 @@ def cifar100(args: argparse.Namespace) -> dict:
     kept = args.images_per_class
     train, every = of_each_class(few_shot(train, label, args.few_shot_fraction), label, 0, kept), train
     held_out = (
-        None if kept is None else Images(of_each_class(every, label, kept, 10), image, label, False, args.pixels)
+        None
+        if kept is None
+        else Images(of_each_class(every, label, kept, args.held_out_per_class), image, label, False, args.pixels)
     )
     name = args.model or "resnet8"
     return {
@@ -435,6 +445,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="all of the comparison by default")
     parser.add_argument("--few_shot_fraction", type=float, default=1.0, help="part of each class of images")
     parser.add_argument("--images_per_class", type=int, help="the first ones of each class, for training")
+    parser.add_argument("--held_out_per_class", type=int, default=10, help="images after those, not trained on")
+    parser.add_argument("--judge_on_held_out", action="store_true", help="instead of on the test set")
     parser.add_argument("--pixels", type=int, default=32, help="size of the images of CIFAR-100")
     parser.add_argument("--max_grad_norm", type=float, default=1.0, help="of the Trainer; 0 does not clip")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -455,6 +467,8 @@ def main() -> None:
         task = {"cifar100": cifar100, "digits": digits, "ag_news": ag_news}[args.task](args)
         if args.bf16:
             task = in_bf16(task)
+        if args.judge_on_held_out:
+            task["eval_dataset"] = task["validation_dataset"]
 
         def train(method: str, seed: int) -> dict:
             return run(task, method, seed, args.max_grad_norm)
