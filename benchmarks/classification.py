@@ -468,6 +468,8 @@ def main() -> None:
         if args.bf16:
             task = in_bf16(task)
         if args.judge_on_held_out:
+            if task.get("validation_dataset") is None:
+                parser.error("--judge_on_held_out: give --validation_files or --images_per_class")
             task["eval_dataset"] = task["validation_dataset"]
 
         def train(method: str, seed: int) -> dict:
