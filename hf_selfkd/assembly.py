@@ -143,7 +143,7 @@ def _make_predictions(method: MethodArguments, task: Task, setting: Setting) -> 
             + ": give one row for each in their order, or add an array of ids."
         )
     known = predictions.places(np.arange(size) if ids is None else ids) >= 0
-    if method.sample_id_column is None and not known.any():
+    if (method.sample_id_column is None or ids is not None) and not known.any():
         raise ValueError(f"{told} has no row for any of the ids of the training set: give those of its samples.")
     return PredictionsTeacher(predictions)
 

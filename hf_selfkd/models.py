@@ -19,6 +19,14 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+def guard_hooks() -> None:
+    """Let code that was compiled for a model without hooks not be taken for one with hooks, as is the default."""
+    dynamo = sys.modules.get("torch._dynamo")  # nothing is compiled before it is imported
+    if dynamo is not None and getattr(dynamo.config, "skip_nnmodule_hook_guards", False):
+        dynamo.config.skip_nnmodule_hook_guards = False
+        dynamo.reset()
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside the wrappers of `torch.compile` and of data parallelism, with the adapters of PEFT."""
     while True:

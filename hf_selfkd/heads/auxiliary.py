@@ -172,6 +172,8 @@ class AuxiliaryHeads(nn.Module):
     def _begin(self, model: nn.Module, args: tuple) -> None:
         if self.watching or (self.enabled and model.training):
             self.recorder.start()
+        else:
+            self.recorder.clear()  # a forward pass that was broken off leaves it on
 
     def _end(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> Any:
         if not self.recorder.on:
@@ -180,7 +182,7 @@ class AuxiliaryHeads(nn.Module):
         autocast = self.recorder.autocast  # of the model's forward, which is over
         try:
             with nullcontext() if autocast is None else torch.autocast(autocast[0], autocast[1]):
-                silent, arguments = self.recorder.silent, arguments_of(model, args, kwargs)
+                silent, arguments = self._silent(model), arguments_of(model, args, kwargs)
                 results = None if silent else self._run(model, arguments, device_of(outputs))
         finally:
             self.recorder.clear()
@@ -188,6 +190,22 @@ class AuxiliaryHeads(nn.Module):
             return with_auxiliary(outputs, results)
         self.results = results
         return None
+
+    def _silent(self, model: nn.Module) -> bool:
+        """
+        Whether every layer was skipped in this step.
+
+        Raises:
+            ValueError: if nothing was heard of the layers of a model that skips none.
+        """
+        silent, base = self.recorder.silent, base_model(model)
+        config = getattr(base, "config", None)
+        if silent and (config is None or "layerdrop" not in config.to_json_string(use_diff=False)):
+            raise ValueError(
+                f"the heads on {', '.join(self.names)} heard nothing of a forward pass of {type(base).__name__}: "
+                "their hooks were taken off, or compiled code without them was run. Attach heads before you compile."
+            )
+        return silent
 
     def answer(self, model: nn.Module, index: int, arguments: dict[str, Any]) -> torch.Tensor:
         """

@@ -8,7 +8,9 @@ answers what the model has answered already. So pooling, masks and scales are th
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,6 +118,11 @@ class _Replay(_StandIn):
         return (features,) if self.in_tuple else features
 
 
+def _while_running(tape: _Tape, find: Callable[[], nn.Module]) -> nn.Module | None:
+    """Input embeddings, which are stand-ins: none for those who look for some at rest (gradient checkpointing)."""
+    return None if tape.now is None else find()
+
+
 class NativeHead(nn.Module):
     """
     A copy of what follows the last layer of a model, as [`NativeHeads`] makes it.
@@ -152,6 +159,9 @@ class NativeHead(nn.Module):
         self.model, self.config, self.tail, self.taps, self.prefix, self.exit = model, config, tail, taps, prefix, exit
         self.pooled, self.channels_last, self.tape = pooled, channels_last, tape
         self.common = _take_tensors(model, set(tail), tied)
+        for part in model.modules():
+            if hasattr(part, "get_input_embeddings"):
+                part.get_input_embeddings = partial(_while_running, tape, part.get_input_embeddings)
 
     @property
     def tap(self) -> str:

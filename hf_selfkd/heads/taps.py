@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from ..models import guard_hooks
+
 
 def tensor_of(output: Any) -> torch.Tensor | None:
     """The features among what a layer returns: the first tensor, if any."""
@@ -92,6 +94,7 @@ class Recorder:
 
     def register(self, model: nn.Module) -> None:
         """Listen to the modules of a model."""
+        guard_hooks()
         for index, name in enumerate(self.names):
             module = model.get_submodule(name)
             self.handles.append(module.register_forward_pre_hook(partial(self._enter, index), with_kwargs=True))

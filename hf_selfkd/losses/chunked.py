@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..models import base_model, class_of
+from ..models import base_model, class_of, guard_hooks
 from .cross_entropy import cross_entropy_sum
 from .progressive import progressive_cross_entropy
 from .soft_targets import RowLosses, SoftTargets, distilled_rows, label_entries
@@ -66,6 +66,7 @@ class ChunkedHead:
         self.hidden: torch.Tensor | None = None
         self.watching = False  # whether the next forward is one to be checked
         self.calls: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the head then: what it is given, what it gives
+        guard_hooks()
         self.handles = [
             self.head.register_forward_pre_hook(self._narrow),
             self.head.register_forward_hook(self._learn),
