@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from .config import MethodArguments
 from .heads import AuxiliaryHeads, heads_of
-from .models import base_model
+from .models import base_model, virtual_tokens_of
 from .tasks import TASKS, Task
 
 
@@ -159,6 +159,11 @@ def check_headless(model: nn.Module, given: type[Task] | None) -> None:
     found = given or next((task for task in TASKS if task.matches(base_model(model))), None)
     if found is not None and found.headless is not None:
         raise ValueError(f"auxiliary_heads with {found.name}: {found.headless}. Leave auxiliary_heads out.")
+    if found is not None and found.per_token and virtual_tokens_of(model):
+        raise ValueError(
+            f"auxiliary_heads with {found.name} and prompt tuning: virtual tokens have no labels that heads could "
+            "learn. Use LoRA, or leave auxiliary_heads out."
+        )
 
 
 def warn_of_clipping(trainer: Trainer) -> None:

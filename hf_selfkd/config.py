@@ -29,6 +29,11 @@ _KINDS = {  # types of fields: what to call a value, and whether something is on
 }
 
 
+def default_alpha(teacher: str) -> float:
+    """The published weight with a teacher."""
+    return 0.1 if teacher == "rank" else 0.8
+
+
 @dataclass
 class MethodArguments:
     r"""
@@ -204,8 +209,9 @@ class MethodArguments:
         for name in ("auxiliary_heads", "teacher_predictions"):
             if getattr(self, name) == "None":  # of a command line, or as `hyperparameter_search` casts a trial's None
                 setattr(self, name, None)
-        if self.alpha is None:
-            self.alpha = 0.1 if self.teacher == "rank" else 0.8
+        self.alpha_left_out = self.alpha is None
+        if self.alpha_left_out:
+            self.alpha = default_alpha(self.teacher)
         self.check()
 
     @classmethod

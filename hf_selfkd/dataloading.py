@@ -46,7 +46,7 @@ class DataLoading:
         if not isinstance(dataset, IterableDataset):
             return
         check_unsplit(dataset, self.args.world_size)
-        by_epoch = ("cosine",) if method.teacher == "auto" else ("linear", "cosine")
+        by_epoch = {"cosine", "calibrated"} | ({"linear"} if method.teacher != "auto" else set())
         if method.distils and not has_length(dataset) and method.alpha_schedule in by_epoch:
             raise ValueError(
                 f"alpha_schedule={method.alpha_schedule!r} needs a known number of epochs, which "
@@ -170,9 +170,9 @@ class DataLoading:
         """The dataset with ids, unused columns removed, and the user's collator as the stock Trainer would wrap it."""
         if isinstance(dataset, IterableDataset):
             return dataset, super()._get_collator_with_removed_columns(collator, description)
-        wrapped = (
-            dataset if isinstance(dataset, SampleIdDataset) else with_sample_ids(dataset, method.sample_id_column)
-        )
+        wrapped = with_sample_ids(dataset, method.sample_id_column)
+        if self._kept_ids is not None:
+            wrapped = SampleIdDataset(wrapped.dataset, self._kept_ids)
         inner = wrapped.dataset
         if is_hf_dataset(inner):
             ids = np.arange(len(inner)) if wrapped.ids is None else wrapped.ids
@@ -189,6 +189,9 @@ class DataLoading:
         self, mixer: SelfKDDataCollator | None, inner: Callable, dataset: Any, method: MethodArguments, task: Task
     ) -> TrainingCollator:
         iterable, dispatched = isinstance(dataset, IterableDataset), self.args.accelerator_config.dispatch_batches
+        if type(task).__module__.startswith(f"{__package__}."):  # one of a user's may look at its model
+            task = copy.copy(task)
+            task.model = task.wrapped = None  # worker processes that are spawned are sent all of the collator
         self._train_collator = TrainingCollator(
             inner,
             mixer,
@@ -267,6 +270,8 @@ class DataLoading:
 
     def _size_and_ids(self) -> tuple[int, np.ndarray | None]:
         dataset, column = self.train_dataset, self.method.sample_id_column
+        if self._kept_ids is not None:
+            return len(dataset), self._kept_ids
         if isinstance(dataset, SampleIdDataset):
             return len(dataset), dataset.ids
         if column is not None and is_hf_dataset(dataset):

@@ -15,7 +15,7 @@ from .config import MethodArguments
 from .losses.soft_targets import labelled
 from .metrics.mixture import Look
 from .metrics.temperature import LOG_TEMPERATURES, TemperatureFit, at_temperature
-from .samples import SampleIdDataset, is_hf_dataset
+from .samples import SampleIdDataset, ids_in, is_hf_dataset, seeded
 from .tasks.rows import Rows
 
 
@@ -30,17 +30,17 @@ def select(dataset: Any, indices: np.ndarray) -> Any:
     return dataset.select(indices) if is_hf_dataset(dataset) else Subset(dataset, indices.tolist())
 
 
-def split_off(dataset: Any, fraction: float, seed: int) -> tuple[Any, Any]:
+def shares(dataset: Any, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """
-    Split a map-style dataset by chance.
+    Divide the rows of a map-style dataset by chance.
 
     Args:
         dataset: with a length.
-        fraction (`float`): share of the second part, which has at least one sample.
-        seed (`int`): decides which samples.
+        fraction (`float`): share of the second part, which has at least one row.
+        seed (`int`): decides which rows.
 
     Returns:
-        `tuple`: the rest and the part, both in the order of the dataset.
+        `tuple`: the rows of the rest and of the part, both in the order of the dataset.
 
     Raises:
         ValueError: if the dataset has no length or is too small.
@@ -52,7 +52,28 @@ def split_off(dataset: Any, fraction: float, seed: int) -> tuple[Any, Any]:
         )
     order = np.random.default_rng(seed).permutation(len(dataset))
     count = max(round(fraction * len(dataset)), 1)
-    return select(dataset, np.sort(order[count:])), select(dataset, np.sort(order[:count]))
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+def ids_of_part(part: Any, rows: np.ndarray, column: str | None) -> np.ndarray | None:
+    """
+    The ids of a part of a dataset, those that its samples have in the whole; `None` where the part tells them itself.
+
+    Args:
+        part: some rows of a map-style dataset.
+        rows (`np.ndarray`): their numbers in the whole, which are the ids where nothing else is.
+        column (`str`, *optional*): where samples have their ids.
+    """
+    if isinstance(part, SampleIdDataset):
+        if part.ids is not None:
+            return None
+        part, column = part.dataset, part.id_column
+    if column is None:
+        return rows
+    if is_hf_dataset(part):
+        return None
+    with seeded(0):  # a transform may draw
+        return np.concatenate([ids_in([part[row]], column) for row in range(len(part))])
 
 
 class HeldOut:
@@ -112,14 +133,17 @@ class Calibration:
     """Part of [`~hf_selfkd.SelfKDMixin`]: the data that `alpha_schedule="calibrated"` looks at, and the looking."""
 
     _split_off: Any = None  # the part of the training set that calibrates and is not trained on
+    _kept_ids: np.ndarray | None = None  # of the other part, where it does not tell them itself
     _held_out: HeldOut | None = None  # of the present training, once it was looked at
 
     def _split_training_set(self, method: MethodArguments) -> None:
         """Take the share for calibration off the training set."""
         if method.calibration_fraction > 0 and method.distils and self.train_dataset is not None:
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            parts = split_off(self.train_dataset, method.calibration_fraction, seed)
-            self.train_dataset, self._split_off = parts
+            kept, held_out = shares(self.train_dataset, method.calibration_fraction, seed)
+            self._split_off = select(self.train_dataset, held_out)
+            self.train_dataset = select(self.train_dataset, kept)
+            self._kept_ids = ids_of_part(self.train_dataset, kept, method.sample_id_column)
 
     def _calibration_set(self) -> Any:
         """
@@ -128,6 +152,12 @@ class Calibration:
         Raises:
             ValueError: if there are none, or several sets of them.
         """
+        fraction = self.method.calibration_fraction
+        if fraction > 0 and self._split_off is None:
+            raise ValueError(
+                f"calibration_fraction={fraction} came after the trainer was made, which has held nothing out: give "
+                "it in the arguments that the trainer is made with."
+            )
         dataset = self.eval_dataset if self._split_off is None else self._split_off
         if dataset is None or isinstance(dataset, dict):
             found = "there is no eval_dataset" if dataset is None else "eval_dataset is a dictionary of several"

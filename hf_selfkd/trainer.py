@@ -39,7 +39,7 @@ from .checks import (
     check_task,
     never_called,
 )
-from .config import MethodArguments, SelfKDConfig
+from .config import MethodArguments, SelfKDConfig, default_alpha
 from .dataloading import DataLoading
 from .devices import to_device
 from .distiller import SelfDistiller
@@ -188,6 +188,17 @@ class SelfKDMixin(Building, DataLoading, Calibration, Sharing, Checkpoints, Eval
         self._grow_heads(model, self.args)
         return model
 
+    def _hp_search_setup(self, trial: Any) -> None:
+        """As in [`~transformers.Trainer`]; an alpha that nobody has chosen is that of the trial's teacher."""
+        left_out = getattr(self.args, "alpha_left_out", False)
+        if left_out:
+            self.args.alpha = None
+        try:
+            super()._hp_search_setup(trial)
+        finally:
+            if left_out and self.args.alpha is None:
+                self.args.alpha = default_alpha(self.args.teacher)
+
     def _check_setup(self) -> None:
         method, heads = self.method, heads_of(self.model)
         check_heads(self, method, heads)
@@ -268,6 +279,11 @@ class SelfKDMixin(Building, DataLoading, Calibration, Sharing, Checkpoints, Eval
             logger.warning(
                 f"teacher={distiller.teacher.kind!r} never taught: training ended in its first pass over the data, so "
                 "this was plain training. Let the dataset end several times before max_steps."
+            )
+        elif getattr(distiller.teacher, "found", None) == 0:
+            logger.warning(
+                f"teacher_predictions={self.method.teacher_predictions!r} has no prediction for any sample that was "
+                "seen, so this was plain training: give the ids of sample_id_column."
             )
         elif distiller.calibrated is None and distiller.alpha_reached < 0.75 * distiller.alpha:
             logger.warning(

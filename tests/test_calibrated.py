@@ -24,7 +24,7 @@ from test_resume import check_resume, saves
 from transformers import TrainerCallback
 
 from hf_selfkd import SelfKDConfig, with_sample_ids
-from hf_selfkd.held_out import HeldOut, split_off
+from hf_selfkd.held_out import HeldOut, ids_of_part, select, shares
 from hf_selfkd.metrics.mixture import Look, past_weight
 from hf_selfkd.metrics.temperature import TemperatureFit, at_temperature
 from hf_selfkd.schedule import CalibratedAlpha
@@ -182,21 +182,24 @@ def test_split(kind):
         "with ids": lambda: with_sample_ids(Samples(rows)),
         "own ids": lambda: with_sample_ids(Samples(rows), "uid"),
     }[kind]()
-    rest, part = split_off(dataset, 0.2, seed=3)
+    kept, held_out = shares(dataset, 0.2, seed=3)
+    rest, part = select(dataset, kept), select(dataset, held_out)
     assert len(rest) == 32 and len(part) == 8
     of_rest, of_part = ([side[n]["x"] for n in range(len(side))] for side in (rest, part))
     assert sorted(of_rest + of_part) == list(range(40)) and of_rest == sorted(of_rest) and of_part == sorted(of_part)
-    again = split_off(dataset, 0.2, seed=3)[1]
-    assert [again[n]["x"] for n in range(8)] == of_part != [split_off(dataset, 0.2, 4)[1][n]["x"] for n in range(8)]
+    assert shares(dataset, 0.2, seed=3)[1].tolist() == of_part != shares(dataset, 0.2, seed=4)[1].tolist()
     if kind == "with ids":
         assert rest.ids.tolist() == of_rest
     if kind == "own ids":
         assert [rest[n]["sample_id"] for n in range(3)] == [100 + n for n in of_rest[:3]]
+    column = "uid" if kind == "own ids" else None
+    ids = ids_of_part(rest, kept, column)
+    assert ids is None if kind == "with ids" else ids.tolist() == [n + 100 * (kind == "own ids") for n in of_rest]
 
 
 def test_split_of_little():
-    assert [len(part) for part in split_off([1, 2, 3], 0.01, 0)] == [2, 1]
-    refused(lambda: split_off([1], 0.1, 0), "calibration_fraction=0.1", "at least 2", "eval_dataset")
+    assert [len(part) for part in shares([1, 2, 3], 0.01, 0)] == [2, 1]
+    refused(lambda: shares([1], 0.1, 0), "calibration_fraction=0.1", "at least 2", "eval_dataset")
 
 
 @pytest.mark.parametrize("dataset", ["map", "stream"])
@@ -317,9 +320,9 @@ def test_a_share_of_the_training_set_is_held_out(tmp_path):
     trainer.train()
     assert trainer.state.max_steps == 3 * math.ceil(30 / 4) and len(trainer.train_dataset) == 30
     assert logged(trainer, "held_out_temperature")
-    stored = trainer.teacher.stored(np.arange(30))
-    assert torch.isfinite(stored).all()
-    refused(lambda: trainer.teacher.stored([30]), "30")
+    kept = [n for n in range(40) if any(samples[n] is item for item in trainer.train_dataset)]
+    assert torch.isfinite(trainer.teacher.stored(kept)).all()  # ids are those of the dataset that was given
+    refused(lambda: trainer.teacher.stored([min(set(range(40)) - set(kept))]), "ids")
 
 
 def test_resume_with_a_share_held_out(tmp_path):

@@ -23,12 +23,13 @@ class Metric:
 
     def shown(self, value: float) -> str:
         """The value as text."""
-        factor = 1.0 if self.factor == 100 and abs(value) > 1 else self.factor  # it is in per cent already
-        return f"{factor * value:.{self.digits}f}"
+        return self.with_spread(value, None)
 
     def with_spread(self, mean: float, std: float | None) -> str:
         """A mean over seeds with its standard deviation, if there are several, as text."""
-        return self.shown(mean) + ("" if std is None else f" ± {self.shown(std)}")
+        factor = 1.0 if self.factor == 100 and abs(mean) > 1 else self.factor  # it is in per cent already
+        values = [mean] if std is None else [mean, std]
+        return " ± ".join(f"{factor * value:.{self.digits}f}" for value in values)
 
 
 # In the order of the table.

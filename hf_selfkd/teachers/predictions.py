@@ -131,11 +131,13 @@ class PredictionsTeacher(Teacher):
     def __init__(self, predictions: Predictions):
         super().__init__()
         self.predictions = predictions
+        self.found = 0  # samples that the file had a prediction for, each time that they were seen
 
     def targets(self, batch: Batch) -> Taught:
         if batch.samples is None:
             return Taught()
         log_probs, known = self.predictions.log_probs(batch.samples.ids)
+        self.found += int(known.sum())
         device = batch.labels.device
         return Taught(SoftTargets(to_device(log_probs, device), to_device(known, device)))
 
