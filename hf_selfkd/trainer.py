@@ -196,8 +196,9 @@ class SelfKDMixin(Building, DataLoading, Calibration, Sharing, Checkpoints, Eval
         try:
             super()._hp_search_setup(trial)
         finally:
-            if left_out and self.args.alpha is None:
-                self.args.alpha = default_alpha(self.args.teacher)
+            if left_out:
+                chosen = self.args.alpha
+                self.args.alpha = default_alpha(self.args.teacher) if chosen is None else float(chosen)
 
     def _check_setup(self) -> None:
         method, heads = self.method, heads_of(self.model)

@@ -320,9 +320,10 @@ def test_a_share_of_the_training_set_is_held_out(tmp_path):
     trainer.train()
     assert trainer.state.max_steps == 3 * math.ceil(30 / 4) and len(trainer.train_dataset) == 30
     assert logged(trainer, "held_out_temperature")
-    kept = [n for n in range(40) if any(samples[n] is item for item in trainer.train_dataset)]
+    images = [item["pixel_values"] for item in trainer.train_dataset]
+    kept = [n for n in range(40) if any(torch.equal(samples[n]["pixel_values"], image) for image in images)]
     assert torch.isfinite(trainer.teacher.stored(kept)).all()  # ids are those of the dataset that was given
-    refused(lambda: trainer.teacher.stored([min(set(range(40)) - set(kept))]), "ids")
+    refused(lambda: trainer.teacher.stored([min(set(range(40)) - set(kept))]), "out of range", "30 samples")
 
 
 def test_resume_with_a_share_held_out(tmp_path):
@@ -380,3 +381,29 @@ def test_held_out_data_that_do_not_fit_are_found_before_the_first_step(tmp_path)
     with pytest.raises((KeyError, ValueError), match="labels"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_ids_of_a_column_are_those_of_the_dataset_that_was_given(tmp_path):
+    samples = Samples([item | {"uid": n} for n, item in enumerate(make_samples("plain_vit", 40))])
+    options = CALIBRATED | {"calibration_fraction": 0.25, "sample_id_column": "uid"}
+    trainer = train(tmp_path, "plain_vit", samples, **options)
+    kept = [trainer.train_dataset[n]["uid"] for n in range(30)]
+    assert torch.isfinite(trainer.teacher.stored(kept)).all()
+
+
+def test_a_stream_without_length_is_refused(tmp_path):
+    options = CALIBRATED | {"eval_dataset": make_samples("vit", 8), "max_steps": 4}
+    for teacher in ("auto", "snapshot"):
+        options["teacher"] = teacher
+        refused(
+            lambda: make_trainer(tmp_path, "vit", Stream(make_samples("vit", 8)), **options),
+            "alpha_schedule='calibrated'",
+            "number of epochs",
+            "linear_step",
+        )
+
+
+def test_a_share_that_is_asked_for_too_late(tmp_path):
+    trainer = make_trainer(tmp_path, "vit", make_samples("vit", 8), eval_dataset=make_samples("vit", 8), **CALIBRATED)
+    trainer.args.calibration_fraction = 0.25
+    refused(trainer.train, "calibration_fraction=0.25", "after the trainer was made")

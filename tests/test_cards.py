@@ -479,3 +479,9 @@ def test_a_loss_that_was_no_number_does_not_stop_the_card(tmp_path):
     json.loads((tmp_path / "selfkd_card.json").read_text(), parse_constant=pytest.fail)
     write_card(CardFacts.load(tmp_path), tmp_path)
     assert (tmp_path / "README.md").read_text() == text and "| Accuracy (%) | 50.00 |" in text
+
+
+def test_a_spread_has_the_unit_of_its_mean():
+    for mean, std in ((0.932, 0.004), (93.2, 0.4)):
+        assert METRICS["accuracy"].with_spread(mean, std) == "93.20 ± 0.40"
+    assert METRICS["nll"].with_spread(0.5, None) == METRICS["nll"].shown(0.5) == "0.500"

@@ -1,10 +1,12 @@
 """What a user's own collator, sampler and dataloader may be: whatever the stock class trains on."""
 
+import pickle
+
 import pytest
 import torch
 from conformance import Linear, Points, classes, columns, stack, with_each_class
 from datasets import Dataset as HFDataset
-from helpers import MASK, collate, make_model, make_samples
+from helpers import MASK, collate, make_model, make_samples, make_trainer
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
@@ -285,3 +287,15 @@ def test_group_by_length(case, tmp_path):
         assert sorted(sum(batches, [])) == sorted(len(item["input_ids"]) for item in samples)
         assert batches[0][0] == max(max(batch) for batch in batches)
     assert trainer.state.global_step == 6
+
+
+# Worker processes
+
+
+def test_what_workers_are_sent_has_no_model_in_it(tmp_path):
+    """Processes that are spawned are sent the collator, and a model may have hooks that cannot be sent."""
+    model = make_model("bert")
+    model.register_forward_hook(lambda *args: None)
+    trainer = make_trainer(tmp_path, model, make_samples("texts", 8), num_train_epochs=2)
+    trainer.train()
+    assert len(pickle.dumps(trainer._train_collator)) < 4096

@@ -392,3 +392,16 @@ def test_columns_of_the_users_own_reach_collator_and_model(tmp_path, name, teach
     options = {"remove_unused_columns": False, "eval_dataset": items, "eval_strategy": "epoch", "teacher": teacher}
     train(tmp_path, model, items, data_collator=collator, **options)
     assert seen == {"collator": set(range(100, 108)), "model": set(range(100, 108))}
+
+
+def test_alpha_of_a_trial_is_that_of_its_teacher(tmp_path):
+    options = {"model_init": lambda: make_model("vit"), "num_train_epochs": 1}
+    trainer = make_trainer(tmp_path, None, make_samples("vit", 8), **options)
+    trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, dict
+    for trial, expected in (
+        (Trial(teacher="rank"), 0.1),
+        (Trial(teacher="history"), 0.8),
+        (Trial(teacher="rank", alpha="0.8"), 0.8),
+    ):
+        trainer._hp_search_setup(trial)
+        assert trainer.method.alpha == expected

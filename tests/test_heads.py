@@ -8,7 +8,19 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CLASSES, VOCABULARY, collate, difference, make_model, make_samples, refused, state_of
+from helpers import (
+    CLASSES,
+    VOCABULARY,
+    collate,
+    difference,
+    logged,
+    make_model,
+    make_samples,
+    make_trainer,
+    refused,
+    state_of,
+    train,
+)
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -779,3 +791,52 @@ def test_fields_of_another_type_are_refused(field, value):
 
 def test_layers_may_not_be_a_number():
     refused(lambda: AuxiliaryHeadsConfig(layers=3), "layers=3")
+
+
+# What can keep heads from hearing their model
+
+
+@pytest.fixture
+def fresh_dynamo(monkeypatch):
+    """Compilation as a new process has it: without guards for hooks."""
+    dynamo = pytest.importorskip("torch._dynamo")
+    torch.compiler.reset()
+    monkeypatch.setattr(dynamo.config, "skip_nnmodule_hook_guards", True)
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.trains
+def test_heads_learn_after_a_compiled_run_without_heads(tmp_path, fresh_dynamo):
+    options = {"torch_compile": True, "torch_compile_backend": "eager", "alpha": 0.0, "num_train_epochs": 1}
+    train(tmp_path / "plain", "bert", make_samples("texts", 8), **options)
+    trainer = train(tmp_path / "heads", "bert", make_samples("texts", 8), auxiliary_heads="byot", **options)
+    assert logged(trainer, "head0_loss")
+
+
+def test_heads_that_hear_nothing_are_an_error():
+    model = attach_auxiliary_heads(make_model("vit"), "byot").train()
+    heads_of(model).recorder.remove()
+    refused(lambda: model(**batch_of("vit")), "heard nothing", "ViTForImageClassification", "compile")
+
+
+def test_evaluation_after_a_forward_pass_that_was_broken_off():
+    model = attach_auxiliary_heads(make_model("vit"), "byot").train()
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    handle = model.classifier.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**batch_of("vit"))
+    handle.remove()
+    assert "auxiliary" not in model.eval()(**batch_of("vit"))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # of peft
+def test_prompt_tuning_of_words_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(make_model("gpt2"), config)
+    samples = make_samples("gpt2", 8)
+    refused(lambda: make_trainer(tmp_path, model, samples, auxiliary_heads="sla"), "prompt tuning", "LoRA")

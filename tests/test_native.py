@@ -573,3 +573,15 @@ def test_generation_from_an_exit_and_with_its_help(name):
     alone = model.generate(words, **options)
     assert small.generate(words, **options).shape[0] == 1
     assert torch.equal(model.generate(words, assistant_model=small, **options), alone)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # activation_checkpointing from 5.21 on
+def test_gradient_checkpointing(tmp_path):
+    """Whoever looks for input embeddings, as checkpointing does, finds those of the model and no stand-in."""
+    checkpointed = attach_auxiliary_heads(make("bert").train(), "exits")
+    checkpointed.gradient_checkpointing_enable()
+    checkpointed.enable_input_require_grads()
+    models = [attach_auxiliary_heads(make("bert").train(), "exits"), checkpointed]
+    options = {"auxiliary_heads": "exits", "num_train_epochs": 1, "alpha": 0.0}
+    one, other = (train(tmp_path, model, make_samples("texts", 8), **options) for model in models)
+    assert difference(one, other) < 1e-6

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from helpers import (
     CLASSES,
     Samples,
@@ -269,3 +270,19 @@ def test_a_stream_needs_ids(tmp_path):
 )
 def test_fields(tmp_path, options, parts):
     refused(lambda: SelfKDConfig(str(tmp_path), use_cpu=True, **options), *parts)
+
+
+def test_ids_of_a_column_that_the_file_does_not_know(tmp_path, caplog):
+    rows = [
+        {name: value.tolist() if torch.is_tensor(value) else value for name, value in item.items()}
+        for item in make_samples("texts", 8)
+    ]
+    known = Dataset.from_list([row | {"uid": 1000 + n} for n, row in enumerate(rows)])
+    path = write(tmp_path / "past.npz", probs=probabilities(8), ids=torch.arange(8))
+    options = {"teacher_predictions": str(path), "sample_id_column": "uid"}
+    refused(lambda: train(tmp_path, "bert", known, **options), "no row for any of the ids")
+    with caplog.at_level("WARNING"):
+        train(
+            tmp_path, "bert", [item | {"uid": 1000 + n} for n, item in enumerate(make_samples("texts", 8))], **options
+        )
+    assert "no prediction for any sample" in caplog.text

@@ -41,7 +41,8 @@ def everything(trainer, after):
     """What must not depend on an interruption at step `after`."""
     teacher = dict(trainer.teacher.states())["teacher"][0]
     if trainer.teacher.kind == "history":
-        teacher |= {"stored": trainer.teacher.stored(range(len(trainer.train_dataset)))}
+        size, ids = trainer._size_and_ids()
+        teacher |= {"stored": trainer.teacher.stored(range(size) if ids is None else ids)}
     optimizer = trainer.optimizer.state_dict()["state"]
     return {
         "weights and buffers": state_of(trainer),
