@@ -190,15 +190,15 @@ class SelfKDMixin(Building, DataLoading, Calibration, Sharing, Checkpoints, Eval
 
     def _hp_search_setup(self, trial: Any) -> None:
         """As in [`~transformers.Trainer`]; an alpha that nobody has chosen is that of the trial's teacher."""
-        left_out = getattr(self.args, "alpha_left_out", False)
-        if left_out:
-            self.args.alpha = None
+        args = self.args
+        untouched = getattr(args, "alpha_left_out", False) and args.alpha == default_alpha(args.teacher)
+        if self.hp_search_backend is None or trial is None or not untouched:
+            return super()._hp_search_setup(trial)
+        args.alpha = None
         try:
             super()._hp_search_setup(trial)
         finally:
-            if left_out:
-                chosen = self.args.alpha
-                self.args.alpha = default_alpha(self.args.teacher) if chosen is None else float(chosen)
+            args.alpha = default_alpha(args.teacher) if args.alpha is None else float(args.alpha)
 
     def _check_setup(self) -> None:
         method, heads = self.method, heads_of(self.model)

@@ -35,6 +35,7 @@ HOOKS = {
     "get_train_dataloader": "",
     # the run and its steps
     "_get_num_items_in_batch": "batch_samples device",
+    "_hp_search_setup": "trial",
     "_init_training_state": "max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint trial",
     "_inner_training_loop": "batch_size= args= resume_from_checkpoint= trial= ignore_keys_for_eval=",
     "_prepare_for_training": "max_steps train_dataloader resume_from_checkpoint",
