@@ -31,22 +31,37 @@ SHOWN = {  # by the method of a log: name, colour, marker
 
 
 def means(rows: list[dict], method: str) -> dict[str, float]:
-    """The means of a method over its seeds; nothing where a figure is missing."""
+    """The means of a method's figures over its seeds; nothing where one is missing."""
     known = {"accuracy", "ece", "nll", "aurc"}
     of_method = [row for row in rows if row.get("method") == method and known <= row.keys()]
     figures = [row | {"error": 100 * (1 - row["accuracy"])} for row in of_method]
-    return {name: statistics.mean(row[name] for row in figures) for name in ("ece", *FIGURES)} if figures else {}
+    shared = set.intersection(*map(set, figures)) if figures else set()
+    told = ("ece", "accuracy", *FIGURES, "confidence", "temperature")
+    return {name: statistics.mean(row[name] for row in figures) for name in told if name in shared}
+
+
+def overconfidence(rows: list[dict], plain: dict[str, float]) -> float:
+    """
+    Per cent by which plain training is surer than right, below 0 where it is too modest. Logs that tell no confidence
+    have the ECE for it, with the sign of the fitted temperature or, without one, of what softer targets do to the ECE.
+    """
+    if "confidence" in plain:
+        return 100 * (plain["confidence"] - plain["accuracy"])
+    if "temperature" in plain:
+        return plain["ece"] if plain["temperature"] > 1 else -plain["ece"]
+    softer = next(filter(None, (means(rows, method) for method in ("label smoothing 0.1", "PS-KD history"))), plain)
+    return plain["ece"] if softer["ece"] <= plain["ece"] else -plain["ece"]
 
 
 def points(rows: list[dict]) -> dict[str, tuple[float, dict[str, float]]]:
-    """For each method that is shown: ECE of plain training, and per cent of each figure that the method takes off."""
+    """For each method that is shown: how over-confident plain training is, and per cent of each figure taken off."""
     found: dict[str, tuple[float, dict[str, float]]] = {}
     plain = means(rows, "plain")
     for method in SHOWN if plain else ():
         reached = means(rows, method)
         if reached:
             gains = {name: 100 * (1 - reached[name] / plain[name]) for name in FIGURES}
-            found[SHOWN[method][0]] = (plain["ece"], gains)
+            found[SHOWN[method][0]] = (overconfidence(rows, plain), gains)
     return found
 
 
@@ -57,10 +72,13 @@ def draw(settings: list[dict[str, tuple[float, dict[str, float]]]]) -> Figure:
     for axes, (name, title) in zip(panels, FIGURES.items(), strict=True):
         for label, colour, marker in dict.fromkeys(SHOWN.values()):
             values = [setting[label] for setting in settings if label in setting]
-            x, y = [ece for ece, _ in values], [gains[name] for _, gains in values]
+            x, y = [gap for gap, _ in values], [gains[name] for _, gains in values]
             axes.scatter(x, y, c=colour, marker=marker, s=34, label=label, alpha=0.85)
         axes.axhline(0, color="#555555", linewidth=1)
-        axes.set(xlabel="ECE of plain training, %", ylabel=f"{title} taken off, %")
+        axes.axvline(0, color="#555555", linewidth=1, linestyle=":")
+        axes.set(xlabel="confidence of plain training above its accuracy, %", ylabel=f"{title} taken off, %")
+        if name == "nll":
+            axes.set_ylim(bottom=-60)
         axes.grid(color="#e6e6e6")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
