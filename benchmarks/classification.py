@@ -476,8 +476,8 @@ def main() -> None:
             return run(task, method, seed, args.max_grad_norm)
 
         run_missing(path, args.seeds, methods, train, tuple(FIGURES))
-    shown = {"cpu_ms_per_image": COST["cpu_ms_per_image"]}
-    print(table(read_results(path), list(known), FIGURES | (shown if args.layered else {})))
+    cost = {"cpu_ms_per_image": COST["cpu_ms_per_image"]} if args.layered else {}
+    print(table(read_results(path), list(known), FIGURES | cost))
 
 
 if __name__ == "__main__":

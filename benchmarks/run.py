@@ -19,25 +19,23 @@ import yaml
 
 
 def words(config: Path, more: list[str]) -> list[str]:
-    """The command of a file of settings, without its interpreter, and `more` flags."""
+    """The command of a file of settings and `more` flags, as a process is started with it."""
     settings = yaml.safe_load(config.read_text())
-    found = shlex.split(settings.pop("command"))[1:]
+    program, first, *rest = shlex.split(settings.pop("command"))
+    start = [sys.executable] if program == "python" else [sys.executable, "-m", "hf_selfkd"]
     for name, value in settings.items():
         values = value if isinstance(value, list) else [] if value is True else [value]
-        found += [f"--{name}", *map(str, values)]
+        rest += [f"--{name}", *map(str, values)]
     # A positional argument would be taken for one more value of the last flag.
     places = [word for word in more[:1] if not word.startswith("-")]
-    return found[:1] + places + found[1:] + more[len(places) :]
+    return [*start, first, *places, *rest, *more[len(places) :]]
 
 
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         sys.exit(__doc__)
-    config = Path(sys.argv[1])
     Path("outputs/results").mkdir(parents=True, exist_ok=True)
-    program = shlex.split(yaml.safe_load(config.read_text())["command"])[0]
-    start = [sys.executable] if program == "python" else [sys.executable, "-m", "hf_selfkd"]
-    sys.exit(subprocess.call([*start, *words(config, sys.argv[2:])]))
+    sys.exit(subprocess.call(words(Path(sys.argv[1]), sys.argv[2:])))
 
 
 if __name__ == "__main__":

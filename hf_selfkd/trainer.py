@@ -281,7 +281,7 @@ class SelfKDMixin(Building, DataLoading, Calibration, Sharing, Checkpoints, Eval
                 f"teacher={distiller.teacher.kind!r} never taught: training ended in its first pass over the data, so "
                 "this was plain training. Let the dataset end several times before max_steps."
             )
-        elif getattr(distiller.teacher, "found", None) == 0:
+        elif self.teacher.kind == "predictions" and self.teacher.found == 0:
             logger.warning(
                 f"teacher_predictions={self.method.teacher_predictions!r} has no prediction for any sample that was "
                 "seen, so this was plain training: give the ids of sample_id_column."

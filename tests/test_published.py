@@ -69,7 +69,7 @@ def test_the_page_has_the_figures_of_the_log(name, monkeypatch):
 @pytest.mark.parametrize("name", PRINTED)  # the others print reports, which have tests of their own
 def test_the_benchmark_prints_the_table_of_the_log(name, words, monkeypatch, capsys):
     log = ROOT / "docs" / "results" / f"{name}.jsonl"
-    script, *flags = words(config_of(name), ["--table", "--results", str(log)])
+    _, script, *flags = words(config_of(name), ["--table", "--results", str(log)])
     monkeypatch.setattr(sys, "argv", [script, *flags])
     runpy.run_path(str(ROOT / script), run_name="__main__")
     printed = capsys.readouterr().out
